@@ -1,0 +1,217 @@
+"""An attention processor that runs the host's own processor and mixes the maps it asks for.
+
+The host's processor is kept and called unchanged, inside a function mode that answers one call,
+`torch.nn.functional.scaled_dot_product_attention`, with [`mixed_attention`].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .config import CoeffConfig
+from .functional import mixed_attention
+from .layers import device_of, head_count, select_layers
+
+
+class CoeffAttnProcessor(nn.Module):
+    """Owns the residual coefficients Delta of one attention layer, (H, H) float32 an adapter, and mixes its maps.
+
+    One instance may serve several layers; their coefficients are then tied:
+
+        pipe.unet.set_attn_processor(CoeffAttnProcessor(8))                          # one matrix for all layers
+        pipe.unet.set_attn_processor(CoeffAttnProcessor.for_model(pipe.unet))        # one a layer
+
+    Delta takes no part in the host's `state_dict`, so `save_pretrained` writes the base model and nothing else;
+    [`save_coeff_weights`] writes Delta. Casting the host (`.to(torch.float16)`) moves Delta but leaves it float32.
+
+    Args:
+        num_heads: H, the number of query heads of the layer.
+        processor: the processor to run. `None` takes diffusers' `AttnProcessor2_0`, the default of its UNets and of
+            PixArt; layers of other models need their own, which [`~CoeffAttnProcessor.for_model`] keeps.
+        dropout: probability with which an entry of Delta is dropped in training mode.
+    """
+
+    def __init__(self, num_heads: int, processor: Any = None, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+        if processor is None:
+            from diffusers.models.attention_processor import AttnProcessor2_0
+
+            processor = AttnProcessor2_0()
+        if isinstance(processor, CoeffAttnProcessor):
+            raise ValueError("processor is a CoeffAttnProcessor already; add_coeff_adapter gives it a further adapter")
+        self.num_heads = num_heads
+        self.processor = processor
+        self.enabled = True
+        self.coeff = nn.ParameterDict()
+        self.adapter_weights: dict[str, float] = {}
+        self.configs: dict[str, CoeffConfig] = {}
+        self.add_adapter("default", CoeffConfig(dropout=dropout))
+        self._present_signature()
+
+    @classmethod
+    def for_model(cls, model: Any, config: CoeffConfig | None = None) -> dict[str, Any]:
+        """A processor for every attention layer that `config` selects, in the form `set_attn_processor` takes.
+
+        Layers that are not selected keep the processor they have. Nothing is changed on `model`.
+
+        Raises:
+            ValueError: if no layer is selected, or one cannot be served; see [`add_coeff_adapter`].
+        """
+        config = config or CoeffConfig()
+        if not hasattr(model, "attn_processors"):
+            raise ValueError(f"{type(model).__name__} has no set_attn_processor; use add_coeff_adapter(model, config)")
+        processors = dict(model.attn_processors)
+        for path, module in select_layers(model, config).items():
+            wrapper = cls(head_count(module), module.processor).to(device_of(module))
+            wrapper.configs["default"] = config
+            processors[f"{path}.processor"] = wrapper
+        return processors
+
+    def add_adapter(self, name: str, config: CoeffConfig) -> None:
+        """Adds Delta = 0 under `name`, which must be new, and makes it the only active one."""
+        device = next((p.device for p in self.coeff.values()), None)
+        self.coeff[name] = nn.Parameter(torch.zeros(self.num_heads, self.num_heads, device=device))
+        self.configs[name] = config
+        self.adapter_weights = {name: 1.0}
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes `name`, active or not."""
+        del self.coeff[name]
+        del self.configs[name]
+        self.adapter_weights.pop(name, None)
+
+    def delta(self) -> Tensor | None:
+        """sum_k w_k Delta_k over the active adapters, (H, H) float32; `None` where that is the base model."""
+        active = {name: weight for name, weight in self.adapter_weights.items() if weight != 0.0}
+        if not self.enabled or not active:
+            return None
+        terms = [
+            weight * F.dropout(self.coeff[name], self.configs[name].dropout, self.training)
+            for name, weight in active.items()
+        ]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Runs the host's processor, with the maps mixed. The base model runs through the untouched call.
+
+        Raises:
+            RuntimeError: if the processor ran and no `scaled_dot_product_attention` call was seen: the coefficients
+                would have had no effect.
+        """
+        delta = self.delta()
+        if delta is None:
+            return self.processor(attn, *args, **kwargs)
+        mode = _MixMaps(delta)
+        with mode:
+            output = self.processor(attn, *args, **kwargs)
+        if not mode.calls:
+            raise RuntimeError(
+                f"{type(self.processor).__name__} computed its attention without "
+                "torch.nn.functional.scaled_dot_product_attention, so that the coefficients had no effect. Use a "
+                "processor and a backend that do: model.set_attention_backend('native'), or set the model's default "
+                "processors before the coefficients are added."
+            )
+        return output
+
+    def _present_signature(self) -> None:
+        # The host reads inspect.signature(processor.__call__) and drops the arguments that are not named there, so the
+        # signature shown must be the wrapped one's. It is read from the instance; the call itself goes by the class.
+        def call(self: CoeffAttnProcessor, *args: Any, **kwargs: Any) -> Any:
+            return nn.Module.__call__(self, *args, **kwargs)
+
+        signature = inspect.signature(self.processor.__call__)
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        call.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+        self.__dict__["__call__"] = MethodType(call, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "__call__"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._present_signature()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoeffAttnProcessor:
+        def moved_not_cast(tensor: Tensor) -> Tensor:
+            applied: Tensor = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        for child in self.children():
+            child._apply(moved_not_cast if child is self.coeff else fn)
+        return self
+
+    # The wrapped processor's own parameters (an IP-Adapter's) keep the keys they have without the wrapper; Delta has
+    # none, for it is no part of the base model.
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        destination = {} if destination is None else destination
+        if isinstance(self.processor, nn.Module):
+            self.processor.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, unexpected_keys, _ = args
+        own = [key for key in state_dict if key.startswith(prefix)]
+        if isinstance(self.processor, nn.Module):
+            for key in own:
+                state_dict[f"{prefix}processor.{key[len(prefix) :]}"] = state_dict.pop(key)
+        else:
+            unexpected_keys.extend(own)
+        for name, delta in self.coeff.items():  # not looked for in the host's file, so not missing from it
+            state_dict[f"{prefix}coeff.{name}"] = delta.data
+
+    # What diffusers reads and sets on processors by name.
+
+    @property
+    def _attention_backend(self) -> Any:
+        return _of_wrapped(self, "_attention_backend")
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.processor._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return _of_wrapped(self, "_parallel_config")
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.processor._parallel_config = config
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, adapter_weights={self.adapter_weights}, enabled={self.enabled}"
+
+
+class _MixMaps(TorchFunctionMode):
+    """Answers `scaled_dot_product_attention` with [`mixed_attention`] and counts the calls."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return _mix_call(self.delta, *args, **kwargs)
+
+
+def _mix_call(delta: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return mixed_attention(query, key, value, delta, *args, **kwargs)
+
+
+def _of_wrapped(wrapper: CoeffAttnProcessor, name: str) -> Any:
+    # an AttributeError here says, as it should, that the wrapped processor has no such setting
+    return getattr(wrapper.processor, name)
