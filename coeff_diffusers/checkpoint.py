@@ -110,9 +110,7 @@ def load_coeff_weights(
         path = _find_file(source, weight_name, **hub)
         state_dict, description = _read(path)
         origin = str(path)
-    layers = {
-        f"{name}.{path}": m for name, part in denoisers(model).items() for path, m in attention_layers(part).items()
-    }
+    layers = _keyed_layers(model)
     problems = _base_mismatches(model, description) + _tensor_mismatches(state_dict, layers)
     if problems:
         raise ValueError(
@@ -233,7 +231,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         description = json.loads(header["coeff_diffusers"])
         version = description["format_version"]
-        all(isinstance(base["class"], str) and base["heads"].keys() for base in description["base"].values())
+        if version == FORMAT_VERSION:
+            all(isinstance(base["class"], str) and base["heads"].keys() for base in description["base"].values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: the header's 'coeff_diffusers' entry cannot be read: {error!r}") from error
     if version != FORMAT_VERSION:

@@ -232,10 +232,10 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row
 
 def _softmax(scores: Tensor, has_mask: bool) -> Tensor:
     """Softmax over the keys; zeros, as from `scaled_dot_product_attention`, for a row whose keys are all masked."""
-    maps = torch.softmax(scores, dim=-1)
     if not has_mask or scores.shape[-1] == 0:
-        return maps
-    return maps.masked_fill(scores.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
+        return torch.softmax(scores, dim=-1)
+    empty = scores.amax(dim=-1, keepdim=True) == float("-inf")
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)  # twice: no NaN in a gradient
 
 
 def _mix(alpha: Tensor, maps: Tensor) -> Tensor:

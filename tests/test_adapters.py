@@ -1,0 +1,336 @@
+"""Names, weights, selection, pipelines, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import HOSTS, randomise
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from torch import nn
+
+from coeff_diffusers import (
+    CoeffAttnProcessor,
+    CoeffConfig,
+    add_coeff_adapter,
+    coeff_disabled,
+    coeff_parameters,
+    delete_coeff_adapters,
+    get_active_coeff_adapters,
+    list_coeff_adapters,
+    set_coeff_adapters,
+    unload_coeff_weights,
+)
+from coeff_diffusers.layers import attention_layers
+
+UNET = HOSTS["unet"]
+
+
+@torch.no_grad()
+def run(model: nn.Module) -> torch.Tensor:
+    return UNET.run(model)
+
+
+class TinyPipeline(DiffusionPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+
+def test_for_model_fits_set_attn_processor_and_is_left_whole_by_it(unet) -> None:
+    processors = CoeffAttnProcessor.for_model(unet, CoeffConfig(include="attn2"))
+    unet.set_attn_processor(dict(processors))
+    wrapped = [path for path, processor in processors.items() if isinstance(processor, CoeffAttnProcessor)]
+    assert len(wrapped) == 4
+    assert all(path.endswith("attn2.processor") for path in wrapped)
+    assert len(coeff_parameters(unet)) == 4
+
+
+def test_for_model_changes_nothing_on_the_model(unet) -> None:
+    CoeffAttnProcessor.for_model(unet)
+    assert list_coeff_adapters(unet) == []
+
+
+def test_for_model_wants_set_attn_processor() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no set_attn_processor; use add_coeff_adapter"):
+        CoeffAttnProcessor.for_model(nn.Linear(2, 2))
+
+
+def test_one_instance_ties_the_coefficients_of_all_layers(unet) -> None:
+    alike = HOSTS["unet"].build()
+    alike = type(alike).from_config({**alike.config, "attention_head_dim": 4}).eval()
+    alike.set_attn_processor(CoeffAttnProcessor(4))
+    (parameter,) = coeff_parameters(alike)
+    UNET.run(alike).sum().backward()
+    assert parameter.shape == (4, 4)
+    assert parameter.grad is not None
+    unload_coeff_weights(alike)
+    assert all(type(layer.processor) is AttnProcessor2_0 for layer in attention_layers(alike).values())
+
+
+def test_adapters_add_up_with_their_weights(unet) -> None:
+    for seed, name in enumerate("ab"):
+        add_coeff_adapter(unet, adapter_name=name)
+        randomise(unet, name, seed)
+    set_coeff_adapters(unet, ["a", "b"], [0.7, -1.2])
+    assert get_active_coeff_adapters(unet) == {"a": 0.7, "b": -1.2}
+    out = run(unet)
+    with torch.no_grad():
+        for one, other in zip(coeff_parameters(unet, "a"), coeff_parameters(unet, "b"), strict=True):
+            one.mul_(0.7).add_(-1.2 * other)
+    set_coeff_adapters(unet, "a")
+    torch.testing.assert_close(out, run(unet), rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+def test_the_adapter_added_last_is_the_active_one(unet) -> None:
+    add_coeff_adapter(unet, adapter_name="a")
+    add_coeff_adapter(unet, CoeffConfig(kinds=("cross",)), adapter_name="b")
+    assert list_coeff_adapters(unet) == ["a", "b"]
+    assert get_active_coeff_adapters(unet) == {"b": 1.0}
+    assert all(set(layer.processor.adapter_weights) <= {"b"} for layer in attention_layers(unet).values())
+
+
+def test_deleting_gives_layers_without_an_adapter_their_processor_back(unet) -> None:
+    original = unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    add_coeff_adapter(unet, adapter_name="a")
+    add_coeff_adapter(unet, CoeffConfig(kinds=("cross",)), adapter_name="b")
+    delete_coeff_adapters(unet, "a")
+    assert list_coeff_adapters(unet) == ["b"]
+    assert unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor is original
+
+
+def test_disabled_restores_what_it_found_also_after_an_error(unet) -> None:
+    add_coeff_adapter(unet)
+    inner = unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    inner.enabled = False
+    with pytest.raises(KeyError), coeff_disabled(unet):
+        raise KeyError
+    enabled = [layer.processor.enabled for layer in attention_layers(unet).values()]
+    assert enabled.count(False) == 1
+
+
+def test_dropout_drops_entries_of_delta_in_training_only(unet) -> None:
+    add_coeff_adapter(unet, CoeffConfig(dropout=0.4))
+    randomise(unet)
+    processor = unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+    delta = processor.coeff["default"]
+    torch.testing.assert_close(processor.delta(), delta)
+    unet.train()
+    torch.manual_seed(0)
+    dropped = torch.stack([processor.delta() for _ in range(200)])
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], (delta / 0.6).expand_as(dropped)[kept])
+    assert abs(kept.float().mean().item() - 0.6) < 0.03  # 3,200 draws: the standard deviation is 0.009
+
+
+def test_a_pipeline_is_its_denoiser(unet, tmp_path) -> None:
+    pipe = TinyPipeline(unet, DDIMScheduler())
+    add_coeff_adapter(pipe)
+    assert list_coeff_adapters(unet) == ["default"]
+    unload_coeff_weights(pipe)
+    assert list_coeff_adapters(unet) == []
+
+
+def test_save_pretrained_writes_the_base_model(unet, tmp_path, caplog) -> None:
+    base = run(unet)
+    add_coeff_adapter(unet)
+    randomise(unet)
+    unet.save_pretrained(tmp_path)
+    reloaded, info = type(unet).from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == []
+    torch.testing.assert_close(run(reloaded.eval()), base, rtol=0, atol=0)
+
+
+def test_state_dict_loads_into_a_wrapped_model(unet) -> None:
+    state = copy.deepcopy(unet.state_dict())
+    add_coeff_adapter(unet)
+    randomise(unet)
+    before = run(unet)
+    assert not any(unet.load_state_dict(state))
+    torch.testing.assert_close(run(unet), before, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="attn1.processor.stray"):
+        unet.load_state_dict(
+            {**state, "mid_block.attentions.0.transformer_blocks.0.attn1.processor.stray": torch.ones(1)}
+        )
+
+
+class OwnWeights(nn.Module):
+    """A processor with weights of its own, as an IP-Adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(1, 1)
+        self.inner = AttnProcessor2_0()
+
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        return self.gate.weight * self.inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+def test_a_wrapped_processor_s_own_weights_keep_their_keys(unet) -> None:
+    unet.set_attn_processor({name: OwnWeights() for name in unet.attn_processors})
+    base, state = run(unet), copy.deepcopy(unet.state_dict())
+    add_coeff_adapter(unet)
+    assert set(unet.state_dict()) == set(state)
+    with torch.no_grad():
+        unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor.processor.gate.weight.zero_()
+    assert not any(unet.load_state_dict(state))
+    with coeff_disabled(unet):
+        torch.testing.assert_close(run(unet), base, rtol=0, atol=0)
+
+
+def test_copies_and_pickles_keep_coefficients_of_their_own(unet) -> None:
+    add_coeff_adapter(unet)
+    randomise(unet)
+    out = run(unet)
+    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        torch.testing.assert_close(run(twin), out, rtol=0, atol=0)
+        randomise(twin, seed=5)
+        assert (run(twin) != out).any()
+    torch.testing.assert_close(run(unet), out, rtol=0, atol=0)
+
+
+def test_a_forward_without_an_attention_call_is_an_error_not_the_base(unet) -> None:
+    add_coeff_adapter(unet)
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    layer.processor.processor = AttnProcessor()
+    with pytest.raises(RuntimeError, match="AttnProcessor computed its attention without .* had no effect"):
+        run(unet)
+    with coeff_disabled(unet):
+        run(unet)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)])
+def test_processors_with_their_own_softmax_are_refused_by_name(unet, processor) -> None:
+    unet.set_attn_processor(processor)
+    with pytest.raises(ValueError, match=f"compute their own softmax(.|\n)*attn1 .{type(processor).__name__}"):
+        add_coeff_adapter(unet)
+    assert list_coeff_adapters(unet) == []
+
+
+def test_ip_adapters_loaded_on_top_fail_loudly(unet) -> None:
+    """diffusers makes processors anew from their class, with no arguments."""
+    add_coeff_adapter(unet)
+    with pytest.raises(TypeError, match="num_heads"):
+        type(unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor)()
+
+
+def test_attention_backend_of_the_host_reaches_the_wrapped_processor() -> None:
+    flux = HOSTS["flux"].build()
+    add_coeff_adapter(flux)
+    flux.set_attention_backend("_native_math")
+    layer = flux.transformer_blocks[0].attn
+    assert layer.processor.processor._attention_backend == "_native_math"
+    assert not hasattr(CoeffAttnProcessor(2), "_attention_backend")
+
+
+def test_patterns_select_by_path_and_by_the_end_of_it(unet) -> None:
+    config = CoeffConfig(include=["down_blocks.*", "attn2"], exclude="mid_block.*")
+    add_coeff_adapter(unet, config)
+    paths = [p for p, layer in attention_layers(unet).items() if isinstance(layer.processor, CoeffAttnProcessor)]
+    expected = [p for p in attention_layers(unet) if p.startswith("down") or (p.endswith("attn2") and p[0] != "m")]
+    assert paths == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"include": "atn2"},
+            r"\['atn2'\] match none of the 8 attention layers, of which the first is 'down_blocks.0",
+        ),
+        ({"exclude": ["attn1", "none"]}, r"\['none'\] match none"),
+        (
+            {"kinds": ("joint",)},
+            r"no attention layer of UNet2DConditionModel is selected .* kinds \['cross', 'self'\]",
+        ),
+        ({"include": "attn1", "exclude": "attn1"}, "no attention layer"),
+    ],
+    ids=str,
+)
+def test_a_selection_of_nothing_is_an_error(unet, config, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_coeff_adapter(unet, CoeffConfig(**config))
+    assert list_coeff_adapters(unet) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"kinds": ("selff",)}, ValueError, r"kinds must name at least one of .*, got \['selff'\]"),
+        ({"kinds": ()}, ValueError, r"kinds must name at least one"),
+        ({"dropout": 1.0}, ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"include": []}, ValueError, "include must hold at least one pattern"),
+        ({"exclude": [3]}, TypeError, r"exclude must be a pattern or a list of patterns \(str\), got \[3\]"),
+    ],
+    ids=str,
+)
+def test_config_checks_itself(fields, error, message) -> None:
+    with pytest.raises(error, match=message):
+        CoeffConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda unet: add_coeff_adapter(unet), ValueError, "'default' is in use .* delete_coeff_adapters"),
+        (lambda unet: add_coeff_adapter(unet, adapter_name="a.b"), ValueError, "full stop, got 'a.b'"),
+        (lambda unet: add_coeff_adapter(unet, adapter_name=""), ValueError, "must not be empty"),
+        (lambda unet: set_coeff_adapters(unet, "x"), ValueError, r"no adapter \['x'\]; it has \['default'\]"),
+        (lambda unet: set_coeff_adapters(unet, ["default", "default"]), ValueError, "named twice"),
+        (lambda unet: set_coeff_adapters(unet, ["default"], [1.0, 2.0]), ValueError, "need as many weights, got 2"),
+        (lambda unet: set_coeff_adapters(unet, "default", float("nan")), ValueError, "must be finite"),
+        (lambda unet: coeff_parameters(unet, "x"), ValueError, r"no adapter \['x'\]"),
+        (lambda unet: delete_coeff_adapters(unet, ["default", "x"]), ValueError, r"no adapter \['x'\]"),
+        (lambda unet: add_coeff_adapter("runwayml/sd"), TypeError, "a diffusers model or pipeline, got str"),
+        (lambda unet: CoeffAttnProcessor(0), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda unet: CoeffAttnProcessor(2, CoeffAttnProcessor(2)), ValueError, "CoeffAttnProcessor already"),
+    ],
+)
+def test_what_is_refused_says_why_and_changes_nothing(unet, call, error, message) -> None:
+    add_coeff_adapter(unet)
+    with pytest.raises(error, match=message):
+        call(unet)
+    assert list_coeff_adapters(unet) == ["default"]
+    assert get_active_coeff_adapters(unet) == {"default": 1.0}
+
+
+@pytest.mark.parametrize("call", [unload_coeff_weights, coeff_parameters, lambda u: coeff_disabled(u).__enter__()])
+def test_a_model_without_coefficients_is_named(unet, call) -> None:
+    with pytest.raises(ValueError, match="UNet2DConditionModel has no coefficients: add_coeff_adapter or load"):
+        call(unet)
+
+
+def test_a_pipeline_without_a_denoiser_is_named() -> None:
+    class NoDenoiser(DiffusionPipeline):
+        def __init__(self, scheduler):
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
+
+    with pytest.raises(ValueError, match=r"NoDenoiser has no unet or transformer; it has \['scheduler'\]"):
+        add_coeff_adapter(NoDenoiser(DDIMScheduler()))
+
+
+def test_sana_s_linear_attention_is_left_out_and_named(caplog) -> None:
+    from diffusers import SanaTransformer2DModel
+
+    sana = SanaTransformer2DModel(
+        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=4, num_cross_attention_heads=2,
+        cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8, in_channels=4, out_channels=4,
+    )  # fmt: skip
+    add_coeff_adapter(sana)
+    assert "linear attention forms no maps" in caplog.text
+    assert "transformer_blocks.0.attn1 (SanaLinearAttnProcessor2_0)" in caplog.text
+    assert len(coeff_parameters(sana)) == 1
+    with pytest.raises(ValueError, match="are linear attention, which forms no maps"):
+        add_coeff_adapter(sana, CoeffConfig(kinds=("self",)), adapter_name="self")
+
+
+def test_importing_the_package_imports_no_training_library() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, coeff_diffusers; print([m for m in ('peft', 'matplotlib', 'tensorboard') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

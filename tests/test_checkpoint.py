@@ -1,0 +1,266 @@
+"""The file: its keys and header, whole or not at all, and what is refused with every reason listed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import HOSTS, randomise
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from coeff_diffusers import (
+    CoeffAttnProcessor,
+    CoeffConfig,
+    add_coeff_adapter,
+    checkpoint,
+    coeff_parameters,
+    get_active_coeff_adapters,
+    list_coeff_adapters,
+    load_coeff_weights,
+    save_coeff_weights,
+)
+
+NAME = "pytorch_coeff_weights.safetensors"
+FIRST = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.coeff"
+
+
+@pytest.fixture
+def trained(unet):
+    add_coeff_adapter(unet, CoeffConfig(dropout=0.1))
+    randomise(unet)
+    return unet
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    return save_coeff_weights(trained, tmp_path, metadata={"instance_prompt": "a sks dog"})
+
+
+@pytest.fixture
+def fresh():
+    return HOSTS["unet"].build()
+
+
+def test_keys_values_and_header(trained, file) -> None:
+    tensors = load_file(file)
+    layer = trained.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    torch.testing.assert_close(tensors[FIRST], layer.processor.coeff["default"].detach(), rtol=0, atol=0)
+    assert len(tensors) == 8
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert header["format"] == "pt"
+    assert header["instance_prompt"] == "a sks dog"
+    description = json.loads(header["coeff_diffusers"])
+    assert description["format_version"] == 1
+    assert description["config"]["dropout"] == 0.1
+    assert description["base"]["unet"]["class"] == "UNet2DConditionModel"
+    assert description["base"]["unet"]["heads"][FIRST[5:-6]] == 2
+
+
+def test_a_transformer_s_keys_have_its_prefix(tmp_path) -> None:
+    flux = HOSTS["flux"].build()
+    add_coeff_adapter(flux)
+    assert "transformer.transformer_blocks.0.attn.coeff" in load_file(save_coeff_weights(flux, tmp_path))
+
+
+def test_a_local_base_model_is_named_without_its_folder(trained, tmp_path) -> None:
+    base = tmp_path / "private" / "my-model"
+    trained.save_pretrained(base)
+    loaded = type(trained).from_pretrained(base)
+    add_coeff_adapter(loaded)
+    with safe_open(save_coeff_weights(loaded, tmp_path), "pt") as opened:
+        description = json.loads(opened.metadata()["coeff_diffusers"])
+    assert description["base"]["unet"]["name"] == "my-model"
+
+
+def test_saving_writes_exactly_one_file(file) -> None:
+    assert os.listdir(file.parent) == [NAME]
+    assert file.stat().st_mode & 0o444 == 0o444
+
+
+def test_a_failed_write_leaves_the_older_file_and_nothing_else(trained, file, monkeypatch) -> None:
+    before = file.read_bytes()
+
+    def full_disk(tensors, path, metadata):
+        with open(path, "wb") as torn:
+            torn.write(b"torn")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_coeff_weights(trained, file.parent)
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [NAME]
+
+
+@pytest.mark.parametrize("source", ["file", "folder", "weight_name", "subfolder", "dict"])
+def test_every_local_source_gives_the_same(trained, file, fresh, source, tmp_path) -> None:
+    if source == "file":
+        load_coeff_weights(fresh, str(file))
+    elif source == "folder":
+        load_coeff_weights(fresh, file.parent)
+    elif source == "weight_name":
+        save_file({}, tmp_path / "other.safetensors")
+        load_coeff_weights(fresh, tmp_path, weight_name=NAME)
+    elif source == "subfolder":
+        load_coeff_weights(fresh, tmp_path.parent, subfolder=tmp_path.name)
+    else:
+        load_coeff_weights(fresh, load_file(file))
+    assert get_active_coeff_adapters(fresh) == {"default": 1.0}
+    loaded = [parameter.detach() for parameter in coeff_parameters(fresh)]
+    torch.testing.assert_close(loaded, [p.detach() for p in coeff_parameters(trained)], rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in coeff_parameters(fresh))
+
+
+def test_a_dict_is_left_as_it_is(file, fresh) -> None:
+    tensors = load_file(file)
+    keys = list(tensors)
+    load_coeff_weights(fresh, tensors)
+    assert list(tensors) == keys
+
+
+def test_a_repository_is_asked_for_with_the_hub_s_own_arguments(file, fresh, monkeypatch) -> None:
+    asked = {}
+
+    def download(repository, filename, **options):
+        asked.update(options, repository=repository, filename=filename)
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    load_coeff_weights(fresh, "someone/sks-dog", revision="main", subfolder="coeff", token="t")
+    expected = {"repository": "someone/sks-dog", "filename": NAME}
+    assert asked == {**expected, "revision": "main", "subfolder": "coeff", "token": "t"}
+
+
+def test_a_repository_that_cannot_be_had_is_named(fresh, monkeypatch) -> None:
+    def download(*args, **options):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(OSError, match="'someone/sks-dog' is no file or folder here, .*offline"):
+        load_coeff_weights(fresh, "someone/sks-dog")
+
+
+def test_several_adapters_live_side_by_side(trained, file) -> None:
+    load_coeff_weights(trained, file, adapter_name="again")
+    assert list_coeff_adapters(trained) == ["default", "again"]
+    assert get_active_coeff_adapters(trained) == {"again": 1.0}
+
+
+def test_a_file_for_another_model_lists_every_difference_and_changes_nothing(file) -> None:
+    flux = HOSTS["flux"].build()
+    with pytest.raises(ValueError, match="does not fit FluxTransformer2DModel, which was left as it is") as error:
+        load_coeff_weights(flux, file)
+    lines = str(error.value).splitlines()
+    assert "  unet: the file is for a model with this component, here are ['transformer']" in lines
+    assert f"  {FIRST}: there is no such attention layer" in lines
+    assert len(lines) == 1 + 1 + 8
+    assert list_coeff_adapters(flux) == []
+
+
+def test_another_head_count_is_listed_layer_by_layer(file) -> None:
+    unet = HOSTS["unet"].build()
+    other = type(unet).from_config({**unet.config, "attention_head_dim": (4, 4)})
+    with pytest.raises(ValueError, match="does not fit") as error:
+        load_coeff_weights(other, file)
+    assert f"{FIRST.removesuffix('.coeff')}: 2 heads in the file's model, 4 heads here" in str(error.value)
+    assert f"{FIRST}: must have shape (4, 4) for 4 heads, got (2, 2)" in str(error.value)
+    assert "mid_block" not in str(error.value)
+    assert list_coeff_adapters(other) == []
+
+
+def test_every_offending_tensor_is_listed_at_once(trained, file, fresh) -> None:
+    tensors = load_file(file)
+    second = FIRST.replace("attn1", "attn2")
+    tensors[FIRST] = torch.full((2, 2), torch.nan)
+    tensors[second] = torch.ones(2, 2, dtype=torch.int64)
+    tensors["unet.nowhere.coeff"] = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="the state dict does not fit") as error:
+        load_coeff_weights(fresh, tensors)
+    assert f"{FIRST}: has 4 values that are not finite" in str(error.value)
+    assert f"{second}: must be floating point, got torch.int64" in str(error.value)
+    assert "unet.nowhere.coeff: there is no such attention layer" in str(error.value)
+    assert list_coeff_adapters(fresh) == []
+
+
+def test_tied_layers_refuse_values_that_differ(file, fresh) -> None:
+    alike = type(fresh).from_config({**fresh.config, "attention_head_dim": 4})
+    add_coeff_adapter(alike)
+    randomise(alike)
+    state = checkpoint.coeff_state_dict(alike)
+    tied = type(fresh).from_config({**fresh.config, "attention_head_dim": 4})
+    tied.set_attn_processor(CoeffAttnProcessor(4))
+    with pytest.raises(ValueError, match="attn2.coeff: differs from .*attn1.coeff, to which this layer is tied"):
+        load_coeff_weights(tied, state, adapter_name="b")
+
+
+def _rewrite(file, tensors=None, **header):
+    with safe_open(file, "pt") as opened:
+        metadata = {**opened.metadata(), **header}
+    save_file(tensors or load_file(file), file, {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "is no coefficient file: its header has no 'coeff_diffusers' entry"),
+        ("{", "the header's 'coeff_diffusers' entry cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"format_version": 1}', "cannot be read: KeyError"),
+        ('{"format_version": 1, "base": {"unet": {"class": "X", "heads": 3}}}', "cannot be read"),
+        ('{"format_version": 99, "base": {}}', "has format version 99, this release reads 1: update"),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_refused(file, fresh, header, message) -> None:
+    _rewrite(file, coeff_diffusers=header)
+    with pytest.raises(ValueError, match=message):
+        load_coeff_weights(fresh, file)
+    assert list_coeff_adapters(fresh) == []
+
+
+def test_files_that_are_not_there_or_not_safetensors(file, fresh, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file or folder .*missing.safetensors"):
+        load_coeff_weights(fresh, tmp_path / "missing.safetensors")
+    with pytest.raises(FileNotFoundError, match=rf"there is no x.safetensors in .*; it holds \['{NAME}'\]"):
+        load_coeff_weights(fresh, tmp_path, weight_name="x.safetensors")
+    (tmp_path / "weights.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"weights.bin is no .safetensors file"):
+        load_coeff_weights(fresh, tmp_path / "weights.bin")
+    file.write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="is no readable .safetensors file"):
+        load_coeff_weights(fresh, file)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"there is no {NAME} in .*empty; it holds \[\]"):
+        load_coeff_weights(fresh, tmp_path / "empty")
+
+
+def test_a_folder_of_several_files_wants_a_choice(trained, fresh, tmp_path) -> None:
+    for name in ("a", "b"):
+        save_coeff_weights(trained, tmp_path, weight_name=f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"choose one with weight_name: \['a.safetensors', 'b.safetensors'\]"):
+        load_coeff_weights(fresh, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_name": "x"}, r"there is no adapter 'x' to save; there are \['default'\]"),
+        ({"weight_name": "x.bin"}, "weight_name must end in .safetensors, got 'x.bin'"),
+        ({"metadata": {"coeff_diffusers": "x"}}, r"metadata must not set \['coeff_diffusers'\]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_saved_is_refused(trained, tmp_path, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_coeff_weights(trained, tmp_path, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_in_use_is_refused_before_anything_is_read(trained, fresh) -> None:
+    with pytest.raises(ValueError, match="'default' is in use"):
+        load_coeff_weights(trained, "/nowhere.safetensors")

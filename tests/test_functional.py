@@ -1,0 +1,236 @@
+"""mixed_attention against a naive loop, against SDPA, and against its own numerical derivative."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from coeff_diffusers import functional, mixed_attention
+from coeff_diffusers.functional import mixed_attention_reference
+
+B, H, T, S, D, E = 2, 3, 5, 7, 4, 6
+FORMS = [mixed_attention, mixed_attention_reference]
+
+
+@pytest.fixture(autouse=True, params=[1, 100, 2**19], ids=["a row a block", "ragged blocks", "one block"])
+def block_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", request.param)
+    return request.param
+
+
+def inputs(dtype: torch.dtype = torch.float64, per_sample: bool = False, requires_grad: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, H, T, D), (B, H, S, D), (B, H, S, E), (B, H, H) if per_sample else (H, H)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [x.requires_grad_(requires_grad) for x in drawn]
+
+
+def naive_loop(
+    query: Tensor, key: Tensor, value: Tensor, coeff: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """out_i = sum_j (delta_ij + coeff_ij) A_j V_i, one sample, head and row at a time."""
+    out = torch.zeros(B, H, T, E, dtype=torch.float64)
+    for b in range(B):
+        matrix = coeff if coeff.ndim == 2 else coeff[b]
+        for i in range(H):
+            for j in range(H):
+                weight = matrix[i, j] + (1.0 if i == j else 0.0)
+                for t in range(T):
+                    scores = key[b, j] @ query[b, j, t] * (1 / math.sqrt(D) if scale is None else scale)
+                    row = torch.softmax(scores if mask is None else scores + mask[b, j, t], dim=0)
+                    out[b, i, t] += weight * (row @ value[b, i])
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_equals_the_naive_loop(form, per_sample) -> None:
+    args = inputs(per_sample=per_sample, requires_grad=False)
+    torch.testing.assert_close(form(*args), naive_loop(*args))
+    torch.testing.assert_close(form(*args, scale=0.3), naive_loop(*args, scale=0.3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(B, H, T, S), (B, 1, T, S), (1, 1, T, S), (B, 1, 1, S), (H, T, S), (T, S), (S,)])
+def test_additive_and_boolean_masks_of_every_broadcastable_shape(form, shape) -> None:
+    args = inputs(requires_grad=False)
+    boolean = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    boolean[..., 0] = True
+    additive = torch.zeros(shape, dtype=torch.float64).masked_fill(~boolean, -math.inf)
+    expected = naive_loop(*args, mask=additive.expand(B, H, T, S))
+    torch.testing.assert_close(form(*args, attn_mask=boolean), expected)
+    torch.testing.assert_close(form(*args, attn_mask=additive), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_coefficients_are_scaled_dot_product_attention(form) -> None:
+    query, key, value, coeff = inputs(requires_grad=False)
+    mask = torch.rand(B, 1, T, S, generator=torch.Generator().manual_seed(1)) > 0.4
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.3}):
+        expected = F.scaled_dot_product_attention(query, key, value, **options)
+        torch.testing.assert_close(form(query, key, value, 0 * coeff, **options), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_a_key_are_zero_and_their_gradients_finite(form) -> None:
+    args = inputs()
+    for mask in (torch.ones(T, S, dtype=torch.bool), torch.zeros(T, S, dtype=torch.float64)):
+        mask[2] = False if mask.dtype == torch.bool else -math.inf
+        out = form(*args, attn_mask=mask)
+        assert out[:, :, 2].eq(0).all()
+        assert out[:, :, 1].ne(0).all()
+        gradients = torch.autograd.grad(out.square().sum(), args)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_queries_repeat_key_and_value_heads(form) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, coeff = (
+        torch.randn(shape, generator=generator) for shape in [(B, 4, T, D), (B, 2, S, D), (B, 2, S, E), (4, 4)]
+    )
+    repeated = form(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), coeff)
+    torch.testing.assert_close(form(query, key, value, coeff, enable_gqa=True), repeated)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}, {"attn_mask": True}], ids=str)
+def test_gradients_are_the_numerical_ones(per_sample, options) -> None:
+    if "attn_mask" in options:
+        mask = torch.rand(B, 1, T, S, generator=torch.Generator().manual_seed(1)) > 0.4
+        mask[0, 0, 2] = False
+        options = {"attn_mask": mask}
+    assert torch.autograd.gradcheck(lambda *args: mixed_attention(*args, **options), inputs(per_sample=per_sample))
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=["query", "key", "value", "coeff"])
+def test_one_gradient_alone_is_the_reference_s(wanted) -> None:
+    args = inputs(requires_grad=False)
+    args[wanted].requires_grad_()
+    gradients = [torch.autograd.grad(form(*args).square().sum(), args[wanted])[0] for form in FORMS]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_mask_that_needs_a_gradient_gets_it() -> None:
+    mask = torch.randn(T, S, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    args = inputs(requires_grad=False)
+    assert torch.autograd.gradcheck(lambda m: mixed_attention(*args, attn_mask=m), mask)
+
+
+def test_attention_dropout_drops_map_entries_before_they_are_mixed() -> None:
+    args = inputs(requires_grad=False)
+    torch.manual_seed(0)
+    dropped = mixed_attention(*args, dropout_p=0.5)
+    torch.manual_seed(0)
+    kept = F.dropout(torch.ones(B, H, T, S, dtype=torch.float64), 0.5)
+    query, key, value, coeff = args
+    maps = torch.softmax(query @ key.mT * D**-0.5, -1) * kept
+    alpha = torch.eye(H, dtype=torch.float64) + coeff
+    torch.testing.assert_close(dropped, torch.einsum("ij, bjts -> bits", alpha, maps) @ value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_lose_no_more_than_twice_what_sdpa_loses(dtype) -> None:
+    """Both against float64 on the same 16-bit inputs, SDPA where it says the same: zero coefficients."""
+    query, key, value, coeff = inputs(dtype, requires_grad=False)
+    wide = [x.double() for x in (query, key, value)]
+
+    def error(out: Tensor, exact: Tensor) -> float:
+        assert out.dtype == dtype
+        return ((out.double() - exact).norm() / exact.norm()).item()
+
+    sdpa = error(F.scaled_dot_product_attention(query, key, value), F.scaled_dot_product_attention(*wide))
+    mixed = error(mixed_attention(query, key, value, coeff.float()), naive_loop(*wide, coeff.double()))
+    assert mixed <= 2 * sdpa
+
+
+def test_autocast_gives_its_dtype_and_costs_no_precision_in_the_mixing() -> None:
+    query, key, value, coeff = (x.detach().float() for x in inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mixed_attention(query, key, value, coeff)
+    rounded = [x.bfloat16() for x in (query, key, value)]
+    exact = naive_loop(*(x.double() for x in rounded), coeff.double())
+    assert out.dtype == torch.bfloat16
+    # half a unit in the last of bfloat16's 8 bits: the one rounding of the output
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_backward_under_autocast_is_backward_without() -> None:
+    args = [x.detach().float().requires_grad_() for x in inputs()]
+    expected = torch.autograd.grad(mixed_attention(*args).square().sum(), args)
+    loss = mixed_attention(*args).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(loss, args)
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+
+
+def test_float32_gradients_agree_with_float64() -> None:
+    exact = inputs()
+    single = [x.detach().float().requires_grad_() for x in exact]
+    expected = torch.autograd.grad(mixed_attention_reference(*exact).square().sum(), exact)
+    gradients = torch.autograd.grad(mixed_attention(*single).square().sum(), single)
+    for gradient, reference in zip(gradients, expected):
+        assert gradient.dtype == torch.float32
+        # 1e-5 of the norm is the accuracy promised; float32 has 6e-8
+        assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_gradient_checkpointing_double_use_and_inference_mode() -> None:
+    args = inputs()
+    plain = torch.autograd.grad(mixed_attention(*args).square().sum(), args)
+    again = checkpoint(mixed_attention, *args, use_reentrant=False)
+    loss = again.square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, args, retain_graph=True), plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, args), plain)
+    twice = (mixed_attention(*args).square() + mixed_attention(*args).square()).sum()
+    torch.testing.assert_close(torch.autograd.grad(twice, args), tuple(2 * gradient for gradient in plain))
+    with torch.inference_mode():
+        torch.testing.assert_close(mixed_attention(*args), again)
+
+
+def test_non_contiguous_inputs() -> None:
+    query, key, value, coeff = inputs(requires_grad=False)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    assert not strided[0].is_contiguous()
+    torch.testing.assert_close(mixed_attention(*strided, coeff.T.contiguous().T), naive_loop(query, key, value, coeff))
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(0, 5), (2, 0)])
+def test_empty_batch_and_no_queries(samples, tokens) -> None:
+    args = [torch.randn(samples, H, tokens, D), torch.randn(samples, H, S, D), torch.randn(samples, H, S, E)]
+    coeff = torch.randn(H, H, requires_grad=True)
+    out = mixed_attention(*args, coeff)
+    assert out.shape == (samples, H, tokens, E)
+    out.sum().backward()
+    assert coeff.grad is not None
+    assert coeff.grad.eq(0).all()
+
+
+def _shapes(query=(B, H, T, D), key=(B, H, S, D), value=(B, H, S, E), coeff=(H, H), **options):
+    tensors = [torch.zeros(shape) for shape in (query, key, value, coeff)]
+    return tensors, {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in options.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"coeff": (4, 4)}, r"coeff must have shape \(3, 3\) for 3 heads or \(2, 3, 3\), got \(4, 4\)"),
+        ({"coeff": (5, H, H)}, r"or \(2, 3, 3\), got \(5, 3, 3\)"),
+        ({"query": (B, T, D)}, r"must have 4 dimensions .* got \(2, 5, 4\)"),
+        ({"key": (B, H, S, 9)}, r"query \(2, 3, 5, 4\) and key \(2, 3, 7, 9\) must agree"),
+        ({"value": (B, H, 8, E)}, r"key \(2, 3, 7, 4\) and value \(2, 3, 8, 6\) must agree"),
+        ({"key": (B, 1, S, D), "value": (B, 1, S, E)}, "query has 3 heads and key 1: .* enable_gqa=True"),
+        ({"attn_mask": (T, 9)}, r"attn_mask must be broadcastable to \(2, 3, 5, 7\), got \(5, 9\)"),
+        ({"attn_mask": (T, S), "is_causal": True}, "exclude each other"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_named(wrong, message) -> None:
+    tensors, options = _shapes(**wrong)
+    with pytest.raises(ValueError, match=message):
+        mixed_attention(*tensors, **options)
