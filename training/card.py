@@ -1,0 +1,85 @@
+"""The model card: README.md of the output folder, in the form that the Hub shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+from output import write_text
+from settings import DreamBoothSettings
+
+
+def write_card(
+    folder: Path,
+    settings: DreamBoothSettings,
+    counts: dict[str, int],
+    files: list[Path],
+    images: list[Path],
+) -> Path:
+    """Writes `folder / README.md`.
+
+    Not by diffusers' `load_or_create_model_card`: that looks for a card on the Hub under the folder's name first.
+
+    Args:
+        folder: the output folder.
+        settings: of the run.
+        counts: what was trained -> how many numbers it has.
+        files: the weights, coefficients or LoRA or both.
+        images: the last validation's grid, and its single pictures row by row; empty if there was none.
+    """
+    base = public_name(settings.pretrained_model_name_or_path)
+    singles = [path.relative_to(folder).as_posix() for path in images[1:]]
+    prompts = [prompt for prompt in settings.validation_prompt for _ in range(settings.num_validation_images)]
+    data = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        instance_prompt=settings.instance_prompt,
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
+    )
+    text = "\n\n".join([_what_it_is(folder, settings, base, counts), _pictures(folder, settings, images)])
+    text += "\n" + _how_to_load(settings, base, files)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    tags = ["text-to-image", "diffusers", "dreambooth", *counts]
+    return write_text(str(populate_model_card(card, tags)), folder / "README.md")
+
+
+def public_name(name_or_path: str) -> str:
+    """A name on the Hub as it is; of a local folder its last part only, for cards are passed on."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.exists() else name_or_path
+
+
+def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:
+    trained = " and ".join(f"{count:,} numbers of {what}" for what, count in counts.items())
+    return (
+        f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained}, on the "
+        f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
+        f"`{settings.instance_prompt}`. All settings are in `settings.json`."
+    )
+
+
+def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
+    if not images:
+        return "No pictures were generated in training (`--validation_prompt`)."
+    rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
+    grid = images[0].relative_to(folder).as_posix()
+    return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
+
+
+def _how_to_load(settings: DreamBoothSettings, base: str, files: list[Path]) -> str:
+    imports, loads = ["from diffusers import StableDiffusionPipeline"], []
+    for file in files:
+        if "lora" in file.name:
+            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{file.name}")')
+        else:
+            imports.append("from coeff_diffusers import load_coeff_weights")
+            loads.append(f'load_coeff_weights(pipe, "path/to/this/folder", weight_name="{file.name}")')
+    code = [
+        *imports,
+        "",
+        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
+        *loads,
+        f"image = pipe({settings.instance_prompt!r}).images[0]",
+    ]
+    return "\n## Use\n\n```python\n" + "\n".join(code) + "\n```\n"

@@ -1,0 +1,154 @@
+"""Pictures from folders, made into the square tensors that the model trains on.
+
+What is random about a training picture follows from the run's seed and the picture's place in the run alone. So a run
+is the same whatever the number of workers and processes, and however a batch is divided by gradient accumulation.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+from settings import InputError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+# What tools leave beside pictures. Any other file is meant to be a picture, and is an error if it is none.
+SIDECAR_SUFFIXES = (".txt", ".caption", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".md", ".ini", ".db")
+
+
+def find_images(folder: str | Path, setting: str, empty_allowed: bool = False) -> list[Path]:
+    """The pictures of a folder by name, each of which can be read.
+
+    Folders within, hidden files and files with one of `SIDECAR_SUFFIXES` are passed over.
+
+    Raises:
+        InputError: if there is no such folder, no picture in it, or files are no pictures, which are named.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--{setting}: {folder} " + ("is no folder" if folder.exists() else "does not exist"))
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if path.suffix.lower() not in SIDECAR_SUFFIXES]
+    if not files and not empty_allowed:
+        raise InputError(f"--{setting}: there are no pictures in {folder}")
+    problems = [f"{path}: {problem}" for path in files if (problem := _read_problem(path))]
+    if problems:
+        raise InputError(f"--{setting}: these files cannot be read as pictures:\n  " + "\n  ".join(problems))
+    return files
+
+
+def _read_problem(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()  # opening reads the header only, and does not see a file that breaks off
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def upright_rgb(image: Image.Image, background: str) -> Image.Image:
+    """Turned as its EXIF entry says, and in RGB. What is transparent shows the background's colour."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def fit_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    """Scaled so that the shorter side has `side` pixels."""
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
+def load_image(path: Path, side: int, background: str) -> Image.Image:
+    with Image.open(path) as image:
+        return fit_shorter_side(upright_rgb(image, background), side)
+
+
+def to_tensor(
+    image: Image.Image, side: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+) -> Tensor:
+    """(3, side, side) in [-1, 1], of a picture whose shorter side has `side` pixels."""
+    # (3, height, width); drawn in any case, so that one option does not change what another one draws
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+    where, mirror = torch.rand(2, generator=generator).tolist()
+    where = 0.5 if center_crop else where
+    top, left = (int(where * (length - side + 1)) for length in pixels.shape[1:])
+    pixels = pixels[:, top : top + side, left : left + side]
+    return pixels.flip(-1) if random_flip and mirror < 0.5 else pixels
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from the run's seed and what it is for; those of runs with seeds 0 and 1 have nothing in common."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+class DreamBoothDataset(Dataset[dict[str, Any]]):
+    """Draw n of a run: a picture of the subject and, with prior preservation, one of its class.
+
+    Every picture is shown once in an order drawn anew before any is shown again, also across batches. It is read in
+    order, 0, 1, 2, ..., to the end of the run.
+
+    Args:
+        draws: how many draws the run takes.
+        instance_images: the subject's pictures.
+        class_images: pictures of its class; none without prior preservation.
+    """
+
+    def __init__(
+        self,
+        draws: int,
+        instance_images: list[Path],
+        class_images: list[Path],
+        *,
+        resolution: int,
+        seed: int,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        background_color: str = "white",
+    ) -> None:
+        self.draws = draws
+        self.images = {"instance": instance_images} | ({"class": class_images} if class_images else {})
+        self.resolution, self.seed = resolution, seed
+        self.center_crop, self.random_flip, self.background_color = center_crop, random_flip, background_color
+
+    def __len__(self) -> int:
+        return self.draws
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        """`"instance"` and `"class"`: (pixels, seed of the noise that is added to them)."""
+        return {kind: self._example(kind, draw) for kind in self.images}
+
+    def path(self, kind: str, draw: int) -> Path:
+        """Which picture a draw shows."""
+        paths = self.images[kind]
+        epoch, place = divmod(draw, len(paths))
+        order = list(paths)
+        random.Random(seed_of(self.seed, kind, "order", epoch)).shuffle(order)
+        return order[place]
+
+    def _example(self, kind: str, draw: int) -> tuple[Tensor, int]:
+        image = load_image(self.path(kind, draw), self.resolution, self.background_color)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
+        pixels = to_tensor(image, self.resolution, self.center_crop, self.random_flip, generator)
+        return pixels, seed_of(self.seed, kind, "noise", draw)
+
+
+def collate(draws: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Stacks a batch: the subject's pictures first, then as many of the class, as the loss expects them."""
+    examples = [draw[kind] for kind in draws[0] for draw in draws]
+    return {
+        "pixels": torch.stack([pixels for pixels, _ in examples]),  # (B, 3, side, side)
+        "seeds": torch.tensor([seed for _, seed in examples]),  # (B,)
+    }

@@ -1,0 +1,52 @@
+"""LoRA beside the coefficients, or alone: peft's, in the standard file that every other tool reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from settings import InputError
+from torch import nn
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float | None, targets: Sequence[str]) -> list[nn.Parameter]:
+    """Adds a LoRA, zero at first, and returns its parameters, in float32.
+
+    peft freezes whatever else it finds, coefficients too: they are added after this.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'") from error
+    model.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+        )
+    )
+    cast_training_params(model)
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def save_lora(model: nn.Module, folder: Path) -> Path:
+    """Writes `folder / pytorch_lora_weights.safetensors`, whole or not at all, with rank and alpha in its header."""
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
+        StableDiffusionPipeline.save_lora_weights(
+            temporary,
+            unet_lora_layers=layers,
+            unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        )
+        os.replace(Path(temporary) / LORA_WEIGHT_NAME_SAFE, path)
+    return path

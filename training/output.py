@@ -1,0 +1,65 @@
+"""The output folder: checked before anything is loaded, and each file in it written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL import Image
+from settings import InputError
+
+
+def make_writable(folder: str | Path, setting: str) -> Path:
+    """Makes the folder and tries to write into it.
+
+    Raises:
+        InputError: if either fails.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden path to write to, which takes the place of `path` once the block is through."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_image(image: Image.Image, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path
+
+
+def write_grid(rows: list[list[Image.Image]], folder: Path) -> list[Path]:
+    """Writes `grid.png`, a row a prompt, and each picture of it on its own; returns the paths, the grid's first."""
+    images = [image for row in rows for image in row]
+    paths = [write_image(make_image_grid(images, rows=len(rows), cols=len(rows[0])), folder / "grid.png")]
+    for r, row in enumerate(rows):
+        paths += [write_image(image, folder / f"prompt{r}-image{c}.png") for c, image in enumerate(row)]
+    return paths
+
+
+def size_text(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size:,} bytes" if size < 100_000 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,218 @@
+"""The settings of a run, defined once: a field is the flag, its help, its default, and what is saved with the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import ImageColor
+
+# diffusers' schedulers but for piecewise_constant, whose rules have no flag here
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+DEFAULT_STEPS = 500
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The command line shows the message alone, without a traceback."""
+
+
+def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DreamBoothSettings:
+    """What is trained on what, and how.
+
+    Raises:
+        InputError: if values are out of range or do not go together; every problem is listed.
+    """
+
+    pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
+    instance_data_dir: str = flag("Folder with the pictures of the subject.")
+    instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.")
+    output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
+    revision: str | None = flag("Revision of the base model on the Hub.", None)
+    variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
+    seed: int | None = flag("Seed of everything random, 0 included. Drawn, shown and saved if not given.", None)
+
+    with_prior_preservation: bool = flag(
+        "Train on pictures of the subject's class as well, against forgetting.", False
+    )
+    class_data_dir: str | None = flag("Folder with class pictures. What is missing there is generated.", None)
+    class_prompt: str | None = flag("The prompt of the class pictures, such as 'a dog'.", None)
+    num_class_images: int = flag("How many class pictures to use.", 100)
+    prior_loss_weight: float = flag("Weight of the class pictures' loss beside the subject's.", 1.0)
+    sample_batch_size: int = flag("How many class pictures to generate at a time.", 4)
+
+    resolution: int | None = flag("Side of the training pictures in pixels; the base model's own if not given.", None)
+    center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
+    random_flip: bool = flag("Mirror every other picture, at random.", False)
+    background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
+
+    coeff: bool = flag("Train attention coefficients. Without them LoRA is trained alone.", True)
+    coeff_kinds: tuple[str, ...] = flag(
+        "Kinds of attention that get coefficients.", ("self", "cross", "joint"), ("self", "cross", "joint")
+    )
+    coeff_include: tuple[str, ...] | None = flag("Patterns of attention layers to take, such as 'up_blocks.*'.", None)
+    coeff_exclude: tuple[str, ...] | None = flag("Patterns of attention layers to leave out.", None)
+    coeff_dropout: float = flag("Probability with which a coefficient is dropped at a training step.", 0.0)
+    lora_rank: int = flag("Rank of the LoRA trained beside the coefficients; 0 trains none.", 0)
+    lora_alpha: float | None = flag("LoRA is scaled by alpha / rank; the rank itself if not given.", None)
+
+    train_batch_size: int = flag("Subject pictures a step and process.", 4)
+    max_train_steps: int | None = flag(
+        f"Optimizer steps; {DEFAULT_STEPS} if num_train_epochs is not given either.", None
+    )
+    num_train_epochs: int | None = flag("Passes over the subject's pictures, instead of max_train_steps.", None)
+    gradient_accumulation_steps: int = flag("Batches an optimizer step.", 1)
+    gradient_checkpointing: bool = flag("Compute activations again in the backward pass, to save memory.", False)
+    mixed_precision: str | None = flag(
+        "Precision of the frozen weights and of the computation; what is trained stays float32. "
+        "accelerate's own setting if not given.",
+        None,
+        ("no", "fp16", "bf16"),
+    )
+    allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
+    dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
+
+    learning_rate: float = flag("Learning rate of the coefficients.", 1e-2)
+    lora_learning_rate: float = flag("Learning rate of the LoRA.", 1e-4)
+    scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
+    lr_scheduler: str = flag("How the learning rates change over the run.", "constant", LR_SCHEDULERS)
+    lr_warmup_steps: int = flag("Optimizer steps in which the learning rates rise from 0.", 0)
+    lr_num_cycles: int = flag("Restarts of cosine_with_restarts.", 1)
+    lr_power: float = flag("Power of polynomial.", 1.0)
+    adam_beta1: float = flag("AdamW's decay of the gradient's mean.", 0.9)
+    adam_beta2: float = flag("AdamW's decay of the gradient's square.", 0.999)
+    adam_weight_decay: float = flag("AdamW's weight decay of the coefficients.", 0.0)
+    lora_weight_decay: float = flag("AdamW's weight decay of the LoRA.", 1e-2)
+    adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
+    max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
+    snr_gamma: float | None = flag("Weigh timesteps by min-SNR with this gamma (5 is usual).", None)
+
+    validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
+    num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
+    validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
+    validation_num_inference_steps: int = flag("Denoising steps of a validation picture.", 25)
+    validation_guidance_scale: float = flag("Guidance scale of validation pictures.", 7.5)
+    report_to: str = flag(
+        "Where losses, learning rates and validation pictures are logged.", "tensorboard", ("tensorboard", "none")
+    )
+    logging_dir: str = flag("Folder of the log, in the output folder unless absolute.", "logs")
+
+    def __post_init__(self) -> None:
+        problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
+        if problems:
+            raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
+    """The command line's settings; `None` is this process's own."""
+    parser = argparse.ArgumentParser(
+        description="Trains attention coefficients for a subject, on a few pictures of it.", allow_abbrev=False
+    )
+    hints = typing.get_type_hints(DreamBoothSettings)
+    for setting in fields(DreamBoothSettings):
+        _add_flag(parser, setting, hints[setting.name])
+    return DreamBoothSettings(**vars(parser.parse_args(argv)))
+
+
+def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -> None:
+    name, help_text = setting.name, setting.metadata["help"].replace("%", "%%")
+    if hint is bool:
+        prefix, action = ("--no_", "store_false") if setting.default else ("--", "store_true")
+        help_text = f"Not: {help_text}" if setting.default else help_text
+        parser.add_argument(prefix + name, dest=name, action=action, help=help_text)
+        return
+    alternatives = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    several = hint if typing.get_origin(hint) is tuple else alternatives[0]
+    many = typing.get_origin(several) is tuple
+    required = setting.default is MISSING
+    shown = "" if required or setting.default in (None, ()) else f" Default: {setting.default}."
+    parser.add_argument(
+        f"--{name}",
+        type=str if many else alternatives[0],
+        nargs="+" if many else None,
+        required=required,
+        default=None if required else setting.default,
+        choices=setting.metadata["choices"],
+        help=help_text + shown,
+    )
+
+
+def _range_problems(settings: DreamBoothSettings) -> list[str]:
+    """Numbers out of range, a line each. `None` means "not given" and is in range."""
+    ranges = {
+        "at least 1": (
+            lambda value: value >= 1,
+            "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
+            "gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps "
+            "validation_num_inference_steps",
+        ),
+        "0 or more": (
+            lambda value: value >= 0,
+            "seed lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
+            "lora_weight_decay validation_guidance_scale",
+        ),
+        "above 0": (
+            lambda value: 0 < value < float("inf"),
+            "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma",
+        ),
+        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2"),
+    }
+    return [
+        f"--{name} must be {rule}, got {getattr(settings, name)}"
+        for rule, (holds, names) in ranges.items()
+        for name in names.split()
+        if getattr(settings, name) is not None and not holds(getattr(settings, name))
+    ]
+
+
+def _choice_problems(settings: DreamBoothSettings) -> list[str]:
+    problems = []
+    for setting in fields(settings):
+        choices, value = setting.metadata["choices"], getattr(settings, setting.name)
+        wrong = [v for v in (value if isinstance(value, tuple | list) else [value]) if choices and v not in choices]
+        if wrong and value is not None:
+            problems.append(f"--{setting.name} must be of {', '.join(choices)}, got {', '.join(map(str, wrong))}")
+    try:
+        ImageColor.getrgb(settings.background_color)
+    except ValueError:
+        problems.append(
+            f"--background_color must be a colour such as white or #ffffff, got {settings.background_color!r}"
+        )
+    return problems
+
+
+def _combination_problems(settings: DreamBoothSettings) -> list[str]:
+    class_flags = {"--class_data_dir": settings.class_data_dir, "--class_prompt": settings.class_prompt}
+    missing = [name for name, value in class_flags.items() if not value]
+    problems = [f"--with_prior_preservation needs {name}" for name in missing if settings.with_prior_preservation]
+    if not settings.with_prior_preservation:
+        problems += [f"{name} needs --with_prior_preservation" for name in class_flags if name not in missing]
+    if not settings.instance_prompt.strip():
+        problems.append("--instance_prompt must not be empty")
+    if not settings.coeff and not settings.lora_rank:
+        problems.append("--no_coeff leaves nothing to train: give a --lora_rank of 1 or more")
+    if settings.lora_alpha is not None and not settings.lora_rank:
+        problems.append("--lora_alpha needs a --lora_rank of 1 or more")
+    if settings.max_train_steps is not None and settings.num_train_epochs is not None:
+        problems.append("--max_train_steps and --num_train_epochs exclude each other")
+    if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
+        problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
+    if _same_folder(settings.class_data_dir, settings.instance_data_dir):
+        problems.append("--class_data_dir must not be the folder of --instance_data_dir")
+    return problems
+
+
+def _same_folder(one: str | None, other: str) -> bool:
+    return bool(one) and Path(str(one)).resolve() == Path(other).resolve()

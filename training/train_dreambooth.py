@@ -1,0 +1,389 @@
+"""DreamBooth with attention coefficients: a subject from a few pictures, the base model frozen.
+
+    accelerate launch training/train_dreambooth.py --pretrained_model_name_or_path MODEL \\
+        --instance_data_dir PICTURES --instance_prompt "a sks dog" --output_dir RESULT
+
+Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, pictures in data.py, the loss in
+stable_diffusion.py.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import is_tensorboard_available
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from card import write_card
+from class_images import complete_class_images
+from data import DreamBoothDataset, collate, find_images
+from diffusers.optimization import get_scheduler
+from lora import add_lora, save_lora
+from output import make_writable, size_text, write_grid, write_text
+from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
+from stable_diffusion import StableDiffusion
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from validation import validation_images
+
+import coeff_diffusers
+from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run wrote, and how it went.
+
+    Args:
+        settings: of the run, with what was left open filled in.
+        trained: how many numbers were trained, of `"coefficients"` and of `"lora"`, where they were.
+        losses: of each optimizer step, the mean over its batches.
+        coeff_file: the coefficients; `None` with `--no_coeff`.
+        lora_file: the LoRA; `None` without `--lora_rank`.
+        images: the last validation's grid, then its single pictures row by row; empty without prompts.
+        model_card: README.md.
+        settings_file: settings.json.
+    """
+
+    settings: DreamBoothSettings
+    trained: dict[str, int]
+    losses: list[float]
+    coeff_file: Path | None
+    lora_file: Path | None
+    images: list[Path]
+    model_card: Path
+    settings_file: Path
+
+
+def main(argv: Sequence[str] | None = None) -> TrainingResult | None:
+    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`]."""
+    return run(parse_settings(argv))
+
+
+def run(settings: DreamBoothSettings) -> TrainingResult | None:
+    """Trains, and writes everything to `settings.output_dir`.
+
+    Returns:
+        What was written; `None` in all processes but the main one.
+
+    Raises:
+        InputError: if something that was given cannot be used. Nothing has been trained then.
+        FloatingPointError: if the loss is no longer finite.
+    """
+    make_writable(settings.output_dir, "output_dir")
+    instance_images = find_images(settings.instance_data_dir, "instance_data_dir")
+    if settings.with_prior_preservation:
+        find_images(make_writable(settings.class_data_dir, "class_data_dir"), "class_data_dir", empty_allowed=True)
+    check_family(settings)
+
+    accelerator = start_accelerator(settings)
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    family = StableDiffusion.load(settings, accelerator.device, dtype)
+    family.check_prompts(
+        [p for p in (settings.instance_prompt, settings.class_prompt) if p] + [*settings.validation_prompt]
+    )
+    settings = with_defaults_of_run(settings, family, len(instance_images), accelerator)
+    class_images = []
+    if settings.with_prior_preservation:
+        class_images = complete_class_images(family.pipeline, settings, accelerator)
+
+    set_seed(settings.seed)
+    parameters = add_adapters(family, settings)
+    check_trainable(family, parameters)
+    print_counts(family, parameters, accelerator)
+    losses = train(family, parameters, settings, accelerator, instance_images, class_images)
+    images = validate(family, settings, accelerator, settings.max_train_steps)
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    return write_results(family, parameters, settings, losses, images)
+
+
+def check_family(settings: DreamBoothSettings) -> None:
+    """Raises InputError if the base model is not there, or of a family that cannot be trained."""
+    name = settings.pretrained_model_name_or_path
+    try:
+        config = diffusers.DiffusionPipeline.load_config(name, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
+    if config.get("_class_name") not in StableDiffusion.supported:
+        raise InputError(
+            f"--pretrained_model_name_or_path: {name} is a {config.get('_class_name')}; supported are Stable "
+            f"Diffusion 1.x and 2.x ({', '.join(StableDiffusion.supported)})"
+        )
+
+
+def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
+    if settings.report_to == "tensorboard" and not is_tensorboard_available():
+        raise InputError("--report_to tensorboard needs tensorboard: pip install tensorboard; or --report_to none")
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    output_dir = Path(settings.output_dir)
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
+        )
+    except ValueError as error:  # a precision that the device does not have
+        raise InputError(str(error)) from error
+
+
+def with_defaults_of_run(
+    settings: DreamBoothSettings, family: StableDiffusion, pictures: int, accelerator: Accelerator
+) -> DreamBoothSettings:
+    """Fills in seed, resolution, steps and learning rates. The result, given as flags, is the same run again."""
+    seed = [secrets.randbelow(2**31) if settings.seed is None else settings.seed]
+    broadcast_object_list(seed)  # a seed that is drawn must be the same in all processes
+    a_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    steps = settings.max_train_steps or DEFAULT_STEPS
+    if settings.num_train_epochs is not None:
+        steps = max(1, round(settings.num_train_epochs * pictures / a_step))
+    scale = a_step if settings.scale_lr else 1
+    return replace(
+        settings,
+        seed=seed[0],
+        resolution=family.resolution(settings.resolution),
+        max_train_steps=steps,
+        num_train_epochs=None,
+        learning_rate=settings.learning_rate * scale,
+        lora_learning_rate=settings.lora_learning_rate * scale,
+        scale_lr=False,
+        mixed_precision=accelerator.mixed_precision if accelerator.mixed_precision in DTYPES else None,
+    )
+
+
+def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
+    """Puts on what is trained: `"coefficients"` and `"lora"` -> their parameters, where they are asked for."""
+    parameters = {}
+    if settings.lora_rank:
+        parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
+    if settings.coeff:
+        config = CoeffConfig(
+            include=settings.coeff_include,
+            exclude=settings.coeff_exclude,
+            kinds=settings.coeff_kinds,
+            dropout=settings.coeff_dropout,
+        )
+        try:
+            add_coeff_adapter(family.pipeline, config)
+        except ValueError as error:  # a pattern or a kind that no layer has
+            raise InputError(str(error)) from error
+        parameters["coefficients"] = coeff_parameters(family.pipeline)
+    return parameters
+
+
+def check_trainable(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]]) -> None:
+    """Raises RuntimeError unless exactly these parameters require a gradient, in float32."""
+    expected = {id(p) for group in parameters.values() for p in group}
+    problems = []
+    for component, part in family.pipeline.components.items():
+        for name, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
+            if parameter.requires_grad != (id(parameter) in expected):
+                problems.append(f"{component}.{name} " + ("trains" if parameter.requires_grad else "is frozen"))
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                problems.append(f"{component}.{name} trains in {parameter.dtype}")
+    if problems:
+        raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
+
+
+def print_counts(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]], accelerator: Accelerator) -> None:
+    parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
+    everything = [p for part in parts for p in part.parameters()]
+    trained = sum(p.numel() for p in everything if p.requires_grad)
+    frozen = sum(p.numel() for p in everything) - trained
+    detail = ", ".join(f"{name} {sum(p.numel() for p in group):,}" for name, group in parameters.items())
+    accelerator.print(f"Numbers trained: {trained:,} ({detail}). Frozen: {frozen:,}.")
+
+
+def train(
+    family: StableDiffusion,
+    parameters: dict[str, list[nn.Parameter]],
+    settings: DreamBoothSettings,
+    accelerator: Accelerator,
+    instance_images: list[Path],
+    class_images: list[Path],
+) -> list[float]:
+    """The loop. Returns the loss of each optimizer step."""
+    everything = [p for group in parameters.values() for p in group]
+    optimizer = make_optimizer(parameters, settings)
+    # not prepared by accelerate, so that it counts optimizer steps whatever the number of processes
+    lr_scheduler = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+    if settings.gradient_checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+    prompts = [settings.instance_prompt] + ([settings.class_prompt] if class_images else [])
+    embeddings = family.encode_prompts(prompts).repeat_interleave(settings.train_batch_size, dim=0)
+    batches = make_batches(settings, accelerator, instance_images, class_images)
+    denoiser, optimizer, batches = accelerator.prepare(family.denoiser, optimizer, batches)
+    start_trackers(settings, accelerator)
+    set_seed(settings.seed, device_specific=True)  # each process drops other coefficients
+    denoiser.train()
+
+    losses: list[float] = []
+    step_loss = torch.zeros((), device=accelerator.device)
+    progress = tqdm(total=settings.max_train_steps, desc="training", disable=not accelerator.is_main_process)
+    for batch in batches:
+        with accelerator.accumulate(denoiser):
+            loss = family.loss(
+                denoiser,
+                batch["pixels"],
+                embeddings,
+                batch["seeds"].tolist(),
+                settings.prior_loss_weight if class_images else None,
+                settings.snr_gamma,
+            )
+            check_finite(loss, len(losses) + 1, settings)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(everything, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        step_loss += loss.detach() / settings.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            continue
+        rates = {name: group["lr"] for name, group in zip(parameters, optimizer.param_groups)}
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+        losses.append(accelerator.reduce(step_loss, "mean").item())
+        step_loss.zero_()
+        step = len(losses)
+        accelerator.log({"loss": losses[-1]} | {f"learning_rate/{name}": lr for name, lr in rates.items()}, step)
+        progress.update()
+        progress.set_postfix({"loss": f"{losses[-1]:.4f}", "lr": ", ".join(f"{lr:.2g}" for lr in rates.values())})
+        if step % settings.validation_steps == 0 and step < settings.max_train_steps:
+            validate(family, settings, accelerator, step)
+    progress.close()
+    return losses
+
+
+def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> torch.optim.AdamW:
+    """A parameter group each for coefficients and LoRA, in the order of `parameters`."""
+    rates = {
+        "coefficients": {"lr": settings.learning_rate, "weight_decay": settings.adam_weight_decay},
+        "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
+    }
+    return torch.optim.AdamW(
+        [{"params": group, **rates[name]} for name, group in parameters.items()],
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+
+
+def make_batches(
+    settings: DreamBoothSettings, accelerator: Accelerator, instance_images: list[Path], class_images: list[Path]
+) -> DataLoader:
+    """All batches of the run, in order."""
+    batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
+    dataset = DreamBoothDataset(
+        batches * settings.train_batch_size,
+        instance_images,
+        class_images,
+        resolution=settings.resolution,
+        seed=settings.seed,
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        background_color=settings.background_color,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=settings.train_batch_size,
+        collate_fn=collate,
+        num_workers=settings.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(settings.seed),  # the loader must not draw from the global one
+    )
+
+
+def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> None:
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in asdict(settings).items()
+    }
+    accelerator.init_trackers("dreambooth", config=plain)
+
+
+def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
+            "were written. Try lower learning rates, or --mixed_precision bf16 or no"
+        )
+
+
+def validate(family: StableDiffusion, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
+    """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
+    files: list[Path] = []
+    if settings.validation_prompt and accelerator.is_main_process:
+        rows = validation_images(family.pipeline, settings, accelerator)
+        files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+        for tracker in accelerator.trackers:
+            for prompt, row in zip(settings.validation_prompt, rows):
+                tracker.log_images({prompt: np.stack([np.asarray(i) for i in row])}, step, dataformats="NHWC")
+    accelerator.wait_for_everyone()
+    return files
+
+
+def write_results(
+    family: StableDiffusion,
+    parameters: dict[str, list[nn.Parameter]],
+    settings: DreamBoothSettings,
+    losses: list[float],
+    images: list[Path],
+) -> TrainingResult:
+    """Writes weights, settings and card, and says what was written."""
+    folder = Path(settings.output_dir)
+    coeff_file = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings)) if settings.coeff else None
+    lora_file = save_lora(family.denoiser, folder) if settings.lora_rank else None
+    trained = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
+    weights = [file for file in (coeff_file, lora_file) if file]
+    settings_file = write_text(settings.to_json(), folder / "settings.json")
+    model_card = write_card(folder, settings, trained, weights, images)
+    print("Written:")
+    for file in [*weights, settings_file, model_card, *images]:
+        print(f"  {file} ({size_text(file)})")
+    return TrainingResult(settings, trained, losses, coeff_file, lora_file, images, model_card, settings_file)
+
+
+def metadata(settings: DreamBoothSettings) -> dict[str, str]:
+    """What a coefficient file says of its training."""
+    batch = settings.train_batch_size * settings.gradient_accumulation_steps
+    values = {
+        "instance_prompt": settings.instance_prompt,
+        "class_prompt": settings.class_prompt or "",
+        "steps": settings.max_train_steps,
+        "batch_size": batch,
+        "resolution": settings.resolution,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler": settings.lr_scheduler,
+        "coeff_dropout": settings.coeff_dropout,
+        "lora_rank": settings.lora_rank,
+        "seed": settings.seed,
+        "mixed_precision": settings.mixed_precision,
+        "version_coeff_diffusers": coeff_diffusers.__version__,
+        "version_diffusers": diffusers.__version__,
+        "version_torch": torch.__version__,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
