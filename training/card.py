@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from diffusers.utils.hub_utils import populate_model_card
@@ -9,12 +10,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from output import write_text
 from settings import DreamBoothSettings
 
+NAMES = {"coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)", "lora": "numbers of a LoRA"}
+TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
+
 
 def write_card(
     folder: Path,
     settings: DreamBoothSettings,
     counts: dict[str, int],
-    files: list[Path],
+    weights: dict[str, Path],
     images: list[Path],
 ) -> Path:
     """Writes `folder / README.md`.
@@ -24,8 +28,8 @@ def write_card(
     Args:
         folder: the output folder.
         settings: of the run.
-        counts: what was trained -> how many numbers it has.
-        files: the weights, coefficients or LoRA or both.
+        counts: `"coefficients"` or `"lora"` or both -> how many numbers were trained.
+        weights: the same -> the file.
         images: the last validation's grid, and its single pictures row by row; empty if there was none.
     """
     base = public_name(settings.pretrained_model_name_or_path)
@@ -37,10 +41,14 @@ def write_card(
         instance_prompt=settings.instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
     )
-    text = "\n\n".join([_what_it_is(folder, settings, base, counts), _pictures(folder, settings, images)])
-    text += "\n" + _how_to_load(settings, base, files)
+    parts = [
+        _what_it_is(folder, settings, base, counts),
+        _pictures(folder, settings, images),
+        _how_to_load(settings, base, weights),
+    ]
+    text = "\n\n".join(parts)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-    tags = ["text-to-image", "diffusers", "dreambooth", *counts]
+    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in counts)]
     return write_text(str(populate_model_card(card, tags)), folder / "README.md")
 
 
@@ -51,9 +59,9 @@ def public_name(name_or_path: str) -> str:
 
 
 def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:
-    trained = " and ".join(f"{count:,} numbers of {what}" for what, count in counts.items())
+    trained = " and ".join(f"{count:,} {NAMES[what]}" for what, count in sorted(counts.items()))
     return (
-        f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained}, on the "
+        f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained} beside the "
         f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
         f"`{settings.instance_prompt}`. All settings are in `settings.json`."
     )
@@ -67,19 +75,13 @@ def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) ->
     return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
 
 
-def _how_to_load(settings: DreamBoothSettings, base: str, files: list[Path]) -> str:
+def _how_to_load(settings: DreamBoothSettings, base: str, weights: dict[str, Path]) -> str:
     imports, loads = ["from diffusers import StableDiffusionPipeline"], []
-    for file in files:
-        if "lora" in file.name:
-            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{file.name}")')
-        else:
-            imports.append("from coeff_diffusers import load_coeff_weights")
-            loads.append(f'load_coeff_weights(pipe, "path/to/this/folder", weight_name="{file.name}")')
-    code = [
-        *imports,
-        "",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
-        *loads,
-        f"image = pipe({settings.instance_prompt!r}).images[0]",
-    ]
-    return "\n## Use\n\n```python\n" + "\n".join(code) + "\n```\n"
+    if "coefficients" in weights:
+        imports.insert(0, "from coeff_diffusers import load_coeff_weights")
+        loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
+    if "lora" in weights:
+        loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+    create = f"pipe = StableDiffusionPipeline.from_pretrained({json.dumps(base, ensure_ascii=False)})"
+    use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
+    return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

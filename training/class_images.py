@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from data import find_images, seed_of
-from output import write_image
+from output import make_writable, write_image
 from settings import DreamBoothSettings
 from tqdm import tqdm
+
+
+def check_class_folder(settings: DreamBoothSettings) -> None:
+    """Raises InputError if `class_data_dir` holds files that are no pictures, or lacks some and cannot be written."""
+    folder = Path(str(settings.class_data_dir))
+    if not folder.exists():
+        make_writable(folder, "class_data_dir")
+    found = find_images(folder, "class_data_dir", empty_allowed=True)
+    if len(found) < settings.num_class_images:
+        make_writable(folder, "class_data_dir")
 
 
 def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Path]:

@@ -55,9 +55,9 @@ def _read_problem(path: Path) -> str | None:
 def upright_rgb(image: Image.Image, background: str) -> Image.Image:
     """Turned as its EXIF entry says, and in RGB. What is transparent shows the background's colour."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
+    if not image.mode.endswith("A") and "transparency" not in image.info:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")

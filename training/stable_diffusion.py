@@ -39,7 +39,7 @@ class StableDiffusion:
             variant=settings.variant,
             safety_checker=None,
             requires_safety_checker=False,
-            torch_dtype=dtype,
+            dtype=dtype,
         ).to(device)
         pipeline.set_progress_bar_config(disable=True)
         for part in pipeline.components.values():

@@ -9,6 +9,7 @@ stable_diffusion.py.
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from card import write_card
-from class_images import complete_class_images
+from class_images import check_class_folder, complete_class_images
 from data import DreamBoothDataset, collate, find_images
 from diffusers.optimization import get_scheduler
 from lora import add_lora, save_lora
@@ -30,6 +31,7 @@ from output import make_writable, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
 from stable_diffusion import StableDiffusion
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from validation import validation_images
@@ -83,30 +85,32 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     make_writable(settings.output_dir, "output_dir")
     instance_images = find_images(settings.instance_data_dir, "instance_data_dir")
     if settings.with_prior_preservation:
-        find_images(make_writable(settings.class_data_dir, "class_data_dir"), "class_data_dir", empty_allowed=True)
+        check_class_folder(settings)
     check_family(settings)
 
     accelerator = start_accelerator(settings)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     family = StableDiffusion.load(settings, accelerator.device, dtype)
     family.check_prompts(
-        [p for p in (settings.instance_prompt, settings.class_prompt) if p] + [*settings.validation_prompt]
+        [settings.instance_prompt, *filter(None, [settings.class_prompt]), *settings.validation_prompt]
     )
     settings = with_defaults_of_run(settings, family, len(instance_images), accelerator)
     class_images = []
     if settings.with_prior_preservation:
         class_images = complete_class_images(family.pipeline, settings, accelerator)
 
-    set_seed(settings.seed)
+    set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
     check_trainable(family, parameters)
-    print_counts(family, parameters, accelerator)
+    accelerator.print(count_text(family, parameters))
+
     losses = train(family, parameters, settings, accelerator, instance_images, class_images)
-    images = validate(family, settings, accelerator, settings.max_train_steps)
+    weights = write_weights(family, settings) if accelerator.is_main_process else {}
+    images = validate(family, settings, accelerator, len(losses))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    return write_results(family, parameters, settings, losses, images)
+    return write_results(parameters, settings, losses, weights, images)
 
 
 def check_family(settings: DreamBoothSettings) -> None:
@@ -148,7 +152,7 @@ def with_defaults_of_run(
     a_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
-        steps = max(1, round(settings.num_train_epochs * pictures / a_step))
+        steps = math.ceil(settings.num_train_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
     return replace(
         settings,
@@ -197,13 +201,16 @@ def check_trainable(family: StableDiffusion, parameters: dict[str, list[nn.Param
         raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
 
 
-def print_counts(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]], accelerator: Accelerator) -> None:
+def count_text(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]]) -> str:
     parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
-    everything = [p for part in parts for p in part.parameters()]
-    trained = sum(p.numel() for p in everything if p.requires_grad)
-    frozen = sum(p.numel() for p in everything) - trained
-    detail = ", ".join(f"{name} {sum(p.numel() for p in group):,}" for name, group in parameters.items())
-    accelerator.print(f"Numbers trained: {trained:,} ({detail}). Frozen: {frozen:,}.")
+    trained = numbers(parameters)
+    frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
+    detail = ", ".join(f"{what} {count:,}" for what, count in trained.items())
+    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {frozen:,}."
+
+
+def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
+    return {what: sum(p.numel() for p in group) for what, group in parameters.items()}
 
 
 def train(
@@ -215,17 +222,9 @@ def train(
     class_images: list[Path],
 ) -> list[float]:
     """The loop. Returns the loss of each optimizer step."""
-    everything = [p for group in parameters.values() for p in group]
     optimizer = make_optimizer(parameters, settings)
     # not prepared by accelerate, so that it counts optimizer steps whatever the number of processes
-    lr_scheduler = get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-        num_cycles=settings.lr_num_cycles,
-        power=settings.lr_power,
-    )
+    lr_scheduler = make_lr_scheduler(optimizer, settings)
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     prompts = [settings.instance_prompt] + ([settings.class_prompt] if class_images else [])
@@ -233,7 +232,7 @@ def train(
     batches = make_batches(settings, accelerator, instance_images, class_images)
     denoiser, optimizer, batches = accelerator.prepare(family.denoiser, optimizer, batches)
     start_trackers(settings, accelerator)
-    set_seed(settings.seed, device_specific=True)  # each process drops other coefficients
+    set_seed(settings.seed, device_specific=True)  # of the coefficients' dropout, another in each process
     denoiser.train()
 
     losses: list[float] = []
@@ -252,23 +251,22 @@ def train(
             check_finite(loss, len(losses) + 1, settings)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(everything, settings.max_grad_norm)
+                accelerator.clip_grad_norm_(
+                    [p for group in parameters.values() for p in group], settings.max_grad_norm
+                )
             optimizer.step()
             optimizer.zero_grad()
         step_loss += loss.detach() / settings.gradient_accumulation_steps
         if not accelerator.sync_gradients:
             continue
-        rates = {name: group["lr"] for name, group in zip(parameters, optimizer.param_groups)}
-        if not accelerator.optimizer_step_was_skipped:
+        rates = dict(zip(parameters, lr_scheduler.get_last_lr()))
+        if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
             lr_scheduler.step()
         losses.append(accelerator.reduce(step_loss, "mean").item())
         step_loss.zero_()
-        step = len(losses)
-        accelerator.log({"loss": losses[-1]} | {f"learning_rate/{name}": lr for name, lr in rates.items()}, step)
-        progress.update()
-        progress.set_postfix({"loss": f"{losses[-1]:.4f}", "lr": ", ".join(f"{lr:.2g}" for lr in rates.values())})
-        if step % settings.validation_steps == 0 and step < settings.max_train_steps:
-            validate(family, settings, accelerator, step)
+        report(progress, losses, rates, accelerator)
+        if len(losses) % settings.validation_steps == 0 and len(losses) < settings.max_train_steps:
+            validate(family, settings, accelerator, len(losses))
     progress.close()
     return losses
 
@@ -280,9 +278,20 @@ def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoo
         "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
     }
     return torch.optim.AdamW(
-        [{"params": group, **rates[name]} for name, group in parameters.items()],
+        [{"params": group, **rates[what]} for what, group in parameters.items()],
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
     )
 
 
@@ -326,6 +335,14 @@ def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) ->
         )
 
 
+def report(progress: tqdm, losses: list[float], rates: dict[str, float], accelerator: Accelerator) -> None:
+    """Shows and logs the step that is through, with the learning rates that it used."""
+    values = {"loss": losses[-1]} | {f"learning_rate/{what}": rate for what, rate in rates.items()}
+    accelerator.log(values, step=len(losses))
+    progress.set_postfix(loss=f"{losses[-1]:.4f}", lr=", ".join(f"{rate:.2g}" for rate in rates.values()))
+    progress.update()
+
+
 def validate(family: StableDiffusion, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
     """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
     files: list[Path] = []
@@ -334,40 +351,29 @@ def validate(family: StableDiffusion, settings: DreamBoothSettings, accelerator:
         files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
         for tracker in accelerator.trackers:
             for prompt, row in zip(settings.validation_prompt, rows):
-                tracker.log_images({prompt: np.stack([np.asarray(i) for i in row])}, step, dataformats="NHWC")
+                tracker.log_images({prompt: np.stack([np.asarray(image) for image in row])}, step, dataformats="NHWC")
     accelerator.wait_for_everyone()
     return files
 
 
-def write_results(
-    family: StableDiffusion,
-    parameters: dict[str, list[nn.Parameter]],
-    settings: DreamBoothSettings,
-    losses: list[float],
-    images: list[Path],
-) -> TrainingResult:
-    """Writes weights, settings and card, and says what was written."""
-    folder = Path(settings.output_dir)
-    coeff_file = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings)) if settings.coeff else None
-    lora_file = save_lora(family.denoiser, folder) if settings.lora_rank else None
-    trained = {name: sum(p.numel() for p in group) for name, group in parameters.items()}
-    weights = [file for file in (coeff_file, lora_file) if file]
-    settings_file = write_text(settings.to_json(), folder / "settings.json")
-    model_card = write_card(folder, settings, trained, weights, images)
-    print("Written:")
-    for file in [*weights, settings_file, model_card, *images]:
-        print(f"  {file} ({size_text(file)})")
-    return TrainingResult(settings, trained, losses, coeff_file, lora_file, images, model_card, settings_file)
+def write_weights(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, Path]:
+    """Writes what was trained: `"coefficients"` and `"lora"` -> the file."""
+    files, folder = {}, Path(settings.output_dir)
+    if settings.coeff:
+        files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
+    if settings.lora_rank:
+        files["lora"] = save_lora(family.denoiser, folder)
+    return files
 
 
 def metadata(settings: DreamBoothSettings) -> dict[str, str]:
     """What a coefficient file says of its training."""
-    batch = settings.train_batch_size * settings.gradient_accumulation_steps
     values = {
         "instance_prompt": settings.instance_prompt,
-        "class_prompt": settings.class_prompt or "",
+        "class_prompt": settings.class_prompt,
         "steps": settings.max_train_steps,
-        "batch_size": batch,
+        "batch_size": settings.train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "resolution": settings.resolution,
         "learning_rate": settings.learning_rate,
         "lr_scheduler": settings.lr_scheduler,
@@ -375,11 +381,37 @@ def metadata(settings: DreamBoothSettings) -> dict[str, str]:
         "lora_rank": settings.lora_rank,
         "seed": settings.seed,
         "mixed_precision": settings.mixed_precision,
-        "version_coeff_diffusers": coeff_diffusers.__version__,
-        "version_diffusers": diffusers.__version__,
-        "version_torch": torch.__version__,
+        "coeff_diffusers_version": coeff_diffusers.__version__,
+        "diffusers_version": diffusers.__version__,
+        "torch_version": torch.__version__,
     }
-    return {name: str(value) for name, value in values.items()}
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def write_results(
+    parameters: dict[str, list[nn.Parameter]],
+    settings: DreamBoothSettings,
+    losses: list[float],
+    weights: dict[str, Path],
+    images: list[Path],
+) -> TrainingResult:
+    """Writes settings and model card, and says what the run wrote."""
+    folder = Path(settings.output_dir)
+    settings_file = write_text(settings.to_json(), folder / "settings.json")
+    model_card = write_card(folder, settings, numbers(parameters), weights, images)
+    print("Written:")
+    for file in [*weights.values(), *images[:1], model_card, settings_file]:
+        print(f"  {file} ({size_text(file)})")
+    return TrainingResult(
+        settings=settings,
+        trained=numbers(parameters),
+        losses=losses,
+        coeff_file=weights.get("coefficients"),
+        lora_file=weights.get("lora"),
+        images=images,
+        model_card=model_card,
+        settings_file=settings_file,
+    )
 
 
 if __name__ == "__main__":
