@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -15,7 +16,7 @@ from settings import InputError
 from torch import nn
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float | None, targets: Sequence[str]) -> list[nn.Parameter]:
+def add_lora(model: Any, rank: int, alpha: float | None, targets: Sequence[str]) -> list[nn.Parameter]:
     """Adds a LoRA, zero at first, and returns its parameters, in float32.
 
     peft freezes whatever else it finds, coefficients too: they are added after this.
@@ -36,7 +37,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None, targets: Sequence
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def save_lora(model: nn.Module, folder: Path) -> Path:
+def save_lora(model: Any, folder: Path) -> Path:
     """Writes `folder / pytorch_lora_weights.safetensors`, whole or not at all, with rank and alpha in its header."""
     from peft.utils import get_peft_model_state_dict
 

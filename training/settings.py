@@ -107,6 +107,9 @@ class DreamBoothSettings:
     logging_dir: str = flag("Folder of the log, in the output folder unless absolute.", "logs")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # as from the command line and from JSON
+                object.__setattr__(self, name, tuple(value))
         problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))

@@ -7,6 +7,8 @@ loss    = || UNet(noisy, t, prompt) - target ||^2      target by the model's pre
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -25,7 +27,7 @@ class StableDiffusion:
     supported = ("StableDiffusionPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self._check()
@@ -49,6 +51,7 @@ class StableDiffusion:
 
     @property
     def denoiser(self) -> nn.Module:
+        """What is trained: the UNet."""
         unet: nn.Module = self.pipeline.unet
         return unet
 
@@ -77,15 +80,15 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """(prompts, tokens, width)."""
-        embeddings, _ = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, False)
+        embeddings: Tensor = self.pipeline.encode_prompt(prompts, self.pipeline.device, 1, False)[0]
         return embeddings
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Pixels (B, 3, side, side) in [-1, 1] to float32 latents (B, C, side / 8, side / 8)."""
         vae = self.pipeline.vae
-        latents = retrieve_latents(vae.encode(pixels.to(vae.device, vae.dtype)), generators)
-        return latents.float() * vae.config.scaling_factor
+        latents: Tensor = retrieve_latents(vae.encode(pixels.to(vae.device, vae.dtype)), generators)
+        return latents.float() * float(vae.config.scaling_factor)
 
     def loss(
         self,
@@ -128,7 +131,7 @@ class StableDiffusion:
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """min(SNR, gamma) on the error of the picture itself (arXiv 2303.09556), for what this model predicts."""
-        snr = compute_snr(self.noise_scheduler, timesteps)
+        snr: Tensor = compute_snr(self.noise_scheduler, timesteps)
         kind = self.noise_scheduler.config.prediction_type
         if kind == "epsilon":
             return (gamma / snr).clamp(max=1.0)  # also where the last timestep has no signal left, SNR = 0

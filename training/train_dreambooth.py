@@ -89,8 +89,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_family(settings)
 
     accelerator = start_accelerator(settings)
-    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    family = StableDiffusion.load(settings, accelerator.device, dtype)
+    family = StableDiffusion.load(settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts(
         [settings.instance_prompt, *filter(None, [settings.class_prompt]), *settings.validation_prompt]
     )
@@ -128,19 +127,26 @@ def check_family(settings: DreamBoothSettings) -> None:
 
 
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
+    """Raises InputError if tensorboard is missing, or the device has not the precision asked for."""
     if settings.report_to == "tensorboard" and not is_tensorboard_available():
         raise InputError("--report_to tensorboard needs tensorboard: pip install tensorboard; or --report_to none")
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     output_dir = Path(settings.output_dir)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             mixed_precision=settings.mixed_precision,
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
         )
     except ValueError as error:  # a precision that the device does not have
-        raise InputError(str(error)) from error
+        raise InputError(f"--mixed_precision: {error}") from error
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision not in DTYPES:
+        raise InputError(f"--mixed_precision must be of {', '.join(DTYPES)}, got {precision} from accelerate's config")
+    if precision == "fp16" and device == "cpu":  # accelerate would run without autocast
+        raise InputError("--mixed_precision fp16 needs a GPU, and this runs on cpu; use bf16 or no")
+    return accelerator
 
 
 def with_defaults_of_run(
@@ -163,7 +169,7 @@ def with_defaults_of_run(
         learning_rate=settings.learning_rate * scale,
         lora_learning_rate=settings.lora_learning_rate * scale,
         scale_lr=False,
-        mixed_precision=accelerator.mixed_precision if accelerator.mixed_precision in DTYPES else None,
+        mixed_precision=accelerator.mixed_precision,
     )
 
 

@@ -1,0 +1,219 @@
+"""Flags, and what a run answers to bad input: before training, with everything named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_dreambooth
+from diffusers import StableDiffusionPipeline
+from settings import DreamBoothSettings, InputError, parse_settings
+from train_dreambooth import main
+
+REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
+Argv = Callable[..., list[str]]
+
+
+def settings(**changes: Any) -> DreamBoothSettings:
+    return DreamBoothSettings(**{**REQUIRED, **changes})
+
+
+def parsed(*flags: str) -> DreamBoothSettings:
+    return parse_settings([*(f"--{name}={value}" for name, value in REQUIRED.items()), *flags])
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+
+
+# Flags
+
+
+def test_the_flags_defaults_are_the_dataclasses() -> None:
+    assert parsed() == settings()
+
+
+def test_flags_take_the_fields_types() -> None:
+    flags = "--no_coeff --lora_rank 4 --coeff_kinds self cross --center_crop --seed 0".split()  # noqa: SIM905
+    found = parsed(*flags, "--coeff_dropout", "0.2", "--validation_prompt", "a dog", "two dogs", "--lora_alpha", "8")
+    assert found == settings(
+        seed=0,
+        coeff_dropout=0.2,
+        coeff=False,
+        lora_rank=4,
+        coeff_kinds=("self", "cross"),
+        center_crop=True,
+        validation_prompt=("a dog", "two dogs"),
+        lora_alpha=8.0,
+    )
+
+
+def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for setting in fields(DreamBoothSettings):
+        assert setting.metadata["help"].endswith(".")
+        assert f"--{'no_' if setting.default is True else ''}{setting.name}" in shown
+
+
+def test_a_cut_off_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--learning", "1")
+    assert "unrecognized arguments: --learning" in capsys.readouterr().err
+
+
+def test_settings_are_saved_as_json_and_read_back() -> None:
+    given = settings(seed=0, validation_prompt=("ä",), coeff_include=("attn1",))
+    assert settings(**json.loads(given.to_json())) == given
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be 0 or more, got -1"),
+        ({"learning_rate": 0.0}, "--learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be above 0, got nan"),
+        ({"learning_rate": float("inf")}, "--learning_rate must be above 0, got inf"),
+        ({"coeff_dropout": 1.0}, "--coeff_dropout must be in [0, 1), got 1.0"),
+        ({"coeff_kinds": ("self", "croos")}, "--coeff_kinds must be of self, cross, joint, got croos"),
+        ({"mixed_precision": "fp8"}, "--mixed_precision must be of no, fp16, bf16, got fp8"),
+        ({"lr_scheduler": "step"}, "--lr_scheduler must be of constant, constant_with_warmup, linear"),
+        ({"background_color": "whit"}, "--background_color must be a colour such as white or #ffffff, got 'whit'"),
+        ({"instance_prompt": " "}, "--instance_prompt must not be empty"),
+        ({"with_prior_preservation": True, "class_prompt": "a"}, "--with_prior_preservation needs --class_data_dir"),
+        ({"class_prompt": "a dog"}, "--class_prompt needs --with_prior_preservation"),
+        ({"class_data_dir": "c"}, "--class_data_dir needs --with_prior_preservation"),
+        ({"coeff": False}, "--no_coeff leaves nothing to train: give a --lora_rank of 1 or more"),
+        ({"lora_alpha": 4.0}, "--lora_alpha needs a --lora_rank of 1 or more"),
+        ({"max_train_steps": 3, "num_train_epochs": 1}, "--max_train_steps and --num_train_epochs exclude each other"),
+        ({"lr_warmup_steps": 5}, "--lr_warmup_steps has no effect on constant"),
+        (
+            {"with_prior_preservation": True, "class_prompt": "a", "class_data_dir": "./in/"},
+            "--class_data_dir must not be the folder of --instance_data_dir",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        settings(**changes)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "these settings cannot be used:"
+    assert len(lines) == 2
+    assert lines[1].startswith(f"  {problem}")
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    with pytest.raises(InputError) as error:
+        settings(train_batch_size=0, adam_beta1=1.5, report_to="wandb", class_prompt="a")
+    assert [line.split()[0] for line in str(error.value).splitlines()[1:]] == [
+        "--train_batch_size",
+        "--adam_beta1",
+        "--report_to",
+        "--class_prompt",
+    ]
+
+
+# Input that is not there, or not what it should be
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_missing_instance_folder_is_an_error_before_anything_is_loaded(argv: Argv, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--instance_data_dir: {tmp_path / 'none'} does not exist"):
+        main(argv(instance_data_dir=tmp_path / "none"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_class_file_that_is_no_picture_is_an_error_before_anything_is_loaded(argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a.png").write_text("no picture")
+    flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
+    with pytest.raises(InputError, match=r"--class_data_dir: these files(.|\n)*class/a\.png: UnidentifiedImageError"):
+        main(argv(**flags))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_a_file_in_the_way_of_the_output_folder_is_an_error_before_anything_is_loaded(
+    argv: Argv, tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=f"--output_dir: {tmp_path / 'file' / below} cannot be written: .*"):
+        main(argv(output_dir=tmp_path / "file" / below))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_permission_is_an_error_before_anything_is_loaded(argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="--output_dir: .*locked cannot be written: .*Permission denied"):
+        main(argv(output_dir=tmp_path / "locked"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_an_output_folder_on_a_full_disk_is_an_error_before_anything_is_loaded(
+    argv: Argv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("output.tempfile.TemporaryFile", full)
+    with pytest.raises(InputError, match="cannot be written: .*No space left on device"):
+        main(argv())
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_pipeline_of_another_family_is_refused_with_those_supported(argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(InputError, match=r"flux is a FluxPipeline; supported are Stable Diffusion 1\.x and 2\.x"):
+        main(argv(pretrained_model_name_or_path=tmp_path / "flux"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_folder_without_a_pipeline_is_refused(argv: Argv, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--pretrained_model_name_or_path: there is no pipeline at"):
+        main(argv(pretrained_model_name_or_path=tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_missing_tensorboard_is_named(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_dreambooth, "is_tensorboard_available", lambda: False)
+    with pytest.raises(InputError, match="--report_to tensorboard needs tensorboard"):
+        main(argv(report_to="tensorboard"))
+
+
+@pytest.mark.parametrize("flag", ["instance_prompt", "class_prompt", "validation_prompt"])
+def test_each_prompt_is_checked_for_its_length(argv: Argv, tmp_path: Path, flag: str) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
+    prompt = "a dog that is far too long"
+    with pytest.raises(InputError, match=f"'{prompt}' has 22 tokens"):
+        main(argv(**prior | {flag: prompt}))
+    assert list((tmp_path / "class").iterdir()) == []
+
+
+def test_a_pattern_without_a_layer_is_an_input_error(argv: Argv) -> None:
+    with pytest.raises(InputError, match=r"the patterns \['attn3'\] match none"):
+        main(argv(coeff_include="attn3"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has float16")
+def test_a_precision_that_the_device_lacks_is_an_input_error(argv: Argv) -> None:
+    with pytest.raises(InputError, match="--mixed_precision fp16 needs a GPU, and this runs on cpu"):
+        main(argv(mixed_precision="fp16"))
