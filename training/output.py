@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL import Image
-from settings import InputError
+from settings import DreamBoothSettings, InputError
 
 
 def make_writable(folder: str | Path, setting: str) -> Path:
@@ -25,6 +25,17 @@ def make_writable(folder: str | Path, setting: str) -> Path:
             return Path(folder)
     except OSError as error:
         raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
+
+
+def check_output_folder(settings: DreamBoothSettings) -> None:
+    """Makes the output folder.
+
+    Raises:
+        InputError: if it cannot be written, or the model card would overwrite somebody's README.md.
+    """
+    folder = make_writable(settings.output_dir, "output_dir")
+    if (folder / "README.md").exists() and not (folder / "settings.json").exists():
+        raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
 
 
 @contextmanager

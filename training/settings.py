@@ -7,6 +7,7 @@ import json
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class DreamBoothSettings:
     class_prompt: str | None = flag("The prompt of the class pictures, such as 'a dog'.", None)
     num_class_images: int = flag("How many class pictures to use.", 100)
     prior_loss_weight: float = flag("Weight of the class pictures' loss beside the subject's.", 1.0)
-    sample_batch_size: int = flag("How many class pictures to generate at a time.", 4)
+    sample_batch_size: int = flag("How many class or validation pictures to generate at a time.", 4)
 
     resolution: int | None = flag("Side of the training pictures in pixels; the base model's own if not given.", None)
     center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
@@ -212,10 +213,14 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--max_train_steps and --num_train_epochs exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
-    if _same_folder(settings.class_data_dir, settings.instance_data_dir):
-        problems.append("--class_data_dir must not be the folder of --instance_data_dir")
-    return problems
+    return problems + _folder_problems(settings)
 
 
-def _same_folder(one: str | None, other: str) -> bool:
-    return bool(one) and Path(str(one)).resolve() == Path(other).resolve()
+def _folder_problems(settings: DreamBoothSettings) -> list[str]:
+    names = ("instance_data_dir", "class_data_dir", "output_dir")
+    folders = {name: Path(value).resolve() for name in names if (value := getattr(settings, name))}
+    return [
+        f"--{one} and --{other} must be different folders"
+        for one, other in combinations(folders, 2)
+        if folders[one] == folders[other]
+    ]

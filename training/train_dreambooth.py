@@ -27,7 +27,7 @@ from class_images import check_class_folder, complete_class_images
 from data import DreamBoothDataset, collate, find_images
 from diffusers.optimization import get_scheduler
 from lora import add_lora, save_lora
-from output import make_writable, size_text, write_grid, write_text
+from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
 from stable_diffusion import StableDiffusion
 from torch import nn
@@ -82,7 +82,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
     """
-    make_writable(settings.output_dir, "output_dir")
+    check_output_folder(settings)
     instance_images = find_images(settings.instance_data_dir, "instance_data_dir")
     if settings.with_prior_preservation:
         check_class_folder(settings)
@@ -176,7 +176,7 @@ def with_defaults_of_run(
 def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
     """Puts on what is trained: `"coefficients"` and `"lora"` -> their parameters, where they are asked for."""
     parameters = {}
-    if settings.lora_rank:
+    if settings.lora_rank:  # first, for peft freezes coefficients that are there
         parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
     if settings.coeff:
         config = CoeffConfig(
@@ -189,7 +189,7 @@ def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[
             add_coeff_adapter(family.pipeline, config)
         except ValueError as error:  # a pattern or a kind that no layer has
             raise InputError(str(error)) from error
-        parameters["coefficients"] = coeff_parameters(family.pipeline)
+        parameters = {"coefficients": coeff_parameters(family.pipeline)} | parameters
     return parameters
 
 

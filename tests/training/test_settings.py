@@ -104,8 +104,9 @@ def test_settings_are_saved_as_json_and_read_back() -> None:
         ({"lr_warmup_steps": 5}, "--lr_warmup_steps has no effect on constant"),
         (
             {"with_prior_preservation": True, "class_prompt": "a", "class_data_dir": "./in/"},
-            "--class_data_dir must not be the folder of --instance_data_dir",
+            "--instance_data_dir and --class_data_dir must be different folders",
         ),
+        ({"output_dir": "./in"}, "--instance_data_dir and --output_dir must be different folders"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], problem: str) -> None:
@@ -163,6 +164,13 @@ def test_an_output_folder_without_permission_is_an_error_before_anything_is_load
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(InputError, match="--output_dir: .*locked cannot be written: .*Permission denied"):
         main(argv(output_dir=tmp_path / "locked"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_somebodys_readme_in_the_output_folder_is_not_overwritten(argv: Argv, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="--output_dir: .* holds a README.md of no training run"):
+        main(argv(output_dir=tmp_path))
 
 
 @pytest.mark.usefixtures("nothing_loaded")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import class_images
 import numpy as np
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_counts_are_printed(train: Train, capsys: pytest.CaptureFixture[str], se
     printed = capsys.readouterr().out
     coeffs, lora = coefficients_and_lora(seen)
     assert (
-        f"Numbers trained: {coeffs + lora:,} (lora {lora:,}, coefficients {coeffs:,}). Frozen: {frozen:,}." in printed
+        f"Numbers trained: {coeffs + lora:,} (coefficients {coeffs:,}, lora {lora:,}). Frozen: {frozen:,}." in printed
     )
     assert "pytorch_lora_weights.safetensors (" in printed
 
@@ -254,6 +255,17 @@ def test_the_same_seed_gives_the_same_coefficients_and_seeds_0_and_1_do_not(trai
     first, again, other = (coefficients(train(**flags, seed=seed)) for seed in (0, 0, 1))
     assert_equal(first, again)
     assert all(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_dropout_takes_part_in_training(train: Train) -> None:
+    plain, dropped = (coefficients(train(coeff_dropout=rate)) for rate in (0.0, 0.3))
+    assert all(not torch.equal(plain[key], dropped[key]) for key in plain)
+
+
+def test_a_second_run_into_the_same_folder_takes_its_place(train: Train, tmp_path: Path) -> None:
+    train(seed=1)
+    assert_equal(coefficients(train(seed=0)), coefficients(train(seed=0, output_dir=tmp_path / "other")))
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["seed"] == 0
 
 
 def test_workers_change_nothing(train: Train) -> None:
@@ -382,7 +394,7 @@ def test_a_class_folder_that_is_full_need_not_be_writable(
     train: Train, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    original = train_dreambooth.make_writable
+    original = class_images.make_writable
     monkeypatch.setattr(
         "class_images.make_writable", lambda folder, name: asked.append(name) or original(folder, name)
     )
