@@ -321,7 +321,6 @@ def make_batches(
         batch_size=settings.train_batch_size,
         collate_fn=collate,
         num_workers=settings.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(settings.seed),  # the loader must not draw from the global one
     )
 
 
