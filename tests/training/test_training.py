@@ -188,7 +188,7 @@ def coefficients_and_lora(seen: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"lora_rank": 2}, {"lora_rank": 2, "no_coeff": True}, {"mixed_precision": "bf16"}]
+    "flags", [{}, {"lora_rank": 2}, {"lora_rank": 2, "no_coeff": True}, {"lora_rank": 2, "mixed_precision": "bf16"}]
 )
 def test_what_is_asked_for_moves_and_nothing_else(train: Train, seen: dict[str, Any], flags: dict[str, Any]) -> None:
     result = train(**flags)
