@@ -1,0 +1,36 @@
+# Each target works as the first command in a fresh clone: Python 3.11 and make are all it needs.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+
+.PHONY: install demo test lint format bench clean
+
+install: $(STAMP)
+
+# .ci/constraints.txt pins what was tested; pyproject.toml holds the ranges that should work
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(PY) examples/demo.py
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(STAMP)
+	$(PY) examples/benchmarks/attention.py
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

@@ -1,0 +1,115 @@
+"""The whole job on the model that ships with the project: a subject, its training, a file, and the picture it makes.
+
+    make demo            or            python examples/demo.py --subject "panda face"
+
+Trains coefficients for one glyph that the embedded model has never seen, and writes to `outputs/demo`: the file, and
+`demo.png` with the training pictures and what the base model and the tuned one answer to the same prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from generate import generate
+from PIL import Image
+from sheet import sheet
+
+from coeff_diffusers import coeff_disabled, load_coeff_weights
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE.parent / "training"), str(HERE / "emoji")]
+import train_dreambooth  # noqa: E402
+from scenes import Scene, render  # noqa: E402
+
+MODEL = HERE / "emoji" / "model"
+SUBJECTS = HERE / "emoji" / "subjects"
+SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale": 0.7}
+
+
+def main(args: argparse.Namespace) -> Path:
+    output = args.output_dir
+    instance_dir = output / "instance_images"
+    pictures = write_instance_images(args.subject, instance_dir)
+    result = train_dreambooth.main(training_flags(args, instance_dir))
+    assert result is not None
+    prompts = [f"a sks {args.subject} on a {colour} background" for colour in ("blue", "yellow", "pink", "white")]
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    print("generating ...")
+    load_coeff_weights(pipe, result.coeff_file)
+    tuned = generate(pipe, prompts, [0, 1], **SAMPLING)
+    with coeff_disabled(pipe):
+        base = generate(pipe, prompts, [0, 1], **SAMPLING)
+    captions = [f"{prompt}, seed {seed}" for prompt, seed in tuned]
+    rows = [
+        (f"training pictures: “a sks {args.subject}”", pictures, []),
+        ("base model", list(base.values()), captions),
+        (f"the same with {result.trained['coefficients']:,} coefficients", list(tuned.values()), captions),
+    ]
+    path = output / "demo.png"
+    sheet(rows, title=f"A subject the model has never seen: {args.subject}").save(path)
+    report(path, result)
+    return path
+
+
+def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
+    """The flags of training/train_dreambooth.py; also what examples/compare_adapters.py trains with."""
+    flags = {
+        "pretrained_model_name_or_path": MODEL,
+        "instance_data_dir": instance_dir,
+        "instance_prompt": f"a sks {args.subject}",
+        "output_dir": args.output_dir,
+        "max_train_steps": args.max_train_steps,
+        "learning_rate": args.learning_rate,
+        "train_batch_size": 4,
+        "lr_scheduler": "cosine",
+        "report_to": "none",
+        "seed": args.seed,
+    }
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+def write_instance_images(subject: str, folder: Path) -> list[Image.Image]:
+    """A handful of pictures of the subject, as a user would bring them: on different backgrounds."""
+    known = {entry["words"]: entry["file"] for entry in json.loads((SUBJECTS / "subjects.json").read_text())}
+    if subject not in known:
+        raise SystemExit(f"--subject must be one of {sorted(known)}, got {subject!r}")
+    glyph = Image.open(SUBJECTS / known[subject]).convert("RGBA")
+    scenes = [Scene(subject, colour) for colour in ("white", "green", "purple", "gray", "orange")]
+    pictures = [render(scene, glyph) for scene in scenes]
+    folder.mkdir(parents=True, exist_ok=True)
+    for scene, picture in zip(scenes, pictures):
+        picture.save(folder / f"{scene.background}.png")
+    return pictures
+
+
+def report(path: Path, result: train_dreambooth.TrainingResult) -> None:
+    file = result.coeff_file
+    assert file is not None
+    print(
+        f"\nwrote {path}, with the training pictures and both models' answers\n"
+        f"wrote {file}: {result.trained['coefficients']:,} numbers trained, {file.stat().st_size / 1024:.0f} KB\n\n"
+        "To use it:\n"
+        "    from coeff_diffusers import load_coeff_weights\n"
+        f'    pipe = StableDiffusionPipeline.from_pretrained("{MODEL.relative_to(HERE.parent)}")\n'
+        f'    load_coeff_weights(pipe, "{file}")'
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
+    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())
