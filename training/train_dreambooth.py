@@ -101,7 +101,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
     check_trainable(family, parameters)
-    accelerator.print(count_text(family, parameters))
+    accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
 
     losses = train(family, parameters, settings, accelerator, instance_images, class_images)
     weights = write_weights(family, settings) if accelerator.is_main_process else {}

@@ -185,7 +185,9 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
 
 
 def cache_latents(settings: Settings, accelerator: Accelerator, package: Path, work: Path) -> None:
-    """Every size, place and background of every glyph, twice, shifted by up to two pixels."""
+    """Every size, place and background of every glyph, twice, shifted by up to two pixels; and the tokenizer."""
+    if accelerator.is_main_process and not (work / "tokenizer").exists():
+        new_tokenizer(package).save_pretrained(work / "tokenizer")
     if (work / "latents.pt").exists() or not accelerator.is_main_process:
         return
     vae = new_vae()
@@ -323,7 +325,7 @@ class ExplicitAttnProcessor:
 
 def train_unet(settings: Settings, accelerator: Accelerator, package: Path, work: Path) -> None:
     torch.manual_seed(settings.seed)
-    tokenizer = new_tokenizer(package)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     module = Denoising(new_unet(), new_text_encoder(tokenizer))
     module.unet.set_attn_processor(ExplicitAttnProcessor())
     optimizer = torch.optim.AdamW(
@@ -385,7 +387,7 @@ def export(settings: Settings, accelerator: Accelerator, package: Path, work: Pa
     """The averaged weights as a `StableDiffusionPipeline` of float16 safetensors."""
     if not accelerator.is_main_process:
         return
-    tokenizer = new_tokenizer(package)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     module = Denoising(new_unet(), new_text_encoder(tokenizer))
     ema = EMAModel(module.parameters())
     load_checkpoint(work / "unet.pt", module=module, ema=ema)

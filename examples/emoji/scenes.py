@@ -104,7 +104,8 @@ class Scene:
     def caption(self) -> str:
         article = "an" if (self.size or self.words)[0] in "aeiou" and self.words != "unicorn face" else "a"
         noun = f"{self.size} {self.words}".strip()
-        return f"{article} {noun} on a {self.background} background" + (f", {self.place}" if self.place else "")
+        where = "an" if self.background == "orange" else "a"
+        return f"{article} {noun} on {where} {self.background} background" + (f", {self.place}" if self.place else "")
 
 
 def draw_scene(words: str, rng: random.Random) -> Scene:

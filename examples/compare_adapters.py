@@ -1,0 +1,99 @@
+"""Coefficients, LoRA, and both, on the embedded model: the same subject, pictures, steps and seeds.
+
+    python examples/compare_adapters.py --subject "panda face" --output_dir outputs/compare
+
+Writes `compare.png` and `compare.json`. The loss there is that of the subject on backgrounds which training did not
+show, over the same noise and timesteps for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import demo
+import torch
+from diffusers import StableDiffusionPipeline
+from generate import generate
+from PIL import Image
+from sheet import sheet
+
+from coeff_diffusers import load_coeff_weights
+
+sys.path += [str(Path(demo.__file__).parents[1] / "training"), str(Path(demo.__file__).parent / "emoji")]
+import train_dreambooth
+from data import to_tensor
+from scenes import Scene, render
+from stable_diffusion import StableDiffusion
+
+NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    pictures = demo.write_instance_images(args.subject, args.output_dir / "instance_images")
+    lora = ["--lora_rank", str(args.lora_rank), "--lora_learning_rate", str(args.lora_learning_rate)]
+    kinds = {
+        "coefficients": [],
+        f"LoRA, rank {args.lora_rank}": [*lora, "--no_coeff"],
+        "LoRA + coefficients": lora,
+    }
+    rows = [("training pictures", pictures, [])]
+    results: dict[str, Any] = {}
+    prompts = [f"a sks {args.subject} on a {background} background" for background in NEW_BACKGROUNDS]
+    for name, flags in {"base": None, **kinds}.items():
+        pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)
+        pipe.set_progress_bar_config(disable=True)
+        trained = 0 if flags is None else train_and_load(pipe, args, name, flags)
+        results[name] = {"numbers trained": trained, "loss": round(subject_loss(pipe, args.subject), 4)}
+        images = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
+        rows.append((f"{name}: {trained:,} numbers", list(images.values()), [f"{p}, seed {s}" for p, s in images]))
+    sheet(rows, title=f"{args.subject}, {args.max_train_steps} steps").save(args.output_dir / "compare.png")
+    (args.output_dir / "compare.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+    return results
+
+
+def train_and_load(pipe: Any, args: argparse.Namespace, name: str, flags: list[str]) -> int:
+    """Trains as the demo does, with further flags, and loads what came out; returns how many numbers were trained."""
+    output = args.output_dir / name.replace(" ", "-")
+    run = argparse.Namespace(**{**vars(args), "output_dir": output})
+    result = train_dreambooth.main([*demo.training_flags(run, args.output_dir / "instance_images"), *flags])
+    assert result is not None
+    if result.lora_file is not None:
+        pipe.load_lora_weights(output, weight_name=result.lora_file.name)
+    if result.coeff_file is not None:
+        load_coeff_weights(pipe, result.coeff_file)
+    return sum(result.trained.values())
+
+
+@torch.no_grad()
+def subject_loss(pipe: Any, subject: str, draws: int = 16) -> float:
+    """The training loss of the subject on new backgrounds, over `draws` fixed noises and timesteps for each."""
+    family = StableDiffusion(pipe)
+    glyph = Image.open(demo.SUBJECTS / f"{subject.replace(' ', '-')}.png").convert("RGBA")
+    losses = []
+    for background in NEW_BACKGROUNDS:
+        picture = to_tensor(render(Scene(subject, background), glyph), 64, True, False, torch.Generator())
+        embeddings = family.encode_prompts([f"a sks {subject} on a {background} background"])
+        pixels, prompts = picture.expand(draws, -1, -1, -1), embeddings.expand(draws, -1, -1)
+        losses.append(family.loss(pipe.unet, pixels, prompts, list(range(draws))).item())
+    return sum(losses) / len(losses)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
+    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of the coefficients")
+    parser.add_argument("--lora_rank", type=int, default=4)
+    parser.add_argument("--lora_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,84 @@
+"""What the README tells its reader to run, run: the demo, generation, and the comparison, each with few steps."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import compare_adapters
+import demo
+import generate
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from sheet import sheet
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    args = argparse.Namespace(subject="panda face", max_train_steps=3, learning_rate=1e-2, seed=0, output_dir=output)
+    assert demo.main(args) == output / "demo.png"
+    return output
+
+
+def test_demo_writes_the_picture_and_the_file(demo_run) -> None:
+    assert Image.open(demo_run / "demo.png").width > 1000
+    tensors = load_file(demo_run / "pytorch_coeff_weights.safetensors")
+    assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
+    assert len(list((demo_run / "instance_images").iterdir())) == 5
+
+
+def test_demo_says_what_it_did_and_how_to_use_it(tmp_path, capsys) -> None:
+    args = argparse.Namespace(subject="owl", max_train_steps=1, learning_rate=1e-2, seed=0, output_dir=tmp_path)
+    demo.main(args)
+    out = capsys.readouterr().out
+    assert "numbers trained" in out
+    assert " KB" in out
+    assert f'load_coeff_weights(pipe, "{tmp_path}/pytorch_coeff_weights.safetensors")' in out
+
+
+def test_demo_names_the_subjects_it_has(tmp_path) -> None:
+    args = argparse.Namespace(subject="gryphon", max_train_steps=1, learning_rate=1e-2, seed=0, output_dir=tmp_path)
+    with pytest.raises(SystemExit, match="must be one of .*'fox face'.*, got 'gryphon'"):
+        demo.main(args)
+
+
+def test_generate_shows_base_and_tuned_for_the_same_prompts_and_seeds(demo_run, tmp_path) -> None:
+    flags = [
+        "--pretrained_model_name_or_path", str(demo.MODEL), "--coeff_weights", str(demo_run),
+        "--prompt", "a sks panda face", "a pig face", "--num_images_per_prompt", "1", "--num_inference_steps", "2",
+        "--coeff_scale", "30", "--output_dir", str(tmp_path), "--device", "cpu",
+    ]  # fmt: skip
+    generate.main(generate.parse_args(flags))
+    names = {
+        f"{prompt}-seed0-{kind}.png" for prompt in ("a-sks-panda-face", "a-pig-face") for kind in ("base", "tuned")
+    }
+    assert {path.name for path in tmp_path.iterdir()} == names | {"sheet.png"}
+    base, tuned = (Image.open(tmp_path / f"a-pig-face-seed0-{kind}.png") for kind in ("base", "tuned"))
+    assert base.tobytes() != tuned.tobytes()
+
+
+def test_comparison_trains_coefficients_lora_and_both(tmp_path) -> None:
+    args = argparse.Namespace(
+        subject="owl", max_train_steps=2, learning_rate=1e-2, lora_rank=2, lora_learning_rate=1e-3, seed=0,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    results = compare_adapters.main(args)
+    counts = [entry["numbers trained"] for entry in results.values()]
+    assert counts[0] == 0
+    assert counts[1] + counts[2] == counts[3]
+    assert len({entry["loss"] for entry in results.values()}) > 1
+    assert (tmp_path / "compare.png").exists()
+
+
+def test_a_sheet_has_room_for_every_row_and_caption() -> None:
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    plain = sheet([("", [red, blue], [])])
+    captioned = sheet([("row", [red, blue], ["one", "two words"]), ("other", [blue], [])], title="title")
+    assert captioned.width > plain.width
+    assert captioned.height > 2 * plain.height
+    colours = {colour for _, colour in captioned.getcolors(100_000)}
+    assert {(255, 0, 0), (0, 0, 255), (255, 255, 255)} <= colours
