@@ -12,17 +12,19 @@ Letters: B batch, H heads (i output, j source), T queries, S keys, D head width 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Map entries formed at a time on a CPU: 2**19 float32 are 2 MB, so that the few arrays of a block stay in a last-level
-# cache. On an accelerator a block must be large enough to fill it; 2**26 float32 are 256 MB. The latter is unmeasured.
+# Map entries formed at a time. On a CPU 2**19 float32 are 2 MB, so that the two or three buffers of a block stay in a
+# last-level cache. An accelerator must be filled: a block may take a 256th part of its memory, in each buffer; where
+# that is not known, 2**24 float32 are 64 MB. Nothing was measured on an accelerator.
 _BLOCK_ENTRIES_CPU = 2**19
-_BLOCK_ENTRIES_ACCELERATOR = 2**26
+_BLOCK_ENTRIES_ACCELERATOR = 2**24
+_BLOCK_MEMORY_SHARE = 1 / 256
 
 
 def mixed_attention(
@@ -81,7 +83,7 @@ def mixed_attention(
         if attn_mask is not None:
             attn_mask = _to_four_dims(attn_mask)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output: Tensor = _BlockwiseMixedAttention.apply(query, key, value, coeff, attn_mask, is_causal, scale)
+        output: Tensor = _blockwise(query, key, value, coeff, attn_mask, is_causal, scale)
         return output
 
 
@@ -116,106 +118,211 @@ def mixed_attention_reference(
     return torch.einsum("bits, bise -> bite", mixed, value).to(dtype)
 
 
-class _BlockwiseMixedAttention(torch.autograd.Function):
-    """The reference, a block of samples and query rows at a time. Backward forms each block's maps again."""
+# One opaque operator, so that torch.compile takes it into a whole graph without unrolling the loop over blocks, and
+# does not compile again when only the coefficients change.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+
+@torch.library.custom_op(
+    "coeff_diffusers::mixed_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? attn_mask, bool is_causal, float scale)"
+    " -> Tensor",
+)
+def _blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coeff: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The reference, a block of samples and query rows at a time, in two buffers that all blocks share."""
+    alpha = _alpha(coeff, query)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    with torch.autocast(query.device.type, enabled=False):
+        blocks = _Blocks(query, key, attn_mask, is_causal, scale, buffers=2)
+        for b, rows in blocks:
+            keys, values = blocks.merged(key, b), blocks.merged(value, b)
+            for t in rows:
+                maps = blocks.maps(keys, b, t)
+                mixed = blocks.mix(alpha[b], maps, into=1)
+                _multiply(mixed, values, out[b, :, t].flatten(0, 1))
+    return out
+
+
+@_blockwise.register_fake
+def _(query, key, value, coeff, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op(
+    "coeff_diffusers::mixed_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? attn_mask, bool is_causal,"
+    " float scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _blockwise_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coeff: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and coeff, empty where not wanted. Each block's maps are formed again.
+
+    With M = alpha maps:    dV = M^T dO,  dM = dO V^T,  dalpha = dM maps^T,  dmaps = alpha^T dM,
+                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q scale.
+    """
+    alpha = _alpha(coeff, query)
+    grads = _empty_gradients(query, key, value, alpha, wanted)
+    grad_query, grad_key, grad_value, grad_alpha = grads
+    with torch.autocast(query.device.type, enabled=False):
+        blocks = _Blocks(query, key, attn_mask, is_causal, scale, buffers=3)
+        for b, rows in blocks:
+            keys, values = blocks.merged(key, b), blocks.merged(value, b)
+            for t in rows:
+                maps = blocks.maps(keys, b, t)
+                block_grad = blocks.merged(grad_out[:, :, t], b)
+                if wanted[2]:
+                    mixed = blocks.mix(alpha[b], maps, into=1)
+                    grad_value[b].flatten(0, 1).baddbmm_(mixed.mT, block_grad)
+                if not (wanted[0] or wanted[1] or wanted[3]):
+                    continue
+                grad_mixed = torch.bmm(block_grad, values.mT, out=blocks.buffer(1, maps.shape))
+                if wanted[3]:
+                    grad_alpha[b].baddbmm_(blocks.by_sample(grad_mixed), blocks.by_sample(maps).mT)
+                if not (wanted[0] or wanted[1]):
+                    continue
+                grad_maps = blocks.mix(alpha[b].mT, grad_mixed, into=2)
+                grad_scores = torch.ops.aten._softmax_backward_data.out(
+                    grad_maps, maps, -1, maps.dtype, grad_input=grad_maps
+                )
+                if wanted[0]:
+                    _multiply(grad_scores, keys * scale, grad_query[b, :, t].flatten(0, 1))
+                if wanted[1]:
+                    queries = blocks.merged(query[:, :, t], b) * scale
+                    grad_key[b].flatten(0, 1).baddbmm_(grad_scores.mT, queries)
+    grad_coeff = grad_alpha if coeff.ndim == 3 or not wanted[3] else grad_alpha.sum(0)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_coeff.to(coeff.dtype)
+
+
+@_blockwise_backward.register_fake
+def _(grad_out, query, key, value, coeff, attn_mask, is_causal, scale, wanted):  # type: ignore[no-untyped-def]
+    inputs = (query, key, value, coeff)
+    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.is_causal, ctx.scale = inputs[5:]
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = _blockwise_backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale, wanted)
+    return (*(grad if wants else None for grad, wants in zip(grads, wanted)), None, None, None)
+
+
+_blockwise.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _Blocks:
+    """Blocks of (samples, query rows), whose maps fit a budget, and the buffers that they share.
+
+    Whole samples are taken together while they are small, else some rows of one sample. Heads and samples of a block
+    are merged into one dimension, (b * H), for the batched products.
+    """
+
+    def __init__(
+        self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
-        coeff: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool,
         scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, coeff, attn_mask)
-        ctx.is_causal, ctx.scale = is_causal, scale
-        alpha = _alpha(coeff, query.dtype)
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
-        for b, t in _blocks(query, key):
-            maps = _block_maps(query, key, attn_mask, is_causal, scale, b, t)
-            mixed = _mix(_per_sample(alpha, b), maps)
-            out[b, :, t] = mixed @ value[b].to(mixed.dtype)
-        return out
+        buffers: int,
+    ) -> None:
+        self.query, self.attn_mask, self.is_causal, self.scale = query, attn_mask, is_causal, scale
+        self.wide = _accumulation_dtype(query.dtype)
+        B, self.heads, self.T, self.S = *query.shape[:3], key.shape[2]
+        entries = _block_entries(query.device)
+        self.samples = min(B, max(1, entries // max(1, self.heads * self.T * self.S)))
+        self.rows = self.T if self.samples > 1 else max(1, min(self.T, entries // max(1, self.heads * self.S)))
+        size = self.samples * self.heads * self.rows * self.S
+        self.storage = [torch.empty(size, dtype=self.wide, device=query.device) for _ in range(buffers)]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_out.device.type, enabled=False):
-            return _blockwise_backward(ctx, grad_out)
+    def __iter__(self) -> Iterator[tuple[slice, list[slice]]]:
+        rows = [slice(t, min(t + self.rows, self.T)) for t in range(0, self.T, max(1, self.rows))]
+        for b in range(0, self.query.shape[0], max(1, self.samples)):
+            yield slice(b, min(b + self.samples, self.query.shape[0])), rows
+
+    def buffer(self, index: int, shape: torch.Size) -> Tensor:
+        return self.storage[index][: shape.numel()].view(shape)
+
+    def merged(self, x: Tensor, b: slice) -> Tensor:
+        """(b * H, ., .) of (B, H, ., .), in the accumulation dtype."""
+        return x[b].flatten(0, 1).to(self.wide)
+
+    def by_sample(self, x: Tensor) -> Tensor:
+        """(b * H, t, S) as (b, H, t * S)."""
+        return x.view(-1, self.heads, x.shape[1] * x.shape[2])
+
+    def maps(self, keys: Tensor, b: slice, t: slice) -> Tensor:
+        """The maps (b * H, t, S) of a block, in buffer 0."""
+        queries = self.merged(self.query[:, :, t], b) * self.scale
+        scores = self.buffer(0, torch.Size((len(queries), queries.shape[1], self.S)))
+        torch.bmm(queries, keys.mT, out=scores)
+        if self.attn_mask is None and not self.is_causal:
+            return torch.softmax(scores, dim=-1, out=scores)
+        by_head = scores.view(-1, self.heads, *scores.shape[1:])
+        masked = _masked(by_head, self._block_mask(b, t), self.is_causal, t.start)
+        return scores.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
+
+    def mix(self, alpha: Tensor, maps: Tensor, into: int) -> Tensor:
+        """einsum("ij, bjts -> bits", alpha, maps), one product of (H, H) by (H, t * S) a sample."""
+        mixed = self.buffer(into, maps.shape)
+        torch.bmm(alpha, self.by_sample(maps), out=self.by_sample(mixed))
+        return mixed
+
+    def _block_mask(self, b: slice, t: slice) -> Tensor | None:
+        if self.attn_mask is None:
+            return None
+        mask = self.attn_mask[b if self.attn_mask.shape[0] > 1 else slice(None)]
+        return mask[:, :, t if mask.shape[2] > 1 else slice(None)]
 
 
-def _blockwise_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, coeff, attn_mask = ctx.saved_tensors
-    needs_query, needs_key, needs_value, needs_coeff = ctx.needs_input_grad[:4]
-    needs_scores = needs_query or needs_key
-    alpha = _alpha(coeff, query.dtype)
-    # key, value and coeff gather a sum over blocks, so they are kept wide until the end
-    grad_query = torch.empty_like(query) if needs_query else None
-    grad_key = torch.zeros_like(key, dtype=alpha.dtype) if needs_key else None
-    grad_value = torch.zeros_like(value, dtype=alpha.dtype) if needs_value else None
-    grad_alpha = torch.zeros_like(alpha) if needs_coeff else None
+def _block_entries(device: torch.device) -> int:
+    """How many entries of the maps a block may have."""
+    if device.type == "cpu":
+        return _BLOCK_ENTRIES_CPU
+    if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
+        return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
+    return _BLOCK_ENTRIES_ACCELERATOR
 
-    for b, t in _blocks(query, key):
-        maps = _block_maps(query, key, attn_mask, ctx.is_causal, ctx.scale, b, t)
-        block_alpha = _per_sample(alpha, b)
-        block_grad = grad_out[b, :, t].to(maps.dtype)
-        if grad_value is not None:
-            grad_value[b] += _mix(block_alpha, maps).mT @ block_grad
-        if not (needs_scores or needs_coeff):
-            continue
-        grad_mixed = block_grad @ value[b].to(maps.dtype).mT  # (b, i, t, S)
-        if grad_alpha is not None:
-            per_sample = grad_mixed.flatten(2) @ maps.flatten(2).mT  # (b, i, j)
-            if grad_alpha.ndim == 2:
-                grad_alpha += per_sample.sum(0)
-            else:
-                grad_alpha[b] += per_sample
-        if needs_scores:
-            grad_maps = _mix(block_alpha.mT, grad_mixed)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, maps.dtype) * ctx.scale
-            if grad_query is not None:
-                grad_query[b, :, t] = grad_scores @ key[b].to(maps.dtype)
-            if grad_key is not None:
-                grad_key[b] += grad_scores.mT @ query[b, :, t].to(maps.dtype)
 
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the blocks put their gradients. Those of key, value and alpha are sums over blocks, and kept wide."""
     return (
-        grad_query,
-        None if grad_key is None else grad_key.to(key.dtype),
-        None if grad_value is None else grad_value.to(value.dtype),
-        None if grad_alpha is None else grad_alpha.to(coeff.dtype),
-        None,
-        None,
-        None,
+        query.new_empty(query.shape if wanted[0] else 0),
+        alpha.new_zeros(key.shape if wanted[1] else 0),
+        alpha.new_zeros(value.shape if wanted[2] else 0),
+        alpha.new_zeros(alpha.shape if wanted[3] else 0),
     )
 
 
-def _blocks(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
-    """(samples, query rows) of each block: whole samples while they are small, else some rows of one sample."""
-    B, H, T, S = *query.shape[:3], key.shape[2]
-    entries = _BLOCK_ENTRIES_CPU if query.device.type == "cpu" else _BLOCK_ENTRIES_ACCELERATOR
-    samples = max(1, entries // max(1, H * T * S))
-    rows = max(1, entries // max(1, H * S)) if samples == 1 else T
-    rows = max(1, min(rows, T))
-    return [
-        (slice(b, min(b + samples, B)), slice(t, min(t + rows, T)))
-        for b in range(0, B, samples)
-        for t in range(0, T, rows)
-    ]
-
-
-def _block_maps(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, b: slice, t: slice
-) -> Tensor:
-    """The maps (b, H, t, S) of a block, in the accumulation dtype."""
-    wide = _accumulation_dtype(query.dtype)
-    scores = (query[b, :, t].to(wide) * scale) @ key[b].to(wide).mT
-    if attn_mask is not None:
-        attn_mask = attn_mask[b if attn_mask.shape[0] > 1 else slice(None)]
-        attn_mask = attn_mask[:, :, t if attn_mask.shape[2] > 1 else slice(None)]
-    return _softmax(_masked(scores, attn_mask, is_causal, t.start), attn_mask is not None)
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, also where out has fewer bits."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:
@@ -238,18 +345,11 @@ def _softmax(scores: Tensor, has_mask: bool) -> Tensor:
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)  # twice: no NaN in a gradient
 
 
-def _mix(alpha: Tensor, maps: Tensor) -> Tensor:
-    """einsum("ij, bjts -> bits", alpha, maps) as one product of (H, H) by (H, t * S) a sample."""
-    return torch.matmul(alpha, maps.flatten(2)).view_as(maps)
-
-
-def _alpha(coeff: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = _accumulation_dtype(dtype)
-    return torch.eye(coeff.shape[-1], dtype=wide, device=coeff.device) + coeff.to(wide)
-
-
-def _per_sample(alpha: Tensor, b: slice) -> Tensor:
-    return alpha if alpha.ndim == 2 else alpha[b]
+def _alpha(coeff: Tensor, query: Tensor) -> Tensor:
+    """I + coeff for each sample, (B, H, H), in the accumulation dtype of the query."""
+    wide = _accumulation_dtype(query.dtype)
+    alpha = torch.eye(coeff.shape[-1], dtype=wide, device=coeff.device) + coeff.to(wide)
+    return alpha.expand(query.shape[0], -1, -1)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,8 +13,6 @@ from torch import nn
 
 from coeff_diffusers.adapters import coeff_processors
 
-torch.set_num_threads(2)
-
 
 @dataclass
 class Host:
