@@ -408,9 +408,15 @@ def export(settings: Settings, accelerator: Accelerator, package: Path, work: Pa
     output = Path(settings.output_dir)
     temporary = Path(tempfile.mkdtemp(dir=output.parent))
     pipe.to(torch.float16).save_pretrained(temporary)
+    load_as_float32(temporary / "text_encoder" / "config.json")
     shutil.copytree(temporary, output, dirs_exist_ok=True)
     shutil.rmtree(temporary)
     print(f"wrote {output}, {sum(f.stat().st_size for f in output.rglob('*') if f.is_file()) / 2**20:.1f} MB")
+
+
+def load_as_float32(config: Path) -> None:
+    """transformers loads what the config says where diffusers loads float32; the two must agree."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def fold_normalisation(vae: AutoencoderKL, cache: dict[str, Any]) -> None:
