@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     rng = random.Random(args.seed)
     real = [draw_scene(words, rng) for words in WORDS for _ in range(4)]
-    real_pictures = to_tensor([render(scene, glyphs[scene.words], jitter(rng)) for scene in real])
+    real_pictures = to_tensor([render(scene, glyphs[scene.words]) for scene in real])
     asked = [draw_scene(words, rng) for words in WORDS for _ in range(args.pictures_per_glyph)]
     pictures = generate(pipe, asked, args)
     named = name_glyphs(classifier, to_tensor(pictures))
@@ -159,10 +159,6 @@ def augmented(glyph: Image.Image, rng: random.Random) -> Image.Image:
     small = glyph.resize((pixels, pixels), Image.Resampling.LANCZOS)
     picture.paste(small, (rng.randint(-2, 66 - pixels), rng.randint(-2, 66 - pixels)), small)
     return picture.filter(ImageFilter.GaussianBlur(rng.choice([0, 0.5, 1.0, 1.5])))
-
-
-def jitter(rng: random.Random) -> tuple[int, int]:
-    return rng.randint(-2, 2), rng.randint(-2, 2)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from scenes import BACKGROUNDS, GLYPHS, IMAGE_SIZE, PLACES, SIZES, SUBJECTS, Scene, load_glyphs, render
+from scenes import BACKGROUNDS, GLYPHS, IMAGE_SIZE, PLACES, SIZES, SUBJECTS, Scene, draw_scene, load_glyphs, render
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -55,12 +55,12 @@ class Settings:
     vae_batch_size: int = 8  # a process
     vae_learning_rate: float = 2e-3
     kl_weight: float = 1e-6
-    unet_steps: int = 30000
+    unet_steps: int = 13500
     unet_batch_size: int = 16  # a process
     unet_learning_rate: float = 1e-3
     first_glyphs: int = 40  # the curriculum begins with so many
-    first_steps: int = 3000
-    decay_fraction: float = 0.25  # of the steps, at their end, over which the rate falls to 0
+    first_steps: int = 6500
+    decay_fraction: float = 0.3  # of the steps, at their end, over which the rate falls to 0
     caption_dropout: float = 0.1
     checkpointing_steps: int = 500
 
@@ -185,7 +185,11 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
 
 
 def cache_latents(settings: Settings, accelerator: Accelerator, package: Path, work: Path) -> None:
-    """Every size, place and background of every glyph, twice, shifted by up to two pixels; and the tokenizer."""
+    """Every size, place and background of every glyph; and the tokenizer.
+
+    No shifts by single pixels: the places are whole latent cells apart, so that a glyph of a size has one encoding,
+    which the UNet learns much sooner than all the ways in which a glyph can lie on the grid.
+    """
     if accelerator.is_main_process and not (work / "tokenizer").exists():
         new_tokenizer(package).save_pretrained(work / "tokenizer")
     if (work / "latents.pt").exists() or not accelerator.is_main_process:
@@ -193,16 +197,12 @@ def cache_latents(settings: Settings, accelerator: Accelerator, package: Path, w
     vae = new_vae()
     load_checkpoint(work / "vae.pt", vae=vae)
     vae.eval()
-    rng = random.Random(settings.seed)
     glyphs = load_glyphs(package, GLYPHS)
-    scenes = [scene for words in GLYPHS for scene in all_scenes(words) for _ in range(2)]
+    scenes = [scene for words in GLYPHS for scene in all_scenes(words)]
     latents = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in tqdm(range(0, len(scenes), 64), desc="latents"):
-            batch = [
-                render(scene, glyphs[scene.words], (rng.randint(-2, 2), rng.randint(-2, 2)))
-                for scene in scenes[start : start + 64]
-            ]
+            batch = [render(scene, glyphs[scene.words]) for scene in scenes[start : start + 64]]
             latents.append(vae.encode(to_tensor(batch)).latent_dist.mode().half())
     stacked = torch.cat(latents)
     mean, std = stacked.float().mean((0, 2, 3)), stacked.float().std((0, 2, 3))
@@ -365,10 +365,12 @@ def scene_batches(
     captions = [Scene(*fields).caption for fields in cache["scenes"]]
     input_ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    first = sum(fields[0] in list(GLYPHS)[: settings.first_glyphs] for fields in cache["scenes"])
+    index = {tuple(fields): i for i, fields in enumerate(cache["scenes"])}
+    words = list(GLYPHS)
     while True:
-        among = first if step < settings.first_steps else len(captions)
-        chosen = torch.tensor([rng.randrange(among) for _ in range(settings.unet_batch_size)])
+        among = words[: settings.first_glyphs] if step < settings.first_steps else words
+        drawn = [draw_scene(rng.choice(among), rng) for _ in range(settings.unet_batch_size)]
+        chosen = torch.tensor([index[dataclasses.astuple(scene)] for scene in drawn])
         ids = input_ids[chosen].clone()
         ids[torch.rand(len(ids)) < settings.caption_dropout] = empty
         yield cache["latents"][chosen].float(), ids
@@ -376,8 +378,11 @@ def scene_batches(
 
 
 def stratified_timesteps(count: int) -> Tensor:
-    """One from each of `count` equal parts of the 1,000 steps, so that a batch's loss varies less."""
-    return ((torch.arange(count) + torch.rand(count)) / count * 1000).long()
+    """One from each of `count` parts of the 1,000 steps, so that a batch's loss varies less.
+
+    The density grows with the noise, where it is decided what is in the picture and where.
+    """
+    return (((torch.arange(count) + torch.rand(count)) / count).sqrt() * 1000).long().clamp(max=999)
 
 
 # ----------------------------------------------------------------------------------------------------------- export

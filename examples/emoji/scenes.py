@@ -52,34 +52,15 @@ GLYPHS = {
     "cherries": "cherries", "tomato": "tomato", "carrot": "carrot", "tree": "deciduous_tree", "cactus": "cactus",
     "sunflower": "sunflower", "rose": "rose",
     # the rest
-    "raccoon face": "raccoon", "horse face": "horse", "giraffe face": "giraffe_face",
-    "camel": "camel", "sheep": "sheep", "hedgehog": "hedgehog", "otter": "otter",
-    "kangaroo": "kangaroo", "beaver": "beaver", "squirrel": "chipmunk", "rhinoceros": "rhinoceros",
-    "hippopotamus": "hippopotamus", "gorilla": "gorilla", "rooster": "rooster", "eagle": "eagle",
-    "duck": "duck", "swan": "swan", "flamingo": "flamingo", "peacock": "peacock", "parrot": "parrot",
-    "crocodile": "crocodile", "dragon face": "dragon_face", "tyrannosaurus": "t-rex",
-    "dolphin": "dolphin", "seal": "seal", "blowfish": "blowfish", "shark": "shark", "shell": "shell",
-    "jellyfish": "jellyfish", "shrimp": "shrimp", "ant": "ant",
-    "spider": "spider", "cherry blossom": "cherry_blossom",
-    "pine tree": "evergreen_tree", "palm tree": "palm_tree", "seedling": "seedling",
-    "four leaf clover": "four_leaf_clover", "maple leaf": "maple_leaf", "potted plant": "potted_plant",
-    "pear": "pear", "blueberries": "blueberries",
-    "coconut": "coconut", "avocado": "avocado", "eggplant": "eggplant", "corn": "corn",
-    "bell pepper": "bell_pepper", "broccoli": "broccoli", "bread": "bread",
-    "croissant": "croissant", "pretzel": "pretzel", "pancakes": "pancakes", "cheese": "cheese_wedge",
-    "hamburger": "hamburger", "french fries": "fries", "pizza": "pizza", "hot dog": "hotdog", "taco": "taco",
-    "popcorn": "popcorn", "sushi": "sushi", "ice cream": "icecream", "doughnut": "doughnut", "cookie": "cookie",
-    "birthday cake": "birthday", "lollipop": "lollipop", "coffee": "coffee", "teapot": "teapot",
-    "wine glass": "wine_glass", "beer": "beer", "volcano": "volcano", "house": "house", "castle": "european_castle",
-    "bus": "bus", "fire engine": "fire_engine", "car": "car", "tractor": "tractor",
-    "bicycle": "bike", "sailboat": "boat", "airplane": "airplane", "helicopter": "helicopter",
-    "flying saucer": "flying_saucer", "alarm clock": "alarm_clock", "sun": "sun_with_face", "moon": "crescent_moon",
-    "star": "star", "cloud": "cloud", "rainbow": "rainbow", "umbrella": "umbrella", "snowman": "snowman",
-    "fire": "fire", "pumpkin": "jack_o_lantern", "christmas tree": "christmas_tree", "balloon": "balloon",
-    "gift": "gift", "trophy": "trophy", "soccer ball": "soccer", "basketball": "basketball", "guitar": "guitar",
-    "trumpet": "trumpet", "drum": "drum_with_drumsticks", "crown": "crown", "top hat": "tophat", "gem": "gem",
-    "key": "key", "hammer": "hammer", "bell": "bell", "light bulb": "bulb", "candle": "candle",
-    "scissors": "scissors", "robot face": "robot_face", "ghost": "ghost",
+    "horse face": "horse", "giraffe face": "giraffe_face", "eagle": "eagle", "duck": "duck", "flamingo": "flamingo",
+    "parrot": "parrot", "tyrannosaurus": "t-rex", "shark": "shark", "jellyfish": "jellyfish", "spider": "spider",
+    "cherry blossom": "cherry_blossom", "pine tree": "evergreen_tree", "palm tree": "palm_tree",
+    "four leaf clover": "four_leaf_clover", "maple leaf": "maple_leaf", "pear": "pear", "avocado": "avocado",
+    "eggplant": "eggplant", "corn": "corn", "broccoli": "broccoli", "hamburger": "hamburger", "pizza": "pizza",
+    "doughnut": "doughnut", "ice cream": "icecream", "house": "house", "car": "car", "airplane": "airplane",
+    "sun": "sun_with_face", "star": "star", "cloud": "cloud", "rainbow": "rainbow", "umbrella": "umbrella",
+    "snowman": "snowman", "pumpkin": "jack_o_lantern", "christmas tree": "christmas_tree", "soccer ball": "soccer",
+    "basketball": "basketball", "guitar": "guitar", "robot face": "robot_face", "ghost": "ghost",
 }  # fmt: skip
 
 # Never seen in training, by no part of the model: what users personalise it with. Values as above.
@@ -109,9 +90,9 @@ class Scene:
 
 
 def draw_scene(words: str, rng: random.Random) -> Scene:
-    """A random scene of a glyph: ordinary size and place half of the time; large glyphs stay in the middle."""
-    size = rng.choice(["", "", "small", "large"])
-    place = "" if size == "large" or rng.random() < 0.5 else rng.choice(list(PLACES))
+    """A random scene of a glyph. Most lie in the middle, where large ones have to."""
+    size = rng.choices(["", "large", "small"], [5, 3, 2])[0]
+    place = "" if size == "large" or rng.random() < 0.7 else rng.choice([place for place in PLACES if place])
     return Scene(words, rng.choice(list(BACKGROUNDS)), size, place)
 
 
