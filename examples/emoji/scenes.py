@@ -61,6 +61,15 @@ GLYPHS = {
     "sun": "sun_with_face", "star": "star", "cloud": "cloud", "rainbow": "rainbow", "umbrella": "umbrella",
     "snowman": "snowman", "pumpkin": "jack_o_lantern", "christmas tree": "christmas_tree", "soccer ball": "soccer",
     "basketball": "basketball", "guitar": "guitar", "robot face": "robot_face", "ghost": "ghost",
+    "raccoon face": "raccoon", "hedgehog": "hedgehog", "sheep": "sheep", "rooster": "rooster", "swan": "swan",
+    "peacock": "peacock", "crocodile": "crocodile", "dragon face": "dragon_face", "dolphin": "dolphin",
+    "blowfish": "blowfish", "shell": "shell", "shrimp": "shrimp", "blueberries": "blueberries", "coconut": "coconut",
+    "camel": "camel", "bell pepper": "bell_pepper", "bread": "bread", "croissant": "croissant",
+    "cheese": "cheese_wedge", "french fries": "fries", "hot dog": "hotdog", "popcorn": "popcorn", "cookie": "cookie",
+    "birthday cake": "birthday", "lollipop": "lollipop", "teapot": "teapot", "beer": "beer", "volcano": "volcano",
+    "castle": "european_castle", "bus": "bus", "fire engine": "fire_engine", "bicycle": "bike",
+    "helicopter": "helicopter", "alarm clock": "alarm_clock", "moon": "crescent_moon", "fire": "fire",
+    "balloon": "balloon", "gift": "gift", "trophy": "trophy", "crown": "crown",
 }  # fmt: skip
 
 # Never seen in training, by no part of the model: what users personalise it with. Values as above.

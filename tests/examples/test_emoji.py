@@ -41,7 +41,8 @@ def package(tmp_path) -> Path:
 @pytest.fixture
 def two_glyphs(monkeypatch) -> None:
     monkeypatch.setattr(pretrain, "GLYPHS", SHOWN)
-    monkeypatch.setattr(pretrain, "BACKGROUNDS", {name: BACKGROUNDS[name] for name in ("white", "blue")})
+    for name in set(BACKGROUNDS) - {"white", "blue"}:
+        monkeypatch.delitem(BACKGROUNDS, name)
 
 
 @pytest.mark.parametrize(
