@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers.utils.torch_utils import unwrap_module
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .config import CoeffConfig
@@ -33,12 +33,13 @@ def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_nam
         adapter_name: a new name, without a full stop.
 
     Raises:
-        ValueError: if the name is in use or not allowed, or no layer can be selected; the model is as it was.
+        ValueError: if the name is in use or not allowed, or no layer can be selected, or a selected layer is tied to
+            one that is not; the model is as it was.
     """
     config = config or CoeffConfig()
     check_new_adapter_name(model, adapter_name)
-    selected = {name: select_layers(part, config) for name, part in denoisers(model).items()}
-    layers = [layer for part in selected.values() for layer in part.values()]
+    layers = [layer for part in denoisers(model).values() for layer in select_layers(part, config).values()]
+    _check_ties(model, layers)
     wrap_layers(layers, adapter_name, config)
     _activate(model, {adapter_name: 1.0})
 
@@ -76,7 +77,7 @@ def set_coeff_adapters(
     _check_known(model, names)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
-    weights = [adapter_weights] * len(names) if isinstance(adapter_weights, (int, float)) else list(adapter_weights)
+    weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters {names} need as many weights, got {len(weights)}: {weights}")
     if not all(math.isfinite(weight) for weight in weights):
@@ -99,6 +100,8 @@ def get_active_coeff_adapters(model: Any) -> dict[str, float]:
 
 def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> None:
     """Deletes these adapters; layers left with none get their own processor back.
+
+    Others do not become active in their place: [`set_coeff_adapters`] chooses what is.
 
     Raises:
         ValueError: for an unknown name; nothing is changed.
@@ -151,12 +154,12 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
         TypeError: if `model` is neither a pipeline nor a module.
     """
     if isinstance(model, nn.Module):
-        model = unwrap_module(model)
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
         return {"unet" if "UNet" in type(model).__name__ else "transformer": model}
     if not hasattr(model, "components"):
         raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
     parts = {
-        name: unwrap_module(part)
+        name: extract_model_from_parallel(part, keep_torch_compile=False)
         for name, part in model.components.items()
         if name.startswith(("unet", "transformer")) and isinstance(part, nn.Module)
     }
@@ -175,7 +178,7 @@ def wrap_layers(layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -
     for layer in layers:
         if not isinstance(layer.processor, CoeffAttnProcessor):
             wrapper = CoeffAttnProcessor(head_count(layer), layer.processor).to(device_of(layer))
-            wrapper.train(layer.training).delete_adapter(DEFAULT_ADAPTER)
+            wrapper.delete_adapter(DEFAULT_ADAPTER)
             set_processor(layer, wrapper)
     for processor in dict.fromkeys(layer.processor for layer in layers):
         processor.add_adapter(adapter_name, config)
@@ -189,13 +192,28 @@ def set_processor(layer: Any, processor: Any) -> None:
 
 def check_new_adapter_name(model: Any, adapter_name: str) -> None:
     """Raises ValueError if the name is in use on `model` or cannot be used."""
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name must not be empty or hold a full stop, got {adapter_name!r}")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            "adapter_name must not be empty, hold a full stop or be the name of a method of torch's ParameterDict, "
+            f"got {adapter_name!r}"
+        )
     names = list_coeff_adapters(model)
     if adapter_name in names:
         raise ValueError(
             f"adapter {adapter_name!r} is in use (there are {names}): choose another adapter_name, or "
             f"delete_coeff_adapters(model, {adapter_name!r}) first"
+        )
+
+
+def _check_ties(model: Any, layers: Sequence[Any]) -> None:
+    """Raises ValueError if one of `layers` shares its coefficients with a layer that is not among them."""
+    chosen, wrapped = {id(layer) for layer in layers}, _wrapped_layers(model)
+    tied = {id(layer.processor) for layer in wrapped if id(layer) in chosen}
+    left_out = sum(id(layer.processor) in tied and id(layer) not in chosen for layer in wrapped)
+    if left_out:
+        raise ValueError(
+            f"the selected layers share a CoeffAttnProcessor with {left_out} that are not selected, which would get "
+            "the adapter too; select all of them, or unload_coeff_weights(model) first"
         )
 
 

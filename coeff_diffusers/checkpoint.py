@@ -29,7 +29,7 @@ from .adapters import (
     wrap_layers,
 )
 from .config import CoeffConfig
-from .layers import attention_layers, head_count
+from .layers import attention_layers, check_softmax, head_count
 from .processor import CoeffAttnProcessor
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
@@ -58,7 +58,8 @@ def save_coeff_weights(
         The path of the file.
 
     Raises:
-        ValueError: if there is no such adapter, or the file name or a metadata key cannot be used.
+        ValueError: if there is no such adapter, a value is not finite, or the file name or a metadata key cannot be
+            used.
     """
     if adapter_name not in list_coeff_adapters(model):
         raise ValueError(f"there is no adapter {adapter_name!r} to save; there are {list_coeff_adapters(model)}")
@@ -69,8 +70,12 @@ def save_coeff_weights(
     if taken:
         raise ValueError(f"metadata must not set {taken}, which the file format uses")
     header.update(metadata or {})
+    tensors = coeff_state_dict(model, adapter_name)
+    broken = [key for key, delta in tensors.items() if not torch.isfinite(delta).all()]
+    if broken:
+        raise ValueError(f"adapter {adapter_name!r} has values that are not finite, and was not written: {broken}")
     path = Path(save_directory) / weight_name
-    _save_whole(coeff_state_dict(model, adapter_name), header, path)
+    _save_whole(tensors, header, path)
     return path
 
 
@@ -80,7 +85,12 @@ def load_coeff_weights(
     *,
     weight_name: str | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
-    **hub: Any,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> None:
     """Loads an adapter and makes it the active one, with weight 1.
 
@@ -94,20 +104,36 @@ def load_coeff_weights(
         weight_name: the file in the folder or repository. By default `pytorch_coeff_weights.safetensors`, or the only
             `.safetensors` file of a folder.
         adapter_name: the name to load it under, not in use yet.
-        **hub: arguments of `huggingface_hub.hf_hub_download`: `subfolder` (of a folder, too), `revision`, `token`,
-            `cache_dir`, `local_files_only`, `force_download`.
+        subfolder: of the folder or repository.
+        revision, token, cache_dir, local_files_only, force_download: of a repository, as
+            `huggingface_hub.hf_hub_download` takes them.
+
+    What the file says of its training (dropout among it) is not applied: a loaded adapter has the default
+    [`CoeffConfig`].
 
     Raises:
-        ValueError: if the content does not fit the model, or the name is in use.
+        ValueError: if the content does not fit the model, its attention processors compute their own softmax, the
+            name is in use, or `weight_name` or `subfolder` is given beside a file or a state dict.
         OSError: if there is no such file.
     """
     check_new_adapter_name(model, adapter_name)
     source = pretrained_model_name_or_path_or_dict
+    description: dict[str, Any] | None
     if isinstance(source, Mapping):
+        _check_not_given("a state dict", weight_name=weight_name, subfolder=subfolder)
         state_dict, description = dict(source), None
         origin = "the state dict"
     else:
-        path = _find_file(source, weight_name, **hub)
+        path = _find_file(
+            source,
+            weight_name,
+            subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         state_dict, description = _read(path)
         origin = str(path)
     layers = _keyed_layers(model)
@@ -117,6 +143,7 @@ def load_coeff_weights(
             f"{origin} does not fit {type(model).__name__}, which was left as it is:\n  " + "\n  ".join(problems)
         )
     chosen = {key: layers[key] for key in state_dict}
+    check_softmax(chosen)
     wrap_layers(list(chosen.values()), adapter_name, CoeffConfig())
     with torch.no_grad():
         for key, layer in chosen.items():
@@ -146,7 +173,7 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
     base = {
         component: {
             "class": type(part).__name__,
-            "name": _public_name(getattr(part, "name_or_path", "") or getattr(part.config, "_name_or_path", "")),
+            "name": _base_name(model, part),
             "heads": {path: head_count(layer) for path, layer in attention_layers(part).items()},
         }
         for component, part in denoisers(model).items()
@@ -155,9 +182,25 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
 
 
-def _public_name(name_or_path: str) -> str:
-    """A hub name as it is; of a local folder its last part only, for files are passed on."""
-    return Path(name_or_path).name if os.path.exists(name_or_path) else name_or_path
+def _base_name(model: Any, part: Any) -> str:
+    own = getattr(part, "config", {}).get("_name_or_path")
+    return public_name(getattr(model, "name_or_path", None) or own or "")
+
+
+def public_name(name_or_path: str) -> str:
+    """A name on the Hub as it is, and found again in the path of its cache; of other folders the last part only.
+
+    Files are passed on, and say nothing of their writer's disk. A component's folder is named as its pipeline's.
+    """
+    path = Path(name_or_path)
+    if not name_or_path or not path.exists():
+        return name_or_path
+    path = path.resolve()
+    if (path.parent / "model_index.json").exists():
+        path = path.parent
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
@@ -181,17 +224,27 @@ def _umask() -> int:
     return mask
 
 
-def _find_file(source: str | os.PathLike[str], weight_name: str | None, **hub: Any) -> Path:
+def _find_file(
+    source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **hub: Any
+) -> Path:
     path = Path(source)
     if path.is_dir():
-        return _find_in_folder(path / (hub.get("subfolder") or ""), weight_name)
+        return _find_in_folder(path / (subfolder or ""), weight_name)
+    if path.is_file():
+        _check_not_given(f"the file {path}", weight_name=weight_name, subfolder=subfolder)
     if path.suffix and path.suffix != ".safetensors" and path.is_file():
         raise ValueError(f"{path} is no .safetensors file; coefficients are read from nothing else")
     if path.is_file():
         return path
     if path.suffix == ".safetensors" or path.is_absolute():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    return _download(str(source), weight_name or COEFF_WEIGHT_NAME, **hub)
+    return _download(str(source), weight_name or COEFF_WEIGHT_NAME, subfolder=subfolder, **hub)
+
+
+def _check_not_given(what: str, **options: str | None) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{what} is the adapter itself; {' and '.join(given)} can be given for a folder or repository")
 
 
 def _find_in_folder(folder: Path, weight_name: str | None) -> Path:

@@ -56,7 +56,7 @@ def mixed_attention(
             head i's. Kept in its own dtype (float32 in an adapter) whatever the inputs' dtype is.
         attn_mask: broadcastable to (B, H, T, S); boolean (True takes part) or added to the scores. Rows that are
             masked out entirely give zeros.
-        dropout_p: probability with which entries of the maps are dropped, before they are mixed.
+        dropout_p: probability in [0, 1] with which entries of the maps are dropped, before they are mixed.
         is_causal: masks keys s > t. Not together with `attn_mask`.
         scale: factor on the scores, `1 / sqrt(D)` by default.
         enable_gqa: lets groups of query heads share a key and value head. H counts query heads.
@@ -65,9 +65,11 @@ def mixed_attention(
         (B, H, T, E), in the dtype of `query`.
 
     Raises:
-        ValueError: if shapes do not fit; the message names both.
+        ValueError: if shapes do not fit, which the message names both, or another argument cannot be used.
     """
     _check_shapes(query, key, value, coeff, attn_mask, is_causal, enable_gqa)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -397,6 +399,8 @@ def _check_shapes(
         return
     if is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask must be boolean or floating point, got {attn_mask.dtype}")
     wrong = attn_mask.ndim > 4 or any(m not in (1, n) for m, n in zip(attn_mask.shape[::-1], (S, T, H, B)))
     if wrong:
         raise ValueError(f"attn_mask must be broadcastable to {(B, H, T, S)}, got {tuple(attn_mask.shape)}")

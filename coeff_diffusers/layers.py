@@ -71,13 +71,7 @@ def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
     _check_patterns(config, layers)
     chosen = {path: module for path, module in layers.items() if _is_selected(config, path, module)}
     linear = [path for path, module in chosen.items() if "Linear" in _processor_name(module)]
-    hand_made = [path for path, module in chosen.items() if _computes_own_softmax(_processor_name(module))]
-    if hand_made:
-        raise ValueError(
-            "the attention processors of these layers compute their own softmax, where no coefficients can take part; "
-            "call model.set_attn_processor(AttnProcessor2_0()), or disable attention slicing or xFormers, first:\n"
-            + _listed(layers, hand_made)
-        )
+    check_softmax(chosen)
     served = {path: module for path, module in chosen.items() if path not in linear}
     if not served:
         found = sorted({attention_kind(path, module) for path, module in layers.items()})
@@ -89,6 +83,17 @@ def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
     if linear:
         logger.warning("linear attention forms no maps; no coefficients for:\n%s", _listed(layers, linear))
     return served
+
+
+def check_softmax(layers: dict[str, Any]) -> None:
+    """Raises ValueError if the processors of some layers compute their own softmax."""
+    hand_made = [path for path, module in layers.items() if _computes_own_softmax(_processor_name(module))]
+    if hand_made:
+        raise ValueError(
+            "the attention processors of these layers compute their own softmax, where no coefficients can take part; "
+            "call model.set_attn_processor(AttnProcessor2_0()), or disable attention slicing or xFormers, first:\n"
+            + _listed(layers, hand_made)
+        )
 
 
 def _is_selected(config: CoeffConfig, path: str, module: nn.Module) -> bool:

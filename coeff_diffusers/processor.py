@@ -7,7 +7,7 @@ The host's processor is kept and called unchanged, inside a function mode that a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -36,7 +36,7 @@ class CoeffAttnProcessor(nn.Module):
         num_heads: H, the number of query heads of the layer.
         processor: the processor to run. `None` takes diffusers' `AttnProcessor2_0`, the default of its UNets and of
             PixArt; layers of other models need their own, which [`~CoeffAttnProcessor.for_model`] keeps.
-        dropout: probability with which an entry of Delta is dropped in training mode.
+        dropout: probability with which an entry of Delta is dropped while the layer is in training mode.
     """
 
     def __init__(self, num_heads: int, processor: Any = None, *, dropout: float = 0.0) -> None:
@@ -52,7 +52,7 @@ class CoeffAttnProcessor(nn.Module):
         self.num_heads = num_heads
         self.processor = processor
         self.enabled = True
-        self.coeff = nn.ParameterDict()
+        self.coeff = _Deltas()
         self.adapter_weights: dict[str, float] = {}
         self.configs: dict[str, CoeffConfig] = {}
         self.add_adapter("default", CoeffConfig(dropout=dropout))
@@ -80,7 +80,8 @@ class CoeffAttnProcessor(nn.Module):
     def add_adapter(self, name: str, config: CoeffConfig) -> None:
         """Adds Delta = 0 under `name`, which must be new, and makes it the only active one."""
         device = next((p.device for p in self.coeff.values()), None)
-        self.coeff[name] = nn.Parameter(torch.zeros(self.num_heads, self.num_heads, device=device))
+        zeros = torch.zeros(self.num_heads, self.num_heads, dtype=torch.float32, device=device)
+        self.coeff[name] = nn.Parameter(zeros)
         self.configs[name] = config
         self.adapter_weights = {name: 1.0}
 
@@ -90,13 +91,17 @@ class CoeffAttnProcessor(nn.Module):
         del self.configs[name]
         self.adapter_weights.pop(name, None)
 
-    def delta(self) -> Tensor | None:
-        """sum_k w_k Delta_k over the active adapters, (H, H) float32; `None` where that is the base model."""
+    def delta(self, training: bool = False) -> Tensor | None:
+        """sum_k w_k Delta_k over the active adapters, (H, H) float32; `None` where that is the base model.
+
+        Args:
+            training: whether to drop entries, as the adapters' configs say.
+        """
         active = {name: weight for name, weight in self.adapter_weights.items() if weight != 0.0}
         if not self.enabled or not active:
             return None
         terms = [
-            weight * F.dropout(self.coeff[name], self.configs[name].dropout, self.training)
+            weight * F.dropout(self.coeff[name], self.configs[name].dropout, training)
             for name, weight in active.items()
         ]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
@@ -108,7 +113,7 @@ class CoeffAttnProcessor(nn.Module):
             RuntimeError: if the processor ran and no `scaled_dot_product_attention` call was seen: the coefficients
                 would have had no effect.
         """
-        delta = self.delta()
+        delta = self.delta(attn.training)  # a processor that was set later has no mode of its own
         if delta is None:
             return self.processor(attn, *args, **kwargs)
         mode = _MixMaps(delta)
@@ -168,7 +173,7 @@ class CoeffAttnProcessor(nn.Module):
         else:
             unexpected_keys.extend(own)
         for name, delta in self.coeff.items():  # not looked for in the host's file, so not missing from it
-            state_dict[f"{prefix}coeff.{name}"] = delta.data
+            state_dict[f"{prefix}coeff.{name}"] = delta
 
     # What diffusers reads and sets on processors by name.
 
@@ -190,6 +195,17 @@ class CoeffAttnProcessor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, adapter_weights={self.adapter_weights}, enabled={self.enabled}"
+
+
+class _Deltas(nn.ParameterDict):
+    """Deltas by adapter name.
+
+    accelerate's sequential offload empties the modules that have parameters of their own and fills them again from the
+    model's `state_dict` when they are called. These are not called and not in there: to it they are no parameters.
+    """
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
 
 class _MixMaps(TorchFunctionMode):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import HOSTS, randomise
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
@@ -71,11 +73,21 @@ def test_one_instance_ties_the_coefficients_of_all_layers(unet) -> None:
     assert all(type(layer.processor) is AttnProcessor2_0 for layer in attention_layers(alike).values())
 
 
+def test_a_selection_that_parts_tied_layers_is_refused(unet) -> None:
+    alike = type(unet).from_config({**unet.config, "attention_head_dim": 4})
+    alike.set_attn_processor(CoeffAttnProcessor(4))
+    with pytest.raises(ValueError, match="share a CoeffAttnProcessor with 4 that are not selected"):
+        add_coeff_adapter(alike, CoeffConfig(kinds=("cross",)), adapter_name="cross")
+    assert list_coeff_adapters(alike) == ["default"]
+    add_coeff_adapter(alike, adapter_name="all")
+    assert len(coeff_parameters(alike, "all")) == 1
+
+
 def test_adapters_add_up_with_their_weights(unet) -> None:
     for seed, name in enumerate("ab"):
         add_coeff_adapter(unet, adapter_name=name)
         randomise(unet, name, seed)
-    set_coeff_adapters(unet, ["a", "b"], [0.7, -1.2])
+    set_coeff_adapters(unet, ["a", "b"], np.array([0.7, -1.2]))
     assert get_active_coeff_adapters(unet) == {"a": 0.7, "b": -1.2}
     out = run(unet)
     with torch.no_grad():
@@ -118,12 +130,20 @@ def test_dropout_drops_entries_of_delta_in_training_only(unet) -> None:
     processor = unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
     delta = processor.coeff["default"]
     torch.testing.assert_close(processor.delta(), delta)
-    unet.train()
     torch.manual_seed(0)
-    dropped = torch.stack([processor.delta() for _ in range(200)])
+    dropped = torch.stack([processor.delta(training=True) for _ in range(200)])
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], (delta / 0.6).expand_as(dropped)[kept])
     assert abs(kept.float().mean().item() - 0.6) < 0.03  # 3,200 draws: the standard deviation is 0.009
+
+
+def test_dropout_follows_the_layer_s_mode_however_the_processor_came_there(unet) -> None:
+    unet.set_attn_processor(CoeffAttnProcessor.for_model(unet, CoeffConfig(dropout=0.5)))
+    randomise(unet)
+    torch.testing.assert_close(run(unet), run(unet), rtol=0, atol=0)
+    unet.train()
+    torch.manual_seed(0)
+    assert (run(unet) != run(unet)).any()
 
 
 def test_a_pipeline_is_its_denoiser(unet, tmp_path) -> None:
@@ -167,6 +187,32 @@ class OwnWeights(nn.Module):
 
     def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         return self.gate.weight * self.inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+def test_loading_with_assign_keeps_the_parameters_that_an_optimizer_holds(unet) -> None:
+    add_coeff_adapter(unet)
+    before = coeff_parameters(unet)
+    unet.load_state_dict(copy.deepcopy(unet.state_dict()), assign=True)
+    assert all(one is other for one, other in zip(coeff_parameters(unet), before, strict=True))
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_sequential_offload_leaves_coefficients_where_they_are(unet, attached_first) -> None:
+    base = run(unet)
+    twin = copy.deepcopy(unet)
+    add_coeff_adapter(twin)
+    randomise(twin)
+    expected = run(twin)
+    if attached_first:
+        add_coeff_adapter(unet)
+    cpu_offload(unet, execution_device=torch.device("cpu"))
+    if not attached_first:
+        add_coeff_adapter(unet)
+    assert unet.conv_in.weight.is_meta
+    randomise(unet)
+    torch.testing.assert_close(run(unet), expected, rtol=0, atol=0)
+    with coeff_disabled(unet):
+        torch.testing.assert_close(run(unet), base, rtol=0, atol=0)
 
 
 def test_a_wrapped_processor_s_own_weights_keep_their_keys(unet) -> None:
@@ -276,8 +322,10 @@ def test_config_checks_itself(fields, error, message) -> None:
     ("call", "error", "message"),
     [
         (lambda unet: add_coeff_adapter(unet), ValueError, "'default' is in use .* delete_coeff_adapters"),
-        (lambda unet: add_coeff_adapter(unet, adapter_name="a.b"), ValueError, "full stop, got 'a.b'"),
+        (lambda unet: add_coeff_adapter(unet, adapter_name="a.b"), ValueError, "full stop.*, got 'a.b'"),
         (lambda unet: add_coeff_adapter(unet, adapter_name=""), ValueError, "must not be empty"),
+        (lambda unet: add_coeff_adapter(unet, adapter_name="train"), ValueError, "ParameterDict, got 'train'"),
+        (lambda unet: add_coeff_adapter(unet, adapter_name="training"), ValueError, "ParameterDict, got 'training'"),
         (lambda unet: set_coeff_adapters(unet, "x"), ValueError, r"no adapter \['x'\]; it has \['default'\]"),
         (lambda unet: set_coeff_adapters(unet, ["default", "default"]), ValueError, "named twice"),
         (lambda unet: set_coeff_adapters(unet, ["default"], [1.0, 2.0]), ValueError, "need as many weights, got 2"),

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from conftest import HOSTS, randomise
+from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -134,7 +135,8 @@ def test_a_repository_is_asked_for_with_the_hub_s_own_arguments(file, fresh, mon
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     load_coeff_weights(fresh, "someone/sks-dog", revision="main", subfolder="coeff", token="t")
     expected = {"repository": "someone/sks-dog", "filename": NAME}
-    assert asked == {**expected, "revision": "main", "subfolder": "coeff", "token": "t"}
+    given = {"revision": "main", "subfolder": "coeff", "token": "t"}
+    assert asked == {**expected, **given, "cache_dir": None, "local_files_only": False, "force_download": False}
 
 
 def test_a_repository_that_cannot_be_had_is_named(fresh, monkeypatch) -> None:
@@ -144,6 +146,34 @@ def test_a_repository_that_cannot_be_had_is_named(fresh, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(OSError, match="'someone/sks-dog' is no file or folder here, .*offline"):
         load_coeff_weights(fresh, "someone/sks-dog")
+
+
+@pytest.mark.parametrize("options", [{"weight_name": NAME}, {"subfolder": "x"}], ids=str)
+def test_options_that_a_file_has_no_use_for_are_refused(file, fresh, options) -> None:
+    with pytest.raises(ValueError, match=f"the file .* is the adapter itself; {next(iter(options))} can be given"):
+        load_coeff_weights(fresh, file, **options)
+    with pytest.raises(ValueError, match="a state dict is the adapter itself"):
+        load_coeff_weights(fresh, load_file(file), **options)
+    assert list_coeff_adapters(fresh) == []
+
+
+def test_processors_with_their_own_softmax_are_refused_at_loading_too(file, fresh) -> None:
+    fresh.set_attn_processor(AttnProcessor())
+    with pytest.raises(ValueError, match="compute their own softmax"):
+        load_coeff_weights(fresh, file)
+    assert list_coeff_adapters(fresh) == []
+
+
+def test_a_name_found_in_a_path_is_the_pipeline_s_and_the_repository_s(tmp_path) -> None:
+    pipeline = tmp_path / "my-pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    assert checkpoint.public_name(str(pipeline / "unet")) == "unet"
+    (pipeline / "model_index.json").write_text("{}")
+    assert checkpoint.public_name(str(pipeline / "unet")) == "my-pipeline"
+    snapshot = tmp_path / "models--someone--sks-dog" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    assert checkpoint.public_name(str(snapshot)) == "someone/sks-dog"
+    assert checkpoint.public_name("someone/sks-dog") == "someone/sks-dog"
 
 
 def test_several_adapters_live_side_by_side(trained, file) -> None:
@@ -259,6 +289,15 @@ def test_what_cannot_be_saved_is_refused(trained, tmp_path, options, message) ->
     with pytest.raises(ValueError, match=message):
         save_coeff_weights(trained, tmp_path, **options)
     assert os.listdir(tmp_path) == []
+
+
+def test_values_that_are_not_finite_are_not_written_over_good_ones(trained, file) -> None:
+    before = file.read_bytes()
+    with torch.no_grad():
+        coeff_parameters(trained)[1][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"'default' has values that are not finite, and was not written: \['unet.d"):
+        save_coeff_weights(trained, file.parent)
+    assert file.read_bytes() == before
 
 
 def test_a_name_in_use_is_refused_before_anything_is_read(trained, fresh) -> None:

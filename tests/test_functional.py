@@ -229,10 +229,12 @@ def _shapes(query=(B, H, T, D), key=(B, H, S, D), value=(B, H, S, E), coeff=(H, 
         ({"key": (B, 1, S, D), "value": (B, 1, S, E)}, "query has 3 heads and key 1: .* enable_gqa=True"),
         ({"attn_mask": (T, 9)}, r"attn_mask must be broadcastable to \(2, 3, 5, 7\), got \(5, 9\)"),
         ({"attn_mask": (T, S), "is_causal": True}, "exclude each other"),
+        ({"attn_mask": torch.ones(T, S, dtype=torch.int64)}, "must be boolean or floating point, got torch.int64"),
+        ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\], got -0.1"),
     ],
     ids=str,
 )
-def test_shapes_that_do_not_fit_are_named(wrong, message) -> None:
+def test_what_cannot_be_used_is_named(wrong, message) -> None:
     tensors, options = _shapes(**wrong)
     with pytest.raises(ValueError, match=message):
         mixed_attention(*tensors, **options)
