@@ -224,9 +224,7 @@ def _umask() -> int:
     return mask
 
 
-def _find_file(
-    source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **hub: Any
-) -> Path:
+def _find_file(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **hub: Any) -> Path:
     path = Path(source)
     if path.is_dir():
         return _find_in_folder(path / (subfolder or ""), weight_name)
@@ -244,7 +242,7 @@ def _find_file(
 def _check_not_given(what: str, **options: str | None) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(f"{what} is the adapter itself; {' and '.join(given)} can be given for a folder or repository")
+        raise ValueError(f"{what} is the adapter itself; {' and '.join(given)} can be given of a folder or repository")
 
 
 def _find_in_folder(folder: Path, weight_name: str | None) -> Path:

@@ -52,7 +52,7 @@ class CoeffAttnProcessor(nn.Module):
         self.num_heads = num_heads
         self.processor = processor
         self.enabled = True
-        self.coeff = _Deltas()
+        self.coeff = nn.ParameterDict()
         self.adapter_weights: dict[str, float] = {}
         self.configs: dict[str, CoeffConfig] = {}
         self.add_adapter("default", CoeffConfig(dropout=dropout))
@@ -151,9 +151,18 @@ class CoeffAttnProcessor(nn.Module):
             applied: Tensor = fn(tensor)
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
+        self.coeff._apply(moved_not_cast)
         for child in self.children():
-            child._apply(moved_not_cast if child is self.coeff else fn)
+            child._apply(fn)
         return self
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """All but the container of Delta, which the host's `named_modules` and `named_parameters` have.
+
+        accelerate's sequential offload goes from child to child, empties those with parameters of their own, and fills
+        them from the host's `state_dict` when they are called: the container is not called, and not in there.
+        """
+        return ((name, child) for name, child in super().named_children() if child is not self.coeff)
 
     # The wrapped processor's own parameters (an IP-Adapter's) keep the keys they have without the wrapper; Delta has
     # none, for it is no part of the base model.
@@ -195,17 +204,6 @@ class CoeffAttnProcessor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, adapter_weights={self.adapter_weights}, enabled={self.enabled}"
-
-
-class _Deltas(nn.ParameterDict):
-    """Deltas by adapter name.
-
-    accelerate's sequential offload empties the modules that have parameters of their own and fills them again from the
-    model's `state_dict` when they are called. These are not called and not in there: to it they are no parameters.
-    """
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
 
 class _MixMaps(TorchFunctionMode):

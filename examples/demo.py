@@ -85,6 +85,10 @@ def write_instance_images(subject: str, folder: Path) -> list[Image.Image]:
     folder.mkdir(parents=True, exist_ok=True)
     for scene, picture in zip(scenes, pictures):
         picture.save(folder / f"{scene.background}.png")
+    lines = [
+        {"file_name": f"{s.background}.png", "text": f"a sks {subject} on a {s.background} background"} for s in scenes
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return pictures
 
 

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from output import write_text
 from settings import DreamBoothSettings
 
+from coeff_diffusers.checkpoint import public_name
+
 NAMES = {"coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)", "lora": "numbers of a LoRA"}
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 
@@ -50,12 +52,6 @@ def write_card(
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in counts)]
     return write_text(str(populate_model_card(card, tags)), folder / "README.md")
-
-
-def public_name(name_or_path: str) -> str:
-    """A name on the Hub as it is; of a local folder its last part only, for cards are passed on."""
-    path = Path(name_or_path)
-    return path.resolve().name if path.exists() else name_or_path
 
 
 def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:

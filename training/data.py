@@ -6,6 +6,7 @@ is the same whatever the number of workers and processes, and however a batch is
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,28 @@ def find_images(folder: str | Path, setting: str, empty_allowed: bool = False) -
     return files
 
 
+def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[Path, str]:
+    """What `column` of `folder / metadata.jsonl` says of each picture, as the datasets library's imagefolder has it.
+
+    Raises:
+        InputError: if there is no such file, a line of it cannot be read, or a picture has no caption, which is named.
+    """
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        raise InputError(f"--caption_column: there is no {path}")
+    captions, problems = {}, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line) if line.strip() else {"file_name": "", column: ""}
+            captions[entry["file_name"]] = str(entry[column]).strip()
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"line {number} has no file_name and {column}: {error!r}")
+    problems += [f"{image.name} has no caption" for image in images if not captions.get(image.name)]
+    if problems:
+        raise InputError(f"--caption_column: {path}:\n  " + "\n  ".join(problems))
+    return {image: captions[image.name] for image in images}
+
+
 def _read_problem(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
@@ -71,7 +94,7 @@ def fit_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 @lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
-def load_image(path: Path, side: int, background: str) -> Image.Image:
+def load_image(path: Path, modified: int, side: int, background: str) -> Image.Image:
     with Image.open(path) as image:
         return fit_shorter_side(upright_rgb(image, background), side)
 
@@ -104,6 +127,7 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
         draws: how many draws the run takes.
         instance_images: the subject's pictures.
         class_images: pictures of its class; none without prior preservation.
+        prompts: of each of these pictures.
     """
 
     def __init__(
@@ -111,6 +135,7 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
         draws: int,
         instance_images: list[Path],
         class_images: list[Path],
+        prompts: dict[Path, str],
         *,
         resolution: int,
         seed: int,
@@ -120,14 +145,14 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.draws = draws
         self.images = {"instance": instance_images} | ({"class": class_images} if class_images else {})
-        self.resolution, self.seed = resolution, seed
+        self.prompts, self.resolution, self.seed = prompts, resolution, seed
         self.center_crop, self.random_flip, self.background_color = center_crop, random_flip, background_color
 
     def __len__(self) -> int:
         return self.draws
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        """`"instance"` and `"class"`: (pixels, seed of the noise that is added to them)."""
+        """`"instance"` and `"class"`: (pixels, seed of the noise that is added to them, prompt)."""
         return {kind: self._example(kind, draw) for kind in self.images}
 
     def path(self, kind: str, draw: int) -> Path:
@@ -138,17 +163,19 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
         random.Random(seed_of(self.seed, kind, "order", epoch)).shuffle(order)
         return order[place]
 
-    def _example(self, kind: str, draw: int) -> tuple[Tensor, int]:
-        image = load_image(self.path(kind, draw), self.resolution, self.background_color)
+    def _example(self, kind: str, draw: int) -> tuple[Tensor, int, str]:
+        path = self.path(kind, draw)
+        image = load_image(path, path.stat().st_mtime_ns, self.resolution, self.background_color)
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
         pixels = to_tensor(image, self.resolution, self.center_crop, self.random_flip, generator)
-        return pixels, seed_of(self.seed, kind, "noise", draw)
+        return pixels, seed_of(self.seed, kind, "noise", draw), self.prompts[path]
 
 
-def collate(draws: list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(draws: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks a batch: the subject's pictures first, then as many of the class, as the loss expects them."""
     examples = [draw[kind] for kind in draws[0] for draw in draws]
     return {
-        "pixels": torch.stack([pixels for pixels, _ in examples]),  # (B, 3, side, side)
-        "seeds": torch.tensor([seed for _, seed in examples]),  # (B,)
+        "pixels": torch.stack([pixels for pixels, _, _ in examples]),  # (B, 3, side, side)
+        "seeds": torch.tensor([seed for _, seed, _ in examples]),  # (B,)
+        "prompts": [prompt for _, _, prompt in examples],
     }

@@ -12,7 +12,6 @@ from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
-from settings import InputError
 from torch import nn
 
 
@@ -21,10 +20,8 @@ def add_lora(model: Any, rank: int, alpha: float | None, targets: Sequence[str])
 
     peft freezes whatever else it finds, coefficients too: they are added after this.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'") from error
+    from peft import LoraConfig
+
     model.add_adapter(
         LoraConfig(
             r=rank,

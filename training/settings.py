@@ -37,6 +37,11 @@ class DreamBoothSettings:
     pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
     instance_data_dir: str = flag("Folder with the pictures of the subject.")
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.")
+    caption_column: str | None = flag(
+        "Column of instance_data_dir/metadata.jsonl (a line a picture, with file_name and this) that holds the "
+        "prompt of each, to train with instead of instance_prompt.",
+        None,
+    )
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)

@@ -24,8 +24,9 @@ from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from card import write_card
 from class_images import check_class_folder, complete_class_images
-from data import DreamBoothDataset, collate, find_images
+from data import DreamBoothDataset, collate, find_images, read_captions
 from diffusers.optimization import get_scheduler
+from diffusers.utils import is_peft_available
 from lora import add_lora, save_lora
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
@@ -38,6 +39,7 @@ from validation import validation_images
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
+from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,15 +86,17 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     """
     check_output_folder(settings)
     instance_images = find_images(settings.instance_data_dir, "instance_data_dir")
+    captions = dict.fromkeys(instance_images, settings.instance_prompt)
+    if settings.caption_column:
+        captions = read_captions(settings.instance_data_dir, instance_images, settings.caption_column)
     if settings.with_prior_preservation:
         check_class_folder(settings)
     check_family(settings)
 
     accelerator = start_accelerator(settings)
     family = StableDiffusion.load(settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts(
-        [settings.instance_prompt, *filter(None, [settings.class_prompt]), *settings.validation_prompt]
-    )
+    family.check_prompts([*captions.values(), *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    check_adapters(family, settings)
     settings = with_defaults_of_run(settings, family, len(instance_images), accelerator)
     class_images = []
     if settings.with_prior_preservation:
@@ -103,7 +107,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
 
-    losses = train(family, parameters, settings, accelerator, instance_images, class_images)
+    losses = train(family, parameters, settings, accelerator, captions, class_images)
     weights = write_weights(family, settings) if accelerator.is_main_process else {}
     images = validate(family, settings, accelerator, len(losses))
     accelerator.end_training()
@@ -173,22 +177,33 @@ def with_defaults_of_run(
     )
 
 
+def check_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> None:
+    """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
+    if settings.lora_rank and not is_peft_available():
+        raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
+    if settings.coeff:
+        try:
+            select_layers(family.denoiser, coeff_config(settings))
+        except ValueError as error:  # a pattern or a kind that no layer has
+            raise InputError(f"--coeff_kinds, --coeff_include, --coeff_exclude: {error}") from error
+
+
+def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
+    return CoeffConfig(
+        include=settings.coeff_include,
+        exclude=settings.coeff_exclude,
+        kinds=settings.coeff_kinds,
+        dropout=settings.coeff_dropout,
+    )
+
+
 def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
     """Puts on what is trained: `"coefficients"` and `"lora"` -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
         parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
     if settings.coeff:
-        config = CoeffConfig(
-            include=settings.coeff_include,
-            exclude=settings.coeff_exclude,
-            kinds=settings.coeff_kinds,
-            dropout=settings.coeff_dropout,
-        )
-        try:
-            add_coeff_adapter(family.pipeline, config)
-        except ValueError as error:  # a pattern or a kind that no layer has
-            raise InputError(str(error)) from error
+        add_coeff_adapter(family.pipeline, coeff_config(settings))
         parameters = {"coefficients": coeff_parameters(family.pipeline)} | parameters
     return parameters
 
@@ -224,18 +239,18 @@ def train(
     parameters: dict[str, list[nn.Parameter]],
     settings: DreamBoothSettings,
     accelerator: Accelerator,
-    instance_images: list[Path],
+    captions: dict[Path, str],
     class_images: list[Path],
 ) -> list[float]:
-    """The loop. Returns the loss of each optimizer step."""
+    """The loop, over the subject's pictures, each with its prompt. Returns the loss of each optimizer step."""
     optimizer = make_optimizer(parameters, settings)
     # not prepared by accelerate, so that it counts optimizer steps whatever the number of processes
     lr_scheduler = make_lr_scheduler(optimizer, settings)
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
-    prompts = [settings.instance_prompt] + ([settings.class_prompt] if class_images else [])
-    embeddings = family.encode_prompts(prompts).repeat_interleave(settings.train_batch_size, dim=0)
-    batches = make_batches(settings, accelerator, instance_images, class_images)
+    prompts = captions | dict.fromkeys(class_images, settings.class_prompt or "")
+    embeddings = {prompt: family.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts.values())}
+    batches = make_batches(settings, accelerator, list(captions), class_images, prompts)
     denoiser, optimizer, batches = accelerator.prepare(family.denoiser, optimizer, batches)
     start_trackers(settings, accelerator)
     set_seed(settings.seed, device_specific=True)  # of the coefficients' dropout, another in each process
@@ -249,7 +264,7 @@ def train(
             loss = family.loss(
                 denoiser,
                 batch["pixels"],
-                embeddings,
+                torch.stack([embeddings[prompt] for prompt in batch["prompts"]]),
                 batch["seeds"].tolist(),
                 settings.prior_loss_weight if class_images else None,
                 settings.snr_gamma,
@@ -302,7 +317,11 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSett
 
 
 def make_batches(
-    settings: DreamBoothSettings, accelerator: Accelerator, instance_images: list[Path], class_images: list[Path]
+    settings: DreamBoothSettings,
+    accelerator: Accelerator,
+    instance_images: list[Path],
+    class_images: list[Path],
+    prompts: dict[Path, str],
 ) -> DataLoader:
     """All batches of the run, in order."""
     batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -310,6 +329,7 @@ def make_batches(
         batches * settings.train_batch_size,
         instance_images,
         class_images,
+        prompts,
         resolution=settings.resolution,
         seed=settings.seed,
         center_crop=settings.center_crop,

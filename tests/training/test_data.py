@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data import DreamBoothDataset, collate, find_images, fit_shorter_side, seed_of, to_tensor, upright_rgb
+from data import (
+    DreamBoothDataset,
+    collate,
+    find_images,
+    fit_shorter_side,
+    read_captions,
+    seed_of,
+    to_tensor,
+    upright_rgb,
+)
 from PIL import Image
 from settings import InputError
 
@@ -26,7 +36,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def dataset(paths: list[Path], class_paths: list[Path] | None = None, **changes: object) -> DreamBoothDataset:
     settings = {"resolution": 4, "seed": 0, **changes}
-    return DreamBoothDataset(20, paths, class_paths or [], **settings)
+    prompts = {path: f"a {path.stem}" for path in [*paths, *(class_paths or [])]}
+    return DreamBoothDataset(20, paths, class_paths or [], prompts, **settings)
 
 
 # Files
@@ -38,6 +49,41 @@ def test_pictures_are_taken_by_name_and_sidecars_hidden_files_and_folders_passed
         (tmp_path / name).write_text("no picture")
     (tmp_path / "folder").mkdir()
     assert find_images(tmp_path, "instance_data_dir") == sorted(paths)
+
+
+def test_captions_are_the_column_of_each_picture(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    lines = [
+        '{"file_name": "b.png", "text": " a sks fox on blue "}',
+        "",
+        '{"file_name": "a.png", "text": "a sks fox"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "gone.png", "text": "x"}']))
+    expected = {images[0]: "a sks fox", images[1]: "a sks fox on blue"}
+    assert read_captions(tmp_path, images, "text") == expected
+
+
+def test_pictures_without_a_caption_and_broken_lines_are_named(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    with pytest.raises(InputError, match="--caption_column: there is no .*metadata.jsonl"):
+        read_captions(tmp_path, images, "text")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n[]\n{"file_name": "b.png",')
+    with pytest.raises(InputError) as error:
+        read_captions(tmp_path, images, "text")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines[:3]] == [
+        f"line {number} has no file_name and text" for number in (1, 2, 3)
+    ]
+    assert [line.strip() for line in lines[3:]] == ["a.png has no caption", "b.png has no caption"]
+
+
+def test_a_picture_that_changed_is_read_anew(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", color=RED)
+    before = dataset([path])[0]["instance"][0]
+    saved(path, color=BLUE)
+    os.utime(path, ns=(1, 1))
+    after = dataset([path])[0]["instance"][0]
+    assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
 
 
 def test_every_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
@@ -159,10 +205,10 @@ def test_a_draw_follows_from_the_seed_and_its_number_alone(tmp_path: Path) -> No
     data, again, other = (dataset(paths, random_flip=True, seed=seed) for seed in (0, 0, 1))
     forwards = [data[draw]["instance"] for draw in range(6)]
     backwards = [again[draw]["instance"] for draw in reversed(range(6))][::-1]
-    for (pixels, seed), (same_pixels, same_seed) in zip(forwards, backwards):
+    for (pixels, seed, _), (same_pixels, same_seed, _) in zip(forwards, backwards):
         assert seed == same_seed
         torch.testing.assert_close(pixels, same_pixels, rtol=0, atol=0)
-    assert not {seed for _, seed in forwards} & {other[draw]["instance"][1] for draw in range(20)}
+    assert not {seed for _, seed, _ in forwards} & {other[draw]["instance"][1] for draw in range(20)}
 
 
 def test_subject_and_class_differ_in_all_that_is_random(tmp_path: Path) -> None:
@@ -176,6 +222,7 @@ def test_a_batch_holds_the_subjects_pictures_first_then_those_of_the_class(tmp_p
     batch = collate([data[0], data[1], data[2]])
     assert batch["pixels"].shape == (6, 3, 4, 4)
     assert batch["pixels"][:, 0, 0, 0].tolist() == [1.0] * 3 + [-1.0] * 3
+    assert batch["prompts"] == ["a a"] * 3 + ["a b"] * 3
     assert batch["seeds"].tolist() == [data[n][kind][1] for kind in ("instance", "class") for n in range(3)]
 
 

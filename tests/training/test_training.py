@@ -20,6 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from settings import InputError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from train_dreambooth import TrainingResult, check_trainable
@@ -427,6 +428,41 @@ def test_each_picture_of_a_batch_has_the_prompt_of_its_kind(
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     train(instance_data_dir=tmp_path / "instance", num_class_images=1, train_batch_size=2, max_train_steps=2, **prior)
     assert batches == [[(1.0, True, False)] * 2 + [(-1.0, False, True)] * 2] * 2  # red first, then blue
+
+
+def test_captions_take_the_place_of_the_instance_prompt(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (16, 16), color).save(folder / f"{color}.png")
+    entries = [{"file_name": f"{color}.png", "text": f"a fox on {color}"} for color in ("red", "blue")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    original = train_dreambooth.StableDiffusion.loss
+    matches = []
+
+    def loss(family: Any, denoiser: Any, pixels: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
+        red, blue = family.encode_prompts(["a fox on red", "a fox on blue"])
+        expected = torch.stack([red if picture[0].mean() > 0 else blue for picture in pixels])
+        matches.append(torch.equal(embeddings, expected) and not torch.equal(red, blue))
+        return original(family, denoiser, pixels, embeddings, *rest)
+
+    monkeypatch.setattr(train_dreambooth.StableDiffusion, "loss", loss)
+    train(instance_data_dir=folder, caption_column="text", max_train_steps=2)
+    assert matches == [True, True]
+
+
+def test_what_cannot_be_put_on_is_refused_before_class_pictures_are_made(
+    argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
+    with pytest.raises(InputError, match=r"--coeff_include.*\['attn3'\] match none of the"):
+        train_dreambooth.main(argv(coeff_include="attn3", **prior))
+    monkeypatch.setattr("train_dreambooth.is_peft_available", lambda: False)
+    with pytest.raises(InputError, match="--lora_rank needs peft: pip install"):
+        train_dreambooth.main(argv(lora_rank=2, **prior))
+    assert not list((tmp_path / "class").glob("*"))
 
 
 def test_a_class_folder_that_is_full_need_not_be_writable(
