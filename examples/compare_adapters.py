@@ -29,8 +29,6 @@ from data import to_tensor
 from scenes import Scene, render
 from stable_diffusion import StableDiffusion
 
-NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")
-
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     pictures = demo.write_instance_images(args.subject, args.output_dir / "instance_images")
@@ -42,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     }
     rows = [("training pictures", pictures, [])]
     results: dict[str, Any] = {}
-    prompts = [f"a sks {args.subject} on a {background} background" for background in NEW_BACKGROUNDS]
+    prompts = [demo.prompt(args.subject, background) for background in demo.NEW_BACKGROUNDS]
     for name, flags in {"base": None, **kinds}.items():
         pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)
         pipe.set_progress_bar_config(disable=True)
@@ -75,9 +73,9 @@ def subject_loss(pipe: Any, subject: str, draws: int = 16) -> float:
     family = StableDiffusion(pipe)
     glyph = Image.open(demo.SUBJECTS / f"{subject.replace(' ', '-')}.png").convert("RGBA")
     losses = []
-    for background in NEW_BACKGROUNDS:
+    for background in demo.NEW_BACKGROUNDS:
         picture = to_tensor(render(Scene(subject, background), glyph), 64, True, False, torch.Generator())
-        embeddings = family.encode_prompts([f"a sks {subject} on a {background} background"])
+        embeddings = family.encode_prompts([demo.prompt(subject, background)])
         pixels, prompts = picture.expand(draws, -1, -1, -1), embeddings.expand(draws, -1, -1)
         losses.append(family.loss(pipe.unet, pixels, prompts, list(range(draws))).item())
     return sum(losses) / len(losses)

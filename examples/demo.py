@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from scenes import Scene, render  # noqa: E402
 
 MODEL = HERE / "emoji" / "model"
 SUBJECTS = HERE / "emoji" / "subjects"
+BACKGROUNDS = ("white", "green", "purple", "gray", "orange")  # of the training pictures
+NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")  # that are asked for afterwards
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale": 0.7}
 
 
@@ -36,7 +39,7 @@ def main(args: argparse.Namespace) -> Path:
     pictures = write_instance_images(args.subject, instance_dir)
     result = train_dreambooth.main(training_flags(args, instance_dir))
     assert result is not None
-    prompts = [f"a sks {args.subject} on a {colour} background" for colour in ("blue", "yellow", "pink", "white")]
+    prompts = [prompt(args.subject, background) for background in NEW_BACKGROUNDS]
 
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
@@ -45,7 +48,7 @@ def main(args: argparse.Namespace) -> Path:
     tuned = generate(pipe, prompts, [0, 1], **SAMPLING)
     with coeff_disabled(pipe):
         base = generate(pipe, prompts, [0, 1], **SAMPLING)
-    captions = [f"{prompt}, seed {seed}" for prompt, seed in tuned]
+    captions = [f"{asked}, seed {seed}" for asked, seed in tuned]
     rows = [
         (f"training pictures: “a sks {args.subject}”", pictures, []),
         ("base model", list(base.values()), captions),
@@ -53,7 +56,7 @@ def main(args: argparse.Namespace) -> Path:
     ]
     path = output / "demo.png"
     sheet(rows, title=f"A subject the model has never seen: {args.subject}").save(path)
-    report(path, result)
+    report(path, result, prompts[0])
     return path
 
 
@@ -63,6 +66,7 @@ def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
         "pretrained_model_name_or_path": MODEL,
         "instance_data_dir": instance_dir,
         "instance_prompt": f"a sks {args.subject}",
+        "caption_column": "text",
         "output_dir": args.output_dir,
         "max_train_steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
@@ -80,28 +84,34 @@ def write_instance_images(subject: str, folder: Path) -> list[Image.Image]:
     if subject not in known:
         raise SystemExit(f"--subject must be one of {sorted(known)}, got {subject!r}")
     glyph = Image.open(SUBJECTS / known[subject]).convert("RGBA")
-    scenes = [Scene(subject, colour) for colour in ("white", "green", "purple", "gray", "orange")]
+    scenes = [Scene(subject, colour) for colour in BACKGROUNDS]
     pictures = [render(scene, glyph) for scene in scenes]
     folder.mkdir(parents=True, exist_ok=True)
     for scene, picture in zip(scenes, pictures):
         picture.save(folder / f"{scene.background}.png")
-    lines = [
-        {"file_name": f"{s.background}.png", "text": f"a sks {subject} on a {s.background} background"} for s in scenes
-    ]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    captions = [{"file_name": f"{s.background}.png", "text": prompt(subject, s.background)} for s in scenes]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(caption) + "\n" for caption in captions))
     return pictures
 
 
-def report(path: Path, result: train_dreambooth.TrainingResult) -> None:
+def prompt(subject: str, background: str) -> str:
+    return Scene(f"sks {subject}", background).caption
+
+
+def report(path: Path, result: train_dreambooth.TrainingResult, asked: str) -> None:
     file = result.coeff_file
     assert file is not None
+    options = ", ".join(f"{name}={value}" for name, value in SAMPLING.items())
     print(
         f"\nwrote {path}, with the training pictures and both models' answers\n"
-        f"wrote {file}: {result.trained['coefficients']:,} numbers trained, {file.stat().st_size / 1024:.0f} KB\n\n"
-        "To use it:\n"
+        f"wrote {file}: {result.trained['coefficients']:,} numbers trained, {file.stat().st_size / 1e3:.0f} KB\n\n"
+        "To use it, after\n"
+        "    from diffusers import StableDiffusionPipeline\n"
         "    from coeff_diffusers import load_coeff_weights\n"
-        f'    pipe = StableDiffusionPipeline.from_pretrained("{MODEL.relative_to(HERE.parent)}")\n'
-        f'    load_coeff_weights(pipe, "{file}")'
+        "three lines:\n"
+        f'    pipe = StableDiffusionPipeline.from_pretrained("{os.path.relpath(MODEL)}")\n'
+        f'    load_coeff_weights(pipe, "{file}")\n'
+        f'    pipe("{asked}", {options}).images[0].save("picture.png")'
     )
 
 

@@ -31,15 +31,15 @@ def main(args: argparse.Namespace) -> Path:
     if args.lora_weights:
         pipe.load_lora_weights(args.lora_weights)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    options = {name: value for name, value in options.items() if value is not None}
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
 
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):
         base = generate(pipe, args.prompt, seeds, **options)
     for kind, pictures in (("base", base), ("tuned", tuned)):
         for (prompt, seed), picture in pictures.items():
-            picture.save(args.output_dir / f"{file_name(prompt)}-seed{seed}-{kind}.png")
+            picture.save(args.output_dir / f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png")
     path = args.output_dir / "sheet.png"
     compare([("without coefficients", base), ("with coefficients", tuned)]).save(path)
     print(f"wrote {path} and {len(base) + len(tuned)} single pictures")
@@ -85,6 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images_per_prompt", type=int, default=2)
     parser.add_argument("--num_inference_steps", type=int, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
+    parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

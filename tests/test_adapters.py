@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import HOSTS, randomise
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from hosts import HOSTS, randomise
 from torch import nn
 
 from coeff_diffusers import (

@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from conftest import HOSTS, randomise
 from diffusers.models.attention_processor import AttnProcessor
+from hosts import HOSTS, randomise
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -7,8 +7,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import Host, randomise
 from diffusers.utils.peft_utils import set_adapter_layers
+from hosts import Host, randomise
 from packaging.version import Version
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn

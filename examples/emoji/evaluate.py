@@ -14,10 +14,12 @@ import argparse
 import json
 import random
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
@@ -39,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     package = args.emoji_package or fetch_package(args.work_dir)
     glyphs = load_glyphs(package, GLYPHS)
-    classifier = trained_classifier(glyphs, args.classifier_steps, args.work_dir / "classifier.pt")
+    classifier = trained_classifier(glyphs, args.classifier_steps, args.work_dir)
     pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
@@ -104,8 +106,7 @@ def reconstruct(pipe: StableDiffusionPipeline, pictures: Tensor) -> Tensor:
 
 def name_background(picture: Image.Image) -> str:
     """The named colour nearest to the median of the outermost two pixels all round."""
-    pixels = torch.tensor(list(picture.convert("RGB").get_flattened_data()), dtype=torch.float32)
-    pixels = pixels.view(picture.height, picture.width, 3)
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).float()
     frame = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
     median = torch.cat([part.reshape(-1, 3) for part in frame]).median(dim=0).values
     return min(BACKGROUNDS, key=lambda name: float((median - torch.tensor(BACKGROUNDS[name])).norm()))
@@ -129,8 +130,9 @@ def new_classifier() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, len(WORDS)))
 
 
-def trained_classifier(glyphs: dict[str, Image.Image], steps: int, cache: Path) -> nn.Module:
-    """Trained on composed scenes of any size, place and colour, some blurred; kept in `cache`."""
+def trained_classifier(glyphs: dict[str, Image.Image], steps: int, folder: Path) -> nn.Module:
+    """Trained on composed scenes of any size, place and colour, some blurred; kept in `folder` for these glyphs."""
+    cache = folder / f"classifier-{len(WORDS)}-{steps}-{zlib.crc32(' '.join(WORDS).encode()):08x}.pt"
     classifier = new_classifier()
     if cache.exists():
         classifier.load_state_dict(torch.load(cache))

@@ -66,13 +66,13 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")  # batches are not moved to a device
     torch.manual_seed(settings.seed)
     work = Path(settings.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
         package = Path(settings.emoji_package or fetch_package(work))
-    for name, stage in (("vae", train_vae), ("cache", cache_latents), ("unet", train_unet), ("export", export)):
+    for name, stage in STAGES.items():
         stage(settings, accelerator, package, work)
         accelerator.wait_for_everyone()
         if name == settings.stop_after:
@@ -416,7 +416,7 @@ def export(settings: Settings, accelerator: Accelerator, package: Path, work: Pa
     load_as_float32(temporary / "text_encoder" / "config.json")
     shutil.copytree(temporary, output, dirs_exist_ok=True)
     shutil.rmtree(temporary)
-    print(f"wrote {output}, {sum(f.stat().st_size for f in output.rglob('*') if f.is_file()) / 2**20:.1f} MB")
+    print(f"wrote {output}, {sum(f.stat().st_size for f in output.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
 def load_as_float32(config: Path) -> None:
@@ -477,10 +477,14 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
+STAGES = {"vae": train_vae, "cache": cache_latents, "unet": train_unet, "export": export}
+
+
 def parse_args() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        choices = list(STAGES) if field.name == "stop_after" else None
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=choices)
     return Settings(**vars(parser.parse_args()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import compare_adapters
@@ -28,7 +29,13 @@ def test_demo_writes_the_picture_and_the_file(demo_run) -> None:
     assert Image.open(demo_run / "demo.png").width > 1000
     tensors = load_file(demo_run / "pytorch_coeff_weights.safetensors")
     assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
-    assert len(list((demo_run / "instance_images").iterdir())) == 5
+    assert len(list((demo_run / "instance_images").glob("*.png"))) == 5
+
+
+def test_demo_trains_each_picture_with_its_own_background_s_name(demo_run) -> None:
+    captions = [json.loads(line) for line in (demo_run / "instance_images" / "metadata.jsonl").read_text().splitlines()]
+    assert {"file_name": "orange.png", "text": "a sks panda face on an orange background"} in captions
+    assert not set(demo.BACKGROUNDS) & set(demo.NEW_BACKGROUNDS)
 
 
 def test_demo_says_what_it_did_and_how_to_use_it(tmp_path, capsys) -> None:
@@ -54,10 +61,10 @@ def test_generate_shows_base_and_tuned_for_the_same_prompts_and_seeds(demo_run, 
     ]  # fmt: skip
     generate.main(generate.parse_args(flags))
     names = {
-        f"{prompt}-seed0-{kind}.png" for prompt in ("a-sks-panda-face", "a-pig-face") for kind in ("base", "tuned")
+        f"{prompt}-seed0-{kind}.png" for prompt in ("0-a-sks-panda-face", "1-a-pig-face") for kind in ("base", "tuned")
     }
     assert {path.name for path in tmp_path.iterdir()} == names | {"sheet.png"}
-    base, tuned = (Image.open(tmp_path / f"a-pig-face-seed0-{kind}.png") for kind in ("base", "tuned"))
+    base, tuned = (Image.open(tmp_path / f"1-a-pig-face-seed0-{kind}.png") for kind in ("base", "tuned"))
     assert base.tobytes() != tuned.tobytes()
 
 

@@ -42,13 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its state for the life of a process, which here has many runs."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def argv(base: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a short run, changed by keyword; `True` gives a flag without value, `None` leaves it out."""
