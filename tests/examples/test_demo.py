@@ -33,7 +33,8 @@ def test_demo_writes_the_picture_and_the_file(demo_run) -> None:
 
 
 def test_demo_trains_each_picture_with_its_own_background_s_name(demo_run) -> None:
-    captions = [json.loads(line) for line in (demo_run / "instance_images" / "metadata.jsonl").read_text().splitlines()]
+    lines = (demo_run / "instance_images" / "metadata.jsonl").read_text().splitlines()
+    captions = [json.loads(line) for line in lines]
     assert {"file_name": "orange.png", "text": "a sks panda face on an orange background"} in captions
     assert not set(demo.BACKGROUNDS) & set(demo.NEW_BACKGROUNDS)
 
