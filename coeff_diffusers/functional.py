@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Map entries formed at a time. On a CPU 2**19 float32 are 2 MB, so that the two or three buffers of a block stay in a
-# last-level cache. An accelerator must be filled: a block may take a 256th part of its memory, in each buffer; where
-# that is not known, 2**24 float32 are 64 MB. Nothing was measured on an accelerator.
-_BLOCK_ENTRIES_CPU = 2**19
+# Map entries formed at a time. On a CPU 2**22 float32 are 16 MB a buffer: products of a hundred rows and more were
+# measured to be faster than blocks that stay in a cache. An accelerator must be filled: a block may take a 256th part
+# of its memory, in each buffer; where that is not known, 2**24 float32 are 64 MB. That is not measured.
+_BLOCK_ENTRIES_CPU = 2**22
 _BLOCK_ENTRIES_ACCELERATOR = 2**24
 _BLOCK_MEMORY_SHARE = 1 / 256
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN_MIN_WORK = 2**20  # multiplications in a product, some 20 microseconds; below, calls cost more than they bring
 
 
 def mixed_attention(
@@ -192,10 +194,10 @@ def _blockwise_backward(
                 block_grad = blocks.merged(grad_out[:, :, t], b)
                 if wanted[2]:
                     mixed = blocks.mix(alpha[b], maps, into=1)
-                    grad_value[b].flatten(0, 1).baddbmm_(mixed.mT, block_grad)
+                    _add_product(grad_value[b].flatten(0, 1), block_grad.mT, mixed)
                 if not (wanted[0] or wanted[1] or wanted[3]):
                     continue
-                grad_mixed = torch.bmm(block_grad, values.mT, out=blocks.buffer(1, maps.shape))
+                grad_mixed = _multiply(block_grad, values.mT, blocks.buffer(1, maps.shape))
                 if wanted[3]:
                     grad_alpha[b].baddbmm_(blocks.by_sample(grad_mixed), blocks.by_sample(maps).mT)
                 if not (wanted[0] or wanted[1]):
@@ -208,9 +210,13 @@ def _blockwise_backward(
                     _multiply(grad_scores, keys * scale, grad_query[b, :, t].flatten(0, 1))
                 if wanted[1]:
                     queries = blocks.merged(query[:, :, t], b) * scale
-                    grad_key[b].flatten(0, 1).baddbmm_(grad_scores.mT, queries)
+                    _add_product(grad_key[b].flatten(0, 1), queries.mT, grad_scores)
     grad_coeff = grad_alpha if coeff.ndim == 3 or not wanted[3] else grad_alpha.sum(0)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_coeff.to(coeff.dtype)
+    if wanted[1]:
+        grad_key = grad_key.mT.contiguous().to(key.dtype)
+    if wanted[2]:
+        grad_value = grad_value.mT.contiguous().to(value.dtype)
+    return grad_query, grad_key, grad_value, grad_coeff.to(coeff.dtype)
 
 
 @_blockwise_backward.register_fake
@@ -278,8 +284,13 @@ class _Blocks:
         """The maps (b * H, t, S) of a block, in buffer 0."""
         queries = self.merged(self.query[:, :, t], b) * self.scale
         scores = self.buffer(0, torch.Size((len(queries), queries.shape[1], self.S)))
-        torch.bmm(queries, keys.mT, out=scores)
-        if self.attn_mask is None and not self.is_causal:
+        plain = self.attn_mask is None and not self.is_causal
+        if plain and _use_onednn(queries, keys.mT):
+            for head in range(len(scores)):  # while a head's scores are in the cache
+                torch.softmax(_onednn_linear(queries[head], keys[head]), dim=-1, out=scores[head])
+            return scores
+        _multiply(queries, keys.mT, scores)
+        if plain:
             return torch.softmax(scores, dim=-1, out=scores)
         by_head = scores.view(-1, self.heads, *scores.shape[1:])
         masked = _masked(by_head, self._block_mask(b, t), self.is_causal, t.start)
@@ -310,21 +321,55 @@ def _block_entries(device: torch.device) -> int:
 def _empty_gradients(
     query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the blocks put their gradients. Those of key, value and alpha are sums over blocks, and kept wide."""
+    """Where the blocks put their gradients.
+
+    Those of key, value and alpha are sums over blocks, and kept wide; those of key and value as (B, H, width, S), to
+    which a block is added faster.
+    """
     return (
         query.new_empty(query.shape if wanted[0] else 0),
-        alpha.new_zeros(key.shape if wanted[1] else 0),
-        alpha.new_zeros(value.shape if wanted[2] else 0),
+        alpha.new_zeros(key.mT.shape if wanted[1] else 0),
+        alpha.new_zeros(value.mT.shape if wanted[2] else 0),
         alpha.new_zeros(alpha.shape if wanted[3] else 0),
     )
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, also where out has fewer bits."""
-    if out.dtype == a.dtype:
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b, batched, also where out has fewer bits; returns out."""
+    if _use_onednn(a, b):
+        for i in range(len(out)):
+            out[i] = _onednn_linear(a[i], b[i].mT)
+    elif out.dtype == a.dtype:
         torch.bmm(a, b, out=out)
     else:
         out.copy_(torch.bmm(a, b))
+    return out
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, batched."""
+    if _use_onednn(a, b):
+        for i in range(len(a)):
+            total[i] += _onednn_linear(a[i], b[i].mT)
+    else:
+        total.baddbmm_(a, b)
+
+
+# On the AMD CPU where this was measured oneDNN multiplies float32 matrices up to twice as fast as MKL, which torch.bmm
+# and scaled_dot_product_attention call. torch reaches it through this operator only, which its compiler calls for
+# linear layers; where it is not there, torch.bmm does the work.
+
+
+def _use_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether a @ b, batched, is worth a call for each matrix."""
+    work = a.shape[1] * a.shape[2] * b.shape[2]
+    return _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and work >= _ONEDNN_MIN_WORK
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT, (rows, K) by (columns, K)."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:

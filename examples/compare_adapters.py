@@ -1,6 +1,6 @@
 """Coefficients, LoRA, and both, on the embedded model: the same subject, pictures, steps and seeds.
 
-    python examples/compare_adapters.py --subject "panda face" --output_dir outputs/compare
+    python examples/compare_adapters.py --subject "polar bear face" --output_dir outputs/compare
 
 Writes `compare.png` and `compare.json`. The loss there is that of the subject on backgrounds which training did not
 show, over the same noise and timesteps for all.
@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         f"LoRA, rank {args.lora_rank}": [*lora, "--no_coeff"],
         "LoRA + coefficients": lora,
     }
-    rows = [("training pictures", pictures, [])]
+    captions = [demo.prompt(args.subject, background) for background in demo.BACKGROUNDS]
+    rows = [("training pictures", pictures, captions)]
     results: dict[str, Any] = {}
     prompts = [demo.prompt(args.subject, background) for background in demo.NEW_BACKGROUNDS]
     for name, flags in {"base": None, **kinds}.items():
@@ -84,10 +85,10 @@ def subject_loss(pipe: Any, subject: str, draws: int = 16) -> float:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
-    parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of the coefficients")
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--learning_rate", type=float, default=2e-2, help="of the coefficients")
     parser.add_argument("--lora_rank", type=int, default=4)
-    parser.add_argument("--lora_learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lora_learning_rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """The whole job on the model that ships with the project: a subject, its training, a file, and the picture it makes.
 
-    make demo            or            python examples/demo.py --subject "panda face"
+    make demo            or            python examples/demo.py --subject "fox face"
 
 Trains coefficients for one glyph that the embedded model has never seen, and writes to `outputs/demo`: the file, and
 `demo.png` with the training pictures and what the base model and the tuned one answer to the same prompts and seeds.
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> Path:
         base = generate(pipe, prompts, [0, 1], **SAMPLING)
     captions = [f"{asked}, seed {seed}" for asked, seed in tuned]
     rows = [
-        (f"training pictures: “a sks {args.subject}”", pictures, []),
+        ("training pictures", pictures, [prompt(args.subject, background) for background in BACKGROUNDS]),
         ("base model", list(base.values()), captions),
         (f"the same with {result.trained['coefficients']:,} coefficients", list(tuned.values()), captions),
     ]
@@ -117,9 +117,9 @@ def report(path: Path, result: train_dreambooth.TrainingResult, asked: str) -> N
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
-    parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--learning_rate", type=float, default=2e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     return parser.parse_args()

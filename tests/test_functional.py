@@ -202,6 +202,25 @@ def test_non_contiguous_inputs() -> None:
     torch.testing.assert_close(mixed_attention(*strided, coeff.T.contiguous().T), naive_loop(query, key, value, coeff))
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, masked) -> None:
+    monkeypatch.setattr(functional, "_ONEDNN", onednn)
+    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    calls = []
+    linear = functional._onednn_linear
+    monkeypatch.setattr(functional, "_onednn_linear", lambda x, weight: calls.append(1) or linear(x, weight))
+    mask = torch.randn(B, 1, T, S, generator=torch.Generator().manual_seed(1)) if masked else None
+    args, exact = inputs(torch.float32), inputs(torch.float64)
+    out, expected = mixed_attention(*args, mask), mixed_attention_reference(*exact, mask)
+    grads = torch.autograd.grad(out.square().sum(), args)
+    expected_grads = torch.autograd.grad(expected.square().sum(), exact)
+    for one, other in zip([out, *grads], [expected, *expected_grads]):
+        assert (one - other).norm() < 1e-5 * other.norm()  # float32 itself is at 1e-7
+        assert one.is_contiguous()
+    assert bool(calls) == onednn
+
+
 @pytest.mark.parametrize(("samples", "tokens"), [(0, 5), (2, 0)])
 def test_empty_batch_and_no_queries(samples, tokens) -> None:
     args = [torch.randn(samples, H, tokens, D), torch.randn(samples, H, S, D), torch.randn(samples, H, S, E)]

@@ -1,0 +1,56 @@
+"""What the documents say is there, is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import settings
+
+import coeff_diffusers
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("", "docs/", "examples/", "examples/emoji/*/", "training/", "training/*/")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_links_and_pictures_lead_somewhere(page) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text)
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+    assert "@@" not in text
+
+
+def test_python_is_python_and_imports_names_that_exist(page) -> None:
+    for block in blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "coeff_diffusers":
+                assert not [alias.name for alias in node.names if not hasattr(coeff_diffusers, alias.name)]
+
+
+def test_flags_of_the_training_script_exist(page) -> None:
+    for block in blocks(page.read_text(), "bash"):
+        for command in re.sub(r"\\\n", " ", block).splitlines():
+            if "training/train_dreambooth.py" not in command or "PICTURES" in command:
+                continue
+            _, _, given = command.partition("training/train_dreambooth.py")
+            names = re.findall(r"--(\w+)", given)
+            known = set(settings.DreamBoothSettings.__dataclass_fields__) | {"no_coeff"}
+            assert not set(names) - known
+
+
+def test_every_public_name_is_in_the_readme_or_in_a_page_of_the_docs() -> None:
+    text = " ".join(page.read_text() for page in PAGES)
+    assert not [name for name in coeff_diffusers.__all__ if name not in text]
