@@ -31,6 +31,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) examples/benchmarks/attention.py
+	$(PY) examples/benchmarks/unet.py
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

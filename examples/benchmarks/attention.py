@@ -9,9 +9,7 @@ that a change of the machine's load meets both. Memory is the peak above inputs 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import report
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,11 +37,7 @@ SHAPES = [  # B, H, T, S, D
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rows = [(shape, *time_ratios(shape, args.repeats), peak_memory(shape, args.threads)) for shape in SHAPES]
-    text = table(rows, args)
-    print(text)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text)
-    print(f"wrote {args.output}")
+    report.write(table(rows, args), args.output)
 
 
 def time_ratios(shape: tuple[int, ...], repeats: int) -> tuple[float, float]:
@@ -96,35 +91,22 @@ def measure(kind: str, shape: tuple[int, ...], threads: int) -> None:
     small = make_inputs((1, shape[1], 64, 64, shape[4]))
     torch.autograd.grad(mixed_attention(*small).sum(), small)  # libraries are loaded, buffers of theirs are there
     inputs = make_inputs(shape)
-    before = current_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    with torch.set_grad_enabled(kind == "training"):
-        results = [mixed_attention(*inputs)]
-        if kind == "training":
-            results += torch.autograd.grad(results[0], inputs, grad_outputs=torch.ones_like(results[0]))
-            results.append(torch.empty_like(results[0]))  # stands for the ones
-    kept = sum(x.numel() * x.element_size() for x in results) / 2**20
-    print(peak_resident() - before - kept)
 
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(kind == "training"):
+            results = [mixed_attention(*inputs)]
+            if kind == "training":
+                results += torch.autograd.grad(results[0], inputs, grad_outputs=torch.ones_like(results[0]))
+                results.append(torch.empty_like(results[0]))  # stands for the ones
+        return results
 
-def current_memory() -> float:
-    return _status("VmRSS")
-
-
-def peak_resident() -> float:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    """MB, from Linux's own account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    peak, results = report.peak_memory(call)
+    print(peak - sum(x.numel() * x.element_size() for x in results) / 2**20)
 
 
 def table(rows: list, args: argparse.Namespace) -> str:
     lines = [
-        f"mixed_attention by scaled_dot_product_attention, float32, {args.threads} CPU threads, medians of "
-        f"{args.repeats}; {machine()}",
+        f"mixed_attention by scaled_dot_product_attention, float32, medians of {args.repeats}; {report.machine()}",
         "",
         "| B, H, T, S, D | forward | forward + backward | MB extra, forward | MB extra, training |",
         "|---|---|---|---|---|",
@@ -139,22 +121,10 @@ def table(rows: list, args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return f"{cpu}, torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/attention.md"))
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "SHAPE"), help=argparse.SUPPRESS)
     return parser.parse_args()

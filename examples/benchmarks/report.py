@@ -1,0 +1,48 @@
+"""What the benchmarks share: the machine's name, memory of this process, and the file that a table goes to."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+STATUS, CPUINFO = Path("/proc/self/status"), Path("/proc/cpuinfo")
+
+
+def machine() -> str:
+    cpu = platform.processor()
+    if CPUINFO.exists():
+        cpu = next(
+            (line.split(":")[1].strip() for line in CPUINFO.read_text().splitlines() if "model name" in line), cpu
+        )
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
+    return f"{cpu}, {torch.get_num_threads()} threads, {versions}, {datetime.date.today()}"
+
+
+def write(text: str, path: Path) -> None:
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(f"wrote {path}")
+
+
+def peak_memory(call: Callable[[], Any]) -> tuple[float, Any]:
+    """MB by which the resident memory of this process peaks over its level before the call; and the call's result."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed and not yet given back would hide new memory
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    result = call()
+    return _status("VmHWM") - before, result
+
+
+def _status(field: str) -> float:
+    """MB, from Linux's own account of this process."""
+    return next(int(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
