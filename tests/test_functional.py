@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from coeff_diffusers import functional, mixed_attention
@@ -257,3 +258,34 @@ def test_what_cannot_be_used_is_named(wrong, message) -> None:
     tensors, options = _shapes(**wrong)
     with pytest.raises(ValueError, match=message):
         mixed_attention(*tensors, **options)
+
+
+def test_compiles_into_one_graph_once_for_all_coefficients() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixed_attention, backend=counter, fullgraph=True)
+    for scale in (1.0, 0.0, -2.0):
+        *qkv, coeff = inputs(torch.float32)
+        coeff = (coeff * scale).detach().requires_grad_()
+        out = compiled(*qkv, coeff)
+        torch.testing.assert_close(out, mixed_attention(*qkv, coeff))
+        (grad,) = torch.autograd.grad(out.square().sum(), coeff)
+        torch.testing.assert_close(grad, torch.autograd.grad(mixed_attention(*qkv, coeff).square().sum(), coeff)[0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_operator_keeps_what_it_registers(masked) -> None:
+    mask = torch.zeros(1, 1, T, S, dtype=torch.float64) if masked else None
+    torch.library.opcheck(torch.ops.coeff_diffusers.mixed_attention, (*inputs(), mask, False, 0.5))
+
+
+def test_coefficients_that_need_no_gradient_cost_none(monkeypatch) -> None:
+    query, key, value, coeff = inputs()
+    wanted = []
+    backward = functional._blockwise_backward
+    monkeypatch.setattr(functional, "_blockwise_backward", lambda *args: wanted.append(args[-1]) or backward(*args))
+    mixed_attention(query, key, value, coeff.detach()).sum().backward()
+    assert wanted == [[True, True, True, False]]
+    with torch.no_grad():
+        assert not mixed_attention(query, key, value, coeff).requires_grad
