@@ -10,7 +10,7 @@ from .adapters import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
-from .checkpoint import load_coeff_weights, save_coeff_weights
+from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
 from .processor import CoeffAttnProcessor
@@ -28,6 +28,7 @@ __all__ = [
     "list_coeff_adapters",
     "load_coeff_weights",
     "mixed_attention",
+    "read_coeff_metadata",
     "save_coeff_weights",
     "set_coeff_adapters",
     "unload_coeff_weights",

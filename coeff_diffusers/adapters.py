@@ -53,7 +53,7 @@ def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Par
         ValueError: if there is no such adapter.
     """
     names = list_coeff_adapters(model) if adapter_name is None else [adapter_name]
-    _check_known(model, names)
+    check_known(model, names)
     return [p.coeff[name] for p in coeff_processors(model) for name in names if name in p.coeff]
 
 
@@ -74,7 +74,7 @@ def set_coeff_adapters(
         ValueError: for an unknown name, one named twice, or weights that do not fit; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    check_known(model, names)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
@@ -107,7 +107,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    check_known(model, names)
     for processor in coeff_processors(model):
         for name in names:
             if name in processor.coeff:
@@ -124,7 +124,7 @@ def coeff_disabled(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    _check_known(model, [])
+    check_known(model, [])
     before = [(processor, processor.enabled) for processor in coeff_processors(model)]
     try:
         for processor, _ in before:
@@ -141,7 +141,7 @@ def unload_coeff_weights(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    _check_known(model, [])
+    check_known(model, [])
     for layer in _wrapped_layers(model):
         set_processor(layer, layer.processor.processor)
 
@@ -201,7 +201,7 @@ def check_new_adapter_name(model: Any, adapter_name: str) -> None:
     if adapter_name in names:
         raise ValueError(
             f"adapter {adapter_name!r} is in use (there are {names}): choose another adapter_name, or "
-            f"delete_coeff_adapters(model, {adapter_name!r}) first"
+            f"delete_coeff_adapters(model, {adapter_name!r}) first; load_coeff_weights(..., hotswap=True) replaces it"
         )
 
 
@@ -227,7 +227,8 @@ def _activate(model: Any, weights: dict[str, float]) -> None:
         processor.adapter_weights = {name: w for name, w in weights.items() if name in processor.coeff}
 
 
-def _check_known(model: Any, names: Sequence[str]) -> None:
+def check_known(model: Any, names: Sequence[str]) -> None:
+    """Raises ValueError if `model` has no coefficients, or one of `names` is no adapter of it."""
     known = list_coeff_adapters(model)
     if not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
