@@ -10,6 +10,7 @@ from .adapters import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
+from .arithmetic import merge_coeff_files, prune_coeff_file
 from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
@@ -27,7 +28,9 @@ __all__ = [
     "get_active_coeff_adapters",
     "list_coeff_adapters",
     "load_coeff_weights",
+    "merge_coeff_files",
     "mixed_attention",
+    "prune_coeff_file",
     "read_coeff_metadata",
     "save_coeff_weights",
     "set_coeff_adapters",

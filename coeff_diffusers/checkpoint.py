@@ -38,7 +38,7 @@ from .processor import CoeffAttnProcessor
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
 FORMAT_VERSION = 1
-_SUFFIX = ".coeff"
+KEY_SUFFIX = ".coeff"
 
 
 def save_coeff_weights(
@@ -204,7 +204,7 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
 def _keyed_layers(model: Any) -> dict[str, Any]:
     """Key of the file format -> attention module."""
     return {
-        f"{component}.{path}{_SUFFIX}": layer
+        f"{component}.{path}{KEY_SUFFIX}": layer
         for component, part in denoisers(model).items()
         for path, layer in attention_layers(part).items()
     }
