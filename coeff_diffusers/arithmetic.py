@@ -143,7 +143,7 @@ def base_differences(
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Values and header of a file whose values are what its header says they are.
+    """Values, in the order of the layers' numbers, and header of a file whose values are what its header says.
 
     Raises:
         ValueError: if they are not, every offender listed.
@@ -163,7 +163,11 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             problems.append(f"{key}: has values that are not finite")
     if problems or not tensors:
         raise ValueError(f"{path} is damaged:\n  " + "\n  ".join(problems or ["it holds no coefficients"]))
-    return tensors, header
+    return dict(sorted(tensors.items(), key=lambda item: _by_number(item[0]))), header
+
+
+def _by_number(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _facts(base: Mapping[str, Any], ignore_name: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import datetime
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -278,12 +279,19 @@ def public_name(name_or_path: str) -> str:
 
 
 def save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a coefficient file, whole or not at all."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[str]:
+    """A temporary path, whose file takes the place of `path` once the block is through."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=header)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
