@@ -208,18 +208,27 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
         TypeError: if `model` is neither a pipeline nor a module.
     """
     if isinstance(model, nn.Module):
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        model = _unwrapped(model)
         return {"unet" if "UNet" in type(model).__name__ else "transformer": model}
     if not hasattr(model, "components"):
         raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
     parts = {
-        name: extract_model_from_parallel(part, keep_torch_compile=False)
+        name: _unwrapped(part)
         for name, part in model.components.items()
         if name.startswith(("unet", "transformer")) and isinstance(part, nn.Module)
     }
     if not parts:
         raise ValueError(f"{type(model).__name__} has no unet or transformer; it has {sorted(model.components)}")
     return parts
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    from diffusers import ModelMixin  # imports transformers
+
+    if issubclass(type(model), ModelMixin) and "_orig_mod" not in vars(model):
+        return model  # accelerate would walk all of its modules to find that out
+    unwrapped: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return unwrapped
 
 
 def coeff_processors(model: Any) -> list[CoeffAttnProcessor]:
