@@ -15,7 +15,7 @@ from torch import nn
 
 from .call_scale import call_scale, remove_call_scale
 from .config import CoeffConfig
-from .layers import _matches, attention_layers, device_of, head_count, select_layers
+from .layers import _matches, device_of, head_count, select_layers
 from .processor import CoeffAttnProcessor
 
 DEFAULT_ADAPTER = "default"
@@ -264,11 +264,11 @@ def check_new_adapter_name(model: Any, adapter_name: str) -> None:
         raise ValueError(
             "coefficients are disabled, and a new adapter would be too: enable_coeff_adapters(model) first"
         )
-    names = list_coeff_adapters(model)
-    if adapter_name in names:
+    if any(adapter_name in processor.coeff for processor in coeff_processors(model)):
         raise ValueError(
-            f"adapter {adapter_name!r} is in use (there are {names}): choose another adapter_name, or "
-            f"delete_coeff_adapters(model, {adapter_name!r}) first; load_coeff_weights(..., hotswap=True) replaces it"
+            f"adapter {adapter_name!r} is in use (there are {list_coeff_adapters(model)}): choose another "
+            f"adapter_name, or delete_coeff_adapters(model, {adapter_name!r}) first; "
+            "load_coeff_weights(..., hotswap=True) replaces its values"
         )
 
 
@@ -285,28 +285,27 @@ def _check_ties(model: Any, layers: Sequence[Any]) -> None:
 
 
 def _wrapped_layers(model: Any) -> list[Any]:
-    # A plain walk: the names that attention_layers forms take longer than a switch between adapters should.
-    found, seen = [], set()
-    todo: list[Any] = list(denoisers(model).values())[::-1]
-    while todo:
-        module = todo.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if isinstance(module._modules.get("processor"), CoeffAttnProcessor):
-            found.append(module)
-        todo.extend(child for name, child in reversed(module._modules.items()) if name != "processor")
-    return found
+    return list(_wrapped(model).values())
 
 
 def _wrapped_paths(model: Any) -> dict[str, CoeffAttnProcessor]:
-    """Component and module path -> processor."""
-    return {
-        f"{component}.{path}": layer.processor
-        for component, part in denoisers(model).items()
-        for path, layer in attention_layers(part).items()
-        if isinstance(layer.processor, CoeffAttnProcessor)
-    }
+    return {path: layer.processor for path, layer in _wrapped(model).items()}
+
+
+def _wrapped(model: Any) -> dict[str, Any]:
+    """Component and module path -> layer. A walk of its own, for `named_modules` takes longer than a switch should."""
+    found, seen = {}, set()
+    todo: list[tuple[str, Any]] = list(denoisers(model).items())[::-1]
+    while todo:
+        path, module = todo.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        children = module._modules
+        if isinstance(children.get("processor"), CoeffAttnProcessor):
+            found[path] = module
+        todo.extend((f"{path}.{name}", children[name]) for name in reversed(children) if name != "processor")
+    return found
 
 
 def _by_layer(model: Any, name: str, patterns: Mapping[str, float]) -> dict[CoeffAttnProcessor, float]:
