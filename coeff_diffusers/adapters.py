@@ -43,7 +43,7 @@ def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_nam
     layers = [layer for part in denoisers(model).values() for layer in select_layers(part, config).values()]
     _check_ties(model, layers)
     wrap_layers(layers, adapter_name, config)
-    _activate(model, {adapter_name: 1.0})
+    _activate(_processors_by_part(model), {adapter_name: 1.0})
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -80,7 +80,7 @@ def set_coeff_adapters(
             of the adapter; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    check_known(model, names)
+    found = check_known(model, names)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
     several = isinstance(adapter_weights, Iterable) and not isinstance(adapter_weights, Mapping)
@@ -91,7 +91,7 @@ def set_coeff_adapters(
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
     by_layer = {name: _by_layer(model, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
-    _activate(model, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+    _activate(found, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
 
 
 @contextmanager
@@ -325,10 +325,13 @@ def _by_layer(model: Any, name: str, patterns: Mapping[str, float]) -> dict[Coef
     return chosen
 
 
-def _activate(model: Any, weights: Mapping[str, float | Mapping[CoeffAttnProcessor, float]]) -> None:
-    for part in denoisers(model).values():
+def _activate(
+    processors: Mapping[nn.Module, list[CoeffAttnProcessor]],
+    weights: Mapping[str, float | Mapping[CoeffAttnProcessor, float]],
+) -> None:
+    for part, of_part in processors.items():
         scale = call_scale(part)
-        for processor in coeff_processors(part):
+        for processor in of_part:
             processor.call_scale = scale
             processor.adapter_weights = {
                 name: float(weight[processor] if isinstance(weight, Mapping) else weight)
@@ -343,11 +346,21 @@ def _clear_hooks(model: Any) -> None:
             remove_call_scale(part)
 
 
-def check_known(model: Any, names: Sequence[str]) -> None:
-    """Raises ValueError if `model` has no coefficients, or one of `names` is no adapter of it."""
-    processors = coeff_processors(model)
+def check_known(model: Any, names: Sequence[str]) -> dict[nn.Module, list[CoeffAttnProcessor]]:
+    """The processors of each denoiser, so that they need not be looked for again.
+
+    Raises:
+        ValueError: if `model` has no coefficients, or one of `names` is no adapter of it.
+    """
+    found = _processors_by_part(model)
+    processors = [processor for of_part in found.values() for processor in of_part]
     if not any(processor.coeff for processor in processors):
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     unknown = [name for name in names if not any(name in processor.coeff for processor in processors)]
     if unknown:
         raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {list_coeff_adapters(model)}")
+    return found
+
+
+def _processors_by_part(model: Any) -> dict[nn.Module, list[CoeffAttnProcessor]]:
+    return {part: coeff_processors(part) for part in denoisers(model).values()}
