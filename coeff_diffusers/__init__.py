@@ -2,17 +2,22 @@
 
 from .adapters import (
     add_coeff_adapter,
+    coeff_adapters,
     coeff_disabled,
     coeff_parameters,
     delete_coeff_adapters,
+    disable_coeff_adapters,
+    enable_coeff_adapters,
     get_active_coeff_adapters,
     list_coeff_adapters,
     set_coeff_adapters,
     unload_coeff_weights,
 )
-from .checkpoint import load_coeff_weights, save_coeff_weights
+from .arithmetic import merge_coeff_files, prune_coeff_file
+from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
+from .per_sample import coeff_per_sample
 from .processor import CoeffAttnProcessor
 
 __version__ = "0.1.0"
@@ -21,13 +26,20 @@ __all__ = [
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",
+    "coeff_adapters",
     "coeff_disabled",
     "coeff_parameters",
+    "coeff_per_sample",
     "delete_coeff_adapters",
+    "disable_coeff_adapters",
+    "enable_coeff_adapters",
     "get_active_coeff_adapters",
     "list_coeff_adapters",
     "load_coeff_weights",
+    "merge_coeff_files",
     "mixed_attention",
+    "prune_coeff_file",
+    "read_coeff_metadata",
     "save_coeff_weights",
     "set_coeff_adapters",
     "unload_coeff_weights",

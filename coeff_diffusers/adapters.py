@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .call_scale import call_scale, remove_call_scale
 from .config import CoeffConfig
-from .layers import attention_layers, device_of, head_count, select_layers
+from .layers import _matches, device_of, head_count, select_layers
 from .processor import CoeffAttnProcessor
 
 DEFAULT_ADAPTER = "default"
+Weight = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
 
 
 def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_name: str = DEFAULT_ADAPTER) -> None:
@@ -41,7 +43,7 @@ def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_nam
     layers = [layer for part in denoisers(model).values() for layer in select_layers(part, config).values()]
     _check_ties(model, layers)
     wrap_layers(layers, adapter_name, config)
-    _activate(model, {adapter_name: 1.0})
+    _activate(_processors_by_part(model), {adapter_name: 1.0})
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -53,36 +55,57 @@ def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Par
         ValueError: if there is no such adapter.
     """
     names = list_coeff_adapters(model) if adapter_name is None else [adapter_name]
-    _check_known(model, names)
+    check_known(model, names)
     return [p.coeff[name] for p in coeff_processors(model) for name in names if name in p.coeff]
 
 
 def set_coeff_adapters(
     model: Any,
     adapter_names: str | Sequence[str],
-    adapter_weights: float | Sequence[float] = 1.0,
+    adapter_weights: Weight | Sequence[Weight] = 1.0,
 ) -> None:
     """Makes these adapters the active ones: `alpha = I + sum_k weight_k Delta_k`.
+
+    A weight may be given by layer, as shell-style patterns on module paths or on their ends (as in [`CoeffConfig`]):
+    `{"up_blocks.*": 0.5, "attn2": 0.0}`. Where several match, the last counts; a layer that none matches has weight 1.
 
     Args:
         model: a diffusers model or a pipeline.
         adapter_names: one name, or several.
-        adapter_weights: one finite number for all, or one for each. Negative and above one are allowed; where all are
-            0 the base model runs, bit for bit.
+        adapter_weights: one weight for all, or one for each. Negative and above one are allowed; where all are 0 the
+            base model runs, bit for bit.
 
     Raises:
-        ValueError: for an unknown name, one named twice, or weights that do not fit; nothing is changed.
+        ValueError: for an unknown name, one named twice, weights that do not fit, or a pattern that matches no layer
+            of the adapter; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    found = check_known(model, names)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
-    weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
+    several = isinstance(adapter_weights, Iterable) and not isinstance(adapter_weights, Mapping)
+    weights: list[Any] = list(adapter_weights) if several else [adapter_weights] * len(names)  # type: ignore[arg-type]
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters {names} need as many weights, got {len(weights)}: {weights}")
-    if not all(math.isfinite(weight) for weight in weights):
+    numbers = [n for weight in weights for n in (weight.values() if isinstance(weight, Mapping) else [weight])]
+    if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
-    _activate(model, dict(zip(names, map(float, weights))))
+    by_layer = {name: _by_layer(model, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
+    _activate(found, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+
+
+@contextmanager
+def coeff_adapters(
+    model: Any, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] = 1.0
+) -> Iterator[None]:
+    """Inside, these adapters are the active ones, as [`set_coeff_adapters`] says; afterwards those from before."""
+    before = [(processor, processor.adapter_weights) for processor in coeff_processors(model)]
+    set_coeff_adapters(model, adapter_names, adapter_weights)
+    try:
+        yield
+    finally:
+        for processor, weights in before:
+            processor.adapter_weights = {name: weights[name] for name in weights if name in processor.coeff}
 
 
 def list_coeff_adapters(model: Any) -> list[str]:
@@ -90,12 +113,19 @@ def list_coeff_adapters(model: Any) -> list[str]:
     return list(dict.fromkeys(name for p in coeff_processors(model) for name in p.coeff))
 
 
-def get_active_coeff_adapters(model: Any) -> dict[str, float]:
-    """Name -> weight of the active adapters."""
-    active: dict[str, float] = {}
-    for processor in coeff_processors(model):
-        active.update(processor.adapter_weights)
-    return active
+def get_active_coeff_adapters(model: Any) -> dict[str, Weight]:
+    """Name -> weight of the active adapters, in the form that [`set_coeff_adapters`] takes.
+
+    Where layers differ, the weight is a dict from each layer's path to its own.
+    """
+    active: dict[str, dict[str, float]] = {}
+    for path, processor in _wrapped_paths(model).items():
+        for name, weight in processor.adapter_weights.items():
+            active.setdefault(name, {})[path] = weight
+    return {
+        name: weights if len(set(weights.values())) > 1 else next(iter(weights.values()))
+        for name, weights in active.items()
+    }
 
 
 def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> None:
@@ -107,7 +137,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    check_known(model, names)
     for processor in coeff_processors(model):
         for name in names:
             if name in processor.coeff:
@@ -115,6 +145,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
     for layer in _wrapped_layers(model):
         if not layer.processor.coeff:
             set_processor(layer, layer.processor.processor)
+    _clear_hooks(model)
 
 
 @contextmanager
@@ -124,7 +155,7 @@ def coeff_disabled(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    _check_known(model, [])
+    check_known(model, [])
     before = [(processor, processor.enabled) for processor in coeff_processors(model)]
     try:
         for processor, _ in before:
@@ -135,15 +166,38 @@ def coeff_disabled(model: Any) -> Iterator[None]:
             processor.enabled = enabled
 
 
+def disable_coeff_adapters(model: Any) -> None:
+    """Makes `model` the base model, bit for bit, until [`enable_coeff_adapters`].
+
+    Raises:
+        ValueError: if `model` has no coefficients.
+    """
+    check_known(model, [])
+    for processor in coeff_processors(model):
+        processor.enabled = False
+
+
+def enable_coeff_adapters(model: Any) -> None:
+    """Undoes [`disable_coeff_adapters`]: the active adapters take part again.
+
+    Raises:
+        ValueError: if `model` has no coefficients.
+    """
+    check_known(model, [])
+    for processor in coeff_processors(model):
+        processor.enabled = True
+
+
 def unload_coeff_weights(model: Any) -> None:
     """Takes all coefficients off and puts the original processor objects back.
 
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    _check_known(model, [])
+    check_known(model, [])
     for layer in _wrapped_layers(model):
         set_processor(layer, layer.processor.processor)
+    _clear_hooks(model)
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -154,18 +208,27 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
         TypeError: if `model` is neither a pipeline nor a module.
     """
     if isinstance(model, nn.Module):
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        model = _unwrapped(model)
         return {"unet" if "UNet" in type(model).__name__ else "transformer": model}
     if not hasattr(model, "components"):
         raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
     parts = {
-        name: extract_model_from_parallel(part, keep_torch_compile=False)
+        name: _unwrapped(part)
         for name, part in model.components.items()
         if name.startswith(("unet", "transformer")) and isinstance(part, nn.Module)
     }
     if not parts:
         raise ValueError(f"{type(model).__name__} has no unet or transformer; it has {sorted(model.components)}")
     return parts
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    from diffusers import ModelMixin  # imports transformers
+
+    if issubclass(type(model), ModelMixin) and "_orig_mod" not in vars(model):
+        return model  # accelerate would walk all of its modules to find that out
+    unwrapped: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return unwrapped
 
 
 def coeff_processors(model: Any) -> list[CoeffAttnProcessor]:
@@ -197,11 +260,15 @@ def check_new_adapter_name(model: Any, adapter_name: str) -> None:
             "adapter_name must not be empty, hold a full stop or be the name of a method of torch's ParameterDict, "
             f"got {adapter_name!r}"
         )
-    names = list_coeff_adapters(model)
-    if adapter_name in names:
+    if any(not processor.enabled for processor in coeff_processors(model)):
         raise ValueError(
-            f"adapter {adapter_name!r} is in use (there are {names}): choose another adapter_name, or "
-            f"delete_coeff_adapters(model, {adapter_name!r}) first"
+            "coefficients are disabled, and a new adapter would be too: enable_coeff_adapters(model) first"
+        )
+    if any(adapter_name in processor.coeff for processor in coeff_processors(model)):
+        raise ValueError(
+            f"adapter {adapter_name!r} is in use (there are {list_coeff_adapters(model)}): choose another "
+            f"adapter_name, or delete_coeff_adapters(model, {adapter_name!r}) first; "
+            "load_coeff_weights(..., hotswap=True) replaces its values"
         )
 
 
@@ -218,19 +285,82 @@ def _check_ties(model: Any, layers: Sequence[Any]) -> None:
 
 
 def _wrapped_layers(model: Any) -> list[Any]:
-    layers = [layer for part in denoisers(model).values() for layer in attention_layers(part).values()]
-    return [layer for layer in layers if isinstance(layer.processor, CoeffAttnProcessor)]
+    return list(_wrapped(model).values())
 
 
-def _activate(model: Any, weights: dict[str, float]) -> None:
-    for processor in coeff_processors(model):
-        processor.adapter_weights = {name: w for name, w in weights.items() if name in processor.coeff}
+def _wrapped_paths(model: Any) -> dict[str, CoeffAttnProcessor]:
+    return {path: layer.processor for path, layer in _wrapped(model).items()}
 
 
-def _check_known(model: Any, names: Sequence[str]) -> None:
-    known = list_coeff_adapters(model)
-    if not known:
+def _wrapped(model: Any) -> dict[str, Any]:
+    """Component and module path -> layer. A walk of its own, for `named_modules` takes longer than a switch should."""
+    found, seen = {}, set()
+    todo: list[tuple[str, Any]] = list(denoisers(model).items())[::-1]
+    while todo:
+        path, module = todo.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        children = module._modules
+        if isinstance(children.get("processor"), CoeffAttnProcessor):
+            found[path] = module
+        todo.extend((f"{path}.{name}", children[name]) for name in reversed(children) if name != "processor")
+    return found
+
+
+def _by_layer(model: Any, name: str, patterns: Mapping[str, float]) -> dict[CoeffAttnProcessor, float]:
+    """Processor -> the weight that the last matching pattern says, 1 where none matches."""
+    paths = {path: processor for path, processor in _wrapped_paths(model).items() if name in processor.coeff}
+    idle = [pattern for pattern in patterns if not any(_matches(path, pattern) for path in paths)]
+    if idle:
+        raise ValueError(
+            f"the patterns {idle} match none of the {len(paths)} layers of adapter {name!r}, of which the first is "
+            f"{next(iter(paths))!r}"
+        )
+    chosen: dict[CoeffAttnProcessor, float] = {}
+    for path, processor in paths.items():
+        weight = [1.0, *(float(weight) for pattern, weight in patterns.items() if _matches(path, pattern))][-1]
+        if chosen.setdefault(processor, weight) != weight:
+            raise ValueError(f"{path} is tied to layers of weight {chosen[processor]}, and cannot have {weight}")
+    return chosen
+
+
+def _activate(
+    processors: Mapping[nn.Module, list[CoeffAttnProcessor]],
+    weights: Mapping[str, float | Mapping[CoeffAttnProcessor, float]],
+) -> None:
+    for part, of_part in processors.items():
+        scale = call_scale(part)
+        for processor in of_part:
+            processor.call_scale = scale
+            processor.adapter_weights = {
+                name: float(weight[processor] if isinstance(weight, Mapping) else weight)
+                for name, weight in weights.items()
+                if name in processor.coeff
+            }
+
+
+def _clear_hooks(model: Any) -> None:
+    for part in denoisers(model).values():
+        if not coeff_processors(part):
+            remove_call_scale(part)
+
+
+def check_known(model: Any, names: Sequence[str]) -> dict[nn.Module, list[CoeffAttnProcessor]]:
+    """The processors of each denoiser, so that they need not be looked for again.
+
+    Raises:
+        ValueError: if `model` has no coefficients, or one of `names` is no adapter of it.
+    """
+    found = _processors_by_part(model)
+    processors = [processor for of_part in found.values() for processor in of_part]
+    if not any(processor.coeff for processor in processors):
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if not any(name in processor.coeff for processor in processors)]
     if unknown:
-        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {known}")
+        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {list_coeff_adapters(model)}")
+    return found
+
+
+def _processors_by_part(model: Any) -> dict[nn.Module, list[CoeffAttnProcessor]]:
+    return {part: coeff_processors(part) for part in denoisers(model).values()}

@@ -1,19 +1,23 @@
 """The coefficient file: one `.safetensors` an adapter.
 
 Keys are `<component>.<module path>.coeff`, values Delta, (H, H) float32. The header's `coeff_diffusers` entry is JSON:
-`format_version`, `config`, and for each component of the base model its class, its name and the head count of every
-attention layer. It serves to refuse files of another model; nothing that is computed comes from it.
+`format_version`, `config`, `versions` of the libraries that wrote it, and for each component of the base model its
+class, its name and the head count of every attention layer. It serves to refuse files of another model; nothing that
+is computed comes from it. `modelspec.*` entries (Stability AI's specification of model metadata) are for other tools.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from .adapters import (
     DEFAULT_ADAPTER,
+    check_known,
     check_new_adapter_name,
     coeff_processors,
     denoisers,
@@ -34,7 +39,7 @@ from .processor import CoeffAttnProcessor
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
 FORMAT_VERSION = 1
-_SUFFIX = ".coeff"
+KEY_SUFFIX = ".coeff"
 
 
 def save_coeff_weights(
@@ -52,7 +57,8 @@ def save_coeff_weights(
         save_directory: made if it does not exist.
         weight_name: file name, ending in `.safetensors`.
         adapter_name: which adapter to write, active or not.
-        metadata: further entries of the file's header, strings to strings.
+        metadata: further entries of the file's header, strings to strings. `instance_prompt` is also written as
+            `modelspec.trigger_phrase`; entries named `modelspec.*` replace those that are written by default.
 
     Returns:
         The path of the file.
@@ -65,17 +71,13 @@ def save_coeff_weights(
         raise ValueError(f"there is no adapter {adapter_name!r} to save; there are {list_coeff_adapters(model)}")
     if not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name must end in .safetensors, got {weight_name!r}")
-    header = {"format": "pt", "coeff_diffusers": json.dumps(_description(model, adapter_name))}
-    taken = sorted(set(header) & set(metadata or ()))
-    if taken:
-        raise ValueError(f"metadata must not set {taken}, which the file format uses")
-    header.update(metadata or {})
+    header = file_header(_description(model, adapter_name), title=adapter_name, metadata=metadata or {})
     tensors = coeff_state_dict(model, adapter_name)
     broken = [key for key, delta in tensors.items() if not torch.isfinite(delta).all()]
     if broken:
         raise ValueError(f"adapter {adapter_name!r} has values that are not finite, and was not written: {broken}")
     path = Path(save_directory) / weight_name
-    _save_whole(tensors, header, path)
+    save_whole(tensors, header, path)
     return path
 
 
@@ -85,13 +87,15 @@ def load_coeff_weights(
     *,
     weight_name: str | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
+    strict: bool = True,
+    hotswap: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Loads an adapter and makes it the active one, with weight 1.
 
     All or nothing: every key, shape, value and fact about the base model that does not fit is listed in one error,
@@ -104,6 +108,9 @@ def load_coeff_weights(
         weight_name: the file in the folder or repository. By default `pytorch_coeff_weights.safetensors`, or the only
             `.safetensors` file of a folder.
         adapter_name: the name to load it under, not in use yet.
+        strict: `False` loads the layers that fit, and returns what did not.
+        hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Parameters
+            stay the same objects, so that a compiled model is not compiled again; what is active stays so.
         subfolder: of the folder or repository.
         revision, token, cache_dir, local_files_only, force_download: of a repository, as
             `huggingface_hub.hf_hub_download` takes them.
@@ -111,12 +118,21 @@ def load_coeff_weights(
     What the file says of its training (dropout among it) is not applied: a loaded adapter has the default
     [`CoeffConfig`].
 
+    Returns:
+        What did not fit: key of the file or part of the model -> why. Empty, unless `strict=False`.
+
     Raises:
-        ValueError: if the content does not fit the model, its attention processors compute their own softmax, the
-            name is in use, or `weight_name` or `subfolder` is given beside a file or a state dict.
+        ValueError: if the content does not fit the model (with `strict=False`: no layer of it does), its attention
+            processors compute their own softmax, the name is in use (with `hotswap`: is not), or `weight_name` or
+            `subfolder` is given beside a file or a state dict.
         OSError: if there is no such file.
     """
-    check_new_adapter_name(model, adapter_name)
+    if hotswap and not strict:
+        raise ValueError("hotswap=True replaces a whole adapter or nothing; strict=False cannot be had with it")
+    if hotswap:
+        check_known(model, [adapter_name])
+    else:
+        check_new_adapter_name(model, adapter_name)
     source = pretrained_model_name_or_path_or_dict
     description: dict[str, Any] | None
     if isinstance(source, Mapping):
@@ -124,31 +140,57 @@ def load_coeff_weights(
         state_dict, description = dict(source), None
         origin = "the state dict"
     else:
-        path = _find_file(
-            source,
-            weight_name,
-            subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        state_dict, description = _read(path)
-        origin = str(path)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        path = find_file(source, weight_name, subfolder, **hub)
+        state_dict, header = read_file(path)
+        description, origin = header["coeff_diffusers"], str(path)
+    problems = differences(model, state_dict, description)
+    if hotswap:
+        problems |= _other_layers(model, adapter_name, state_dict)
     layers = _keyed_layers(model)
-    problems = _base_mismatches(model, description) + _tensor_mismatches(state_dict, layers)
-    if problems:
+    chosen = {key: layers[key] for key in state_dict if key not in problems}
+    if problems and (strict or not chosen):
         raise ValueError(
-            f"{origin} does not fit {type(model).__name__}, which was left as it is:\n  " + "\n  ".join(problems)
+            f"{origin} does not fit {type(model).__name__}, which was left as it is:\n  "
+            + "\n  ".join(f"{what}: {why}" for what, why in problems.items())
         )
-    chosen = {key: layers[key] for key in state_dict}
     check_softmax(chosen)
-    wrap_layers(list(chosen.values()), adapter_name, CoeffConfig())
+    if not hotswap:
+        wrap_layers(list(chosen.values()), adapter_name, CoeffConfig())
     with torch.no_grad():
         for key, layer in chosen.items():
             layer.processor.coeff[adapter_name].copy_(state_dict[key])
-    set_coeff_adapters(model, adapter_name)
+    if not hotswap:
+        set_coeff_adapters(model, adapter_name)
+    return problems
+
+
+def read_coeff_metadata(
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> dict[str, Any]:
+    """The header of a coefficient file, without its values. Sources and arguments as [`load_coeff_weights`].
+
+    Returns:
+        The header's entries, strings, but for `coeff_diffusers`, which is read from its JSON: `format_version`,
+        `config`, `versions`, and `base`, which says for each component of the base model its `class`, `name` and
+        `heads`. It is what the file's writer says of it, and may be wrong.
+
+    Raises:
+        ValueError: if it is no coefficient file, or written by a newer release.
+        OSError: if there is no such file.
+    """
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub |= {"local_files_only": local_files_only, "force_download": force_download}
+    return read_file(find_file(pretrained_model_name_or_path, weight_name, subfolder, **hub), values=False)[1]
 
 
 def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
@@ -163,7 +205,7 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
 def _keyed_layers(model: Any) -> dict[str, Any]:
     """Key of the file format -> attention module."""
     return {
-        f"{component}.{path}{_SUFFIX}": layer
+        f"{component}.{path}{KEY_SUFFIX}": layer
         for component, part in denoisers(model).items()
         for path, layer in attention_layers(part).items()
     }
@@ -180,6 +222,39 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
     }
     config = next(p.configs[adapter_name] for p in coeff_processors(model) if adapter_name in p.configs)
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
+
+
+def file_header(description: Mapping[str, Any], *, title: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The header of a file: the format's own entries, `modelspec.*`, and `metadata`.
+
+    Raises:
+        ValueError: if `metadata` sets an entry of the format itself, or holds something other than strings.
+    """
+    from . import __version__
+
+    taken = sorted({"format", "coeff_diffusers"} & set(metadata))
+    if taken:
+        raise ValueError(f"metadata must not set {taken}, which the file format uses")
+    not_text = [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]
+    if not_text:
+        raise ValueError(f"metadata must be strings, but {not_text} are not: a file's header holds nothing else")
+    versions = {"coeff_diffusers": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+    classes = sorted({base["class"] for base in description["base"].values()})
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{'+'.join(classes)}/coeff-tuning",
+        "implementation": "coeff_diffusers",
+        "title": title,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if "instance_prompt" in metadata:
+        spec["trigger_phrase"] = metadata["instance_prompt"]
+    return {
+        "format": "pt",
+        "coeff_diffusers": json.dumps({**description, "versions": versions}),
+        **{f"modelspec.{name}": value for name, value in spec.items()},
+        **metadata,
+    }
 
 
 def _base_name(model: Any, part: Any) -> str:
@@ -203,12 +278,20 @@ def public_name(name_or_path: str) -> str:
     return path.name
 
 
-def _save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+def save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+    """Writes a coefficient file, whole or not at all."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[str]:
+    """A temporary path, whose file takes the place of `path` once the block is through."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=header)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -224,7 +307,10 @@ def _umask() -> int:
     return mask
 
 
-def _find_file(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, **hub: Any) -> Path:
+def find_file(
+    source: str | os.PathLike[str], weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+) -> Path:
+    """The path of a coefficient file that is given as a file, a folder or a repository of the Hub."""
     path = Path(source)
     if path.is_dir():
         return _find_in_folder(path / (subfolder or ""), weight_name)
@@ -270,11 +356,12 @@ def _download(repository: str, filename: str, **hub: Any) -> Path:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_file(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The values (none with `values=False`) and the header of a coefficient file, its JSON entry read."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in (file.keys() if values else ())}
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable .safetensors file: {error}") from error
     if "coeff_diffusers" not in header:
@@ -290,49 +377,60 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise ValueError(
             f"{path} has format version {version}, this release reads {FORMAT_VERSION}: update the package"
         )
-    return tensors, description
+    return tensors, {**header, "coeff_diffusers": description}
 
 
-def _base_mismatches(model: Any, description: dict[str, Any] | None) -> list[str]:
-    """What the file says of its base model and is otherwise here, a line each."""
-    problems = []
+def differences(model: Any, state_dict: Mapping[str, Tensor], description: Mapping[str, Any] | None) -> dict[str, str]:
+    """What does not fit `model`: key of the file, or part of the model -> why. Empty if everything does."""
+    return _base_differences(model, description) | _tensor_differences(state_dict, _keyed_layers(model))
+
+
+def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the file says of its base model and is otherwise here."""
+    found = {}
     parts = denoisers(model)
     for component, base in (description or {}).get("base", {}).items():
         if component not in parts:
-            problems.append(f"{component}: the file is for a model with this component, here are {sorted(parts)}")
+            found[component] = f"the file is for a model with this component, here are {sorted(parts)}"
             continue
         part, here = parts[component], {path: head_count(m) for path, m in attention_layers(parts[component]).items()}
         if base["class"] != type(part).__name__:
-            problems.append(f"{component}: the file is for a {base['class']}, this is a {type(part).__name__}")
+            found[component] = f"the file is for a {base['class']}, this is a {type(part).__name__}"
         for path in sorted(base["heads"].keys() | here.keys()):
             there_heads, here_heads = base["heads"].get(path), here.get(path)
             if there_heads != here_heads:
-                problems.append(
-                    f"{component}.{path}: {_heads(there_heads)} in the file's model, {_heads(here_heads)} here"
-                )
-    return problems
+                found[f"{component}.{path}"] = f"{_heads(there_heads)} in the file's model, {_heads(here_heads)} here"
+    return found
 
 
 def _heads(count: int | None) -> str:
     return "no such attention layer" if count is None else f"{count} heads"
 
 
-def _tensor_mismatches(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> list[str]:
-    problems = [] if state_dict else ["it holds no coefficients"]
+def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
+    found = {} if state_dict else {"file": "it holds no coefficients"}
     tied: dict[int, str] = {}
     for key, delta in sorted(state_dict.items()):
         if key not in layers:
-            problems.append(f"{key}: there is no such attention layer")
+            found[key] = "there is no such attention layer"
             continue
         heads = head_count(layers[key])
         if delta.shape != (heads, heads):
-            problems.append(f"{key}: must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}")
+            found[key] = f"must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}"
         elif not delta.is_floating_point():
-            problems.append(f"{key}: must be floating point, got {delta.dtype}")
+            found[key] = f"must be floating point, got {delta.dtype}"
         elif not torch.isfinite(delta).all():
-            problems.append(f"{key}: has {int((~torch.isfinite(delta)).sum())} values that are not finite")
+            found[key] = f"has {int((~torch.isfinite(delta)).sum())} values that are not finite"
         elif isinstance(layers[key].processor, CoeffAttnProcessor):
             first = tied.setdefault(id(layers[key].processor), key)
             if not torch.equal(delta, state_dict[first]):
-                problems.append(f"{key}: differs from {first}, to which this layer is tied")
-    return problems
+                found[key] = f"differs from {first}, to which this layer is tied"
+    return found
+
+
+def _other_layers(model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers that the adapter or the file alone has."""
+    here = coeff_state_dict(model, adapter_name).keys()
+    too_many = dict.fromkeys(sorted(state_dict.keys() - here), f"adapter {adapter_name!r} has no such layer")
+    missing = dict.fromkeys(sorted(here - state_dict.keys()), f"adapter {adapter_name!r} has it, the file has not")
+    return too_many | missing

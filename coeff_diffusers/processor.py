@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .call_scale import KEY, CallScale, checked
 from .config import CoeffConfig
 from .functional import mixed_attention
 from .layers import device_of, head_count, select_layers
@@ -55,6 +56,8 @@ class CoeffAttnProcessor(nn.Module):
         self.coeff = nn.ParameterDict()
         self.adapter_weights: dict[str, float] = {}
         self.configs: dict[str, CoeffConfig] = {}
+        self.call_scale = CallScale()
+        self.per_sample: Tensor | None = None  # (samples, H, H) within coeff_per_sample
         self.add_adapter("default", CoeffConfig(dropout=dropout))
         self._present_signature()
 
@@ -94,29 +97,39 @@ class CoeffAttnProcessor(nn.Module):
     def delta(self, training: bool = False) -> Tensor | None:
         """sum_k w_k Delta_k over the active adapters, (H, H) float32; `None` where that is the base model.
 
+        Within [`coeff_per_sample`], (samples, H, H). All is times the call's `coeff_scale`.
+
         Args:
             training: whether to drop entries, as the adapters' configs say.
         """
+        scale = self.call_scale.scale
+        if not self.enabled or scale == 0.0:
+            return None
+        if self.per_sample is not None:
+            return self.per_sample if scale == 1.0 else scale * self.per_sample
         active = {name: weight for name, weight in self.adapter_weights.items() if weight != 0.0}
-        if not self.enabled or not active:
+        if not active:
             return None
         terms = [
-            weight * F.dropout(self.coeff[name], self.configs[name].dropout, training)
+            scale * weight * F.dropout(self.coeff[name], self.configs[name].dropout, training)
             for name, weight in active.items()
         ]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
-    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, attn: nn.Module, *args: Any, coeff_scale: float | None = None, **kwargs: Any) -> Any:
         """Runs the host's processor, with the maps mixed. The base model runs through the untouched call.
+
+        Args:
+            coeff_scale: factor on Delta in this call, from the attention kwargs of a host that passes them on.
 
         Raises:
             RuntimeError: if the processor ran and no `scaled_dot_product_attention` call was seen: the coefficients
                 would have had no effect.
         """
         delta = self.delta(attn.training)  # a processor that was set later has no mode of its own
-        if delta is None:
+        if delta is None or coeff_scale == 0.0:
             return self.processor(attn, *args, **kwargs)
-        mode = _MixMaps(delta)
+        mode = _MixMaps(delta if coeff_scale is None else checked(coeff_scale) * delta)
         with mode:
             output = self.processor(attn, *args, **kwargs)
         if not mode.calls:
@@ -130,13 +143,16 @@ class CoeffAttnProcessor(nn.Module):
 
     def _present_signature(self) -> None:
         # The host reads inspect.signature(processor.__call__) and drops the arguments that are not named there, so the
-        # signature shown must be the wrapped one's. It is read from the instance; the call itself goes by the class.
+        # signature shown must be the wrapped one's, and coeff_scale. It is read from the instance; the call itself
+        # goes by the class.
         def call(self: CoeffAttnProcessor, *args: Any, **kwargs: Any) -> Any:
             return nn.Module.__call__(self, *args, **kwargs)
 
         signature = inspect.signature(self.processor.__call__)
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        call.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+        scale = inspect.Parameter(KEY, inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = sorted([itself, *signature.parameters.values(), scale], key=lambda parameter: parameter.kind)
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         self.__dict__["__call__"] = MethodType(call, self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +239,21 @@ class _MixMaps(TorchFunctionMode):
 
 
 def _mix_call(delta: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if delta.ndim == 3:
+        delta = _by_query(delta, query.shape[0])
     return mixed_attention(query, key, value, delta, *args, **kwargs)
+
+
+def _by_query(delta: Tensor, batch: int) -> Tensor:
+    """A matrix for each query of a layer, which may have folded the frames of a sample into the batch."""
+    if len(delta) == 0:
+        raise RuntimeError(
+            "within coeff_per_sample the model's layers ran, but not by a call of the model that was given to it: "
+            "hand over the pipeline, or the object that is called (the compiled one, not the one within)"
+        )
+    if batch % len(delta):
+        raise ValueError(f"a layer's batch of {batch} is no multiple of the model's {len(delta)} samples")
+    return delta if batch == len(delta) else delta.repeat_interleave(batch // len(delta), dim=0)
 
 
 def _of_wrapped(wrapper: CoeffAttnProcessor, name: str) -> Any:

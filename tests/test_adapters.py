@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -11,21 +12,25 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-from hosts import HOSTS, randomise
+from hosts import HOSTS, randomise, visible
 from torch import nn
 
 from coeff_diffusers import (
     CoeffAttnProcessor,
     CoeffConfig,
     add_coeff_adapter,
+    coeff_adapters,
     coeff_disabled,
     coeff_parameters,
     delete_coeff_adapters,
+    disable_coeff_adapters,
+    enable_coeff_adapters,
     get_active_coeff_adapters,
     list_coeff_adapters,
     set_coeff_adapters,
     unload_coeff_weights,
 )
+from coeff_diffusers.adapters import denoisers
 from coeff_diffusers.layers import attention_layers
 
 UNET = HOSTS["unet"]
@@ -380,5 +385,211 @@ def test_importing_the_package_imports_no_training_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, coeff_diffusers; print([m for m in ('peft', 'matplotlib', 'tensorboard') if m in sys.modules])"
+    names = ("peft", "matplotlib", "tensorboard", "transformers")
+    code = f"import sys, coeff_diffusers; print([m for m in {names} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_weights_by_pattern_reach_their_layers(host, model) -> None:
+    add_coeff_adapter(model)
+    randomise(model)
+    paths = [f"{name}.{path}" for name, part in denoisers(model).items() for path in attention_layers(part)]
+    last = paths[-1]
+    set_coeff_adapters(model, "default", {"*": -0.5, last.partition(".")[2]: 0.0})
+    assert get_active_coeff_adapters(model) == {"default": {path: 0.0 if path == last else -0.5 for path in paths}}
+    with torch.no_grad():
+        out = host.run(model)
+        *others, untouched = coeff_parameters(model)
+        for parameter in others:
+            parameter.mul_(-0.5)
+        untouched.zero_()
+        set_coeff_adapters(model, "default")
+        torch.testing.assert_close(out, host.run(model), rtol=1e-4, atol=1e-4)  # zeros are mixed here, not skipped
+
+
+def test_the_last_pattern_counts_and_layers_without_one_have_weight_1(unet) -> None:
+    for name in "ab":
+        add_coeff_adapter(unet, adapter_name=name)
+    set_coeff_adapters(unet, ["a", "b"], [{"attn2": 0.0, "up_blocks.*": 2.0}, 0.5])
+    active = get_active_coeff_adapters(unet)
+    layer = "unet.{}.attentions.0.transformer_blocks.0.{}".format
+    assert active["a"][layer("up_blocks.1", "attn2")] == 2.0
+    assert active["a"][layer("down_blocks.0", "attn2")] == 0.0
+    assert active["a"][layer("down_blocks.0", "attn1")] == 1.0
+    assert active["b"] == 0.5
+    before = {path: dict(p.processor.adapter_weights) for path, p in attention_layers(unet).items()}
+    set_coeff_adapters(unet, "b")
+    set_coeff_adapters(unet, list(active), list(active.values()))  # what was told can be set again
+    assert {path: p.processor.adapter_weights for path, p in attention_layers(unet).items()} == before
+
+
+def test_one_dict_of_patterns_serves_all_adapters(unet) -> None:
+    for name in "ab":
+        add_coeff_adapter(unet, adapter_name=name)
+    set_coeff_adapters(unet, ["a", "b"], {"attn2": 0.25})
+    weights = unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor.adapter_weights
+    assert weights == {"a": 0.25, "b": 0.25}
+
+
+def test_patterns_that_fit_no_layer_of_the_adapter_are_refused(unet) -> None:
+    add_coeff_adapter(unet, CoeffConfig(kinds=("cross",)))
+    with pytest.raises(
+        ValueError, match=r"\['attn1', 'x'\] match none of the 4 layers of adapter 'default', .*attn2'"
+    ):
+        set_coeff_adapters(unet, "default", {"attn2": 0.5, "attn1": 0.5, "x": 1.0})
+    with pytest.raises(ValueError, match="must be finite"):
+        set_coeff_adapters(unet, "default", {"attn2": float("inf")})
+    assert get_active_coeff_adapters(unet) == {"default": 1.0}
+
+
+def test_tied_layers_cannot_be_weighed_apart(unet) -> None:
+    alike = type(unet).from_config({**unet.config, "attention_head_dim": 4})
+    alike.set_attn_processor(CoeffAttnProcessor(4))
+    with pytest.raises(ValueError, match="attn2 is tied to layers of weight 1.0, and cannot have 0.5"):
+        set_coeff_adapters(alike, "default", {"attn2": 0.5})
+    set_coeff_adapters(alike, "default", {"*": 0.5})
+    assert get_active_coeff_adapters(alike) == {"default": 0.5}
+
+
+def test_coeff_adapters_restores_what_it_found_also_after_an_error(unet) -> None:
+    for name in "ab":
+        add_coeff_adapter(unet, adapter_name=name)
+    set_coeff_adapters(unet, ["a", "b"], [{"attn2": 0.5}, -1.0])
+    before = get_active_coeff_adapters(unet)
+    with coeff_adapters(unet, "a", 0.3):
+        assert get_active_coeff_adapters(unet) == {"a": 0.3}
+    with pytest.raises(KeyError), coeff_adapters(unet, "a", 0.3):
+        raise KeyError
+    assert get_active_coeff_adapters(unet) == before
+    with coeff_adapters(unet, "a"):
+        delete_coeff_adapters(unet, "b")
+    assert get_active_coeff_adapters(unet) == {"a": before["a"]}
+    run(unet)
+
+
+def test_disable_and_enable(unet) -> None:
+    base = run(unet)
+    add_coeff_adapter(unet)
+    randomise(unet)
+    mixed = run(unet)
+    disable_coeff_adapters(unet)
+    torch.testing.assert_close(run(unet), base, rtol=0, atol=0)
+    with coeff_disabled(unet):
+        pass
+    torch.testing.assert_close(run(unet), base, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="are disabled, and a new adapter would be too: enable_coeff_adapters"):
+        add_coeff_adapter(unet, adapter_name="new")
+    enable_coeff_adapters(unet)
+    torch.testing.assert_close(run(unet), mixed, rtol=0, atol=0)
+
+
+def kwargs_name(model: nn.Module) -> str:
+    return next(name for name in inspect.signature(model.forward).parameters if name.endswith("attention_kwargs"))
+
+
+def test_coeff_scale_in_the_attention_kwargs_weighs_one_call(host, model) -> None:
+    add_coeff_adapter(model)
+    randomise(model)
+    set_coeff_adapters(model, "default", 0.8)
+    given = {"coeff_scale": 0.5, "scale": 1.0}
+    with torch.no_grad():
+        whole = host.run(model)
+        with coeff_adapters(model, "default", 0.4):
+            half = host.run(model)
+        with coeff_disabled(model):
+            base = host.run(model)
+
+        def scaled(scale):
+            given["coeff_scale"] = scale
+            return model(**host.inputs(), **{kwargs_name(model): given}, return_dict=False)[0]
+
+        torch.testing.assert_close(scaled(0.5), half, rtol=1e-4, atol=1e-4)  # one rounding of Delta
+        assert given["coeff_scale"] == 0.5  # the caller's dict is left as it is
+        assert (half - whole).abs().max() > 1e-2
+        torch.testing.assert_close(scaled(0), base, rtol=0, atol=0)
+        torch.testing.assert_close(host.run(model), whole, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="coeff_scale must be a finite number, got nan"):
+            scaled(float("nan"))
+        torch.testing.assert_close(host.run(model), whole, rtol=0, atol=0)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        out = copied(**host.inputs(), **{kwargs_name(model): {"coeff_scale": 0.5}}, return_dict=False)[0]
+    torch.testing.assert_close(out, half, rtol=1e-4, atol=1e-4)
+
+
+def test_coeff_scale_reaches_layers_to_which_the_host_passes_nothing_on() -> None:
+    """As half of diffusers' transformers do, QwenImage, LTX and Wan among them."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    wan = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    visible(wan)
+    add_coeff_adapter(wan)
+    randomise(wan)
+    inputs = {"hidden_states": torch.randn(1, 4, 2, 8, 8), "timestep": torch.tensor([3])}
+    inputs["encoder_hidden_states"] = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        whole = wan(**inputs).sample
+        half = wan(**inputs, attention_kwargs={"coeff_scale": 0.5}).sample
+        assert (half - whole).abs().max() > 1e-2
+        with coeff_adapters(wan, "default", 0.5):
+            torch.testing.assert_close(wan(**inputs).sample, half, rtol=1e-4, atol=1e-4)  # one rounding of Delta
+
+
+def test_coeff_scale_serves_processors_set_by_diffusers_own_method(unet) -> None:
+    unet.set_attn_processor(CoeffAttnProcessor.for_model(unet))
+    randomise(unet)
+    with torch.no_grad():
+        half = unet(**UNET.inputs(), cross_attention_kwargs={"coeff_scale": 0.5}, return_dict=False)[0]
+        base = unet(**UNET.inputs(), cross_attention_kwargs={"coeff_scale": 0.0}, return_dict=False)[0]
+    with coeff_adapters(unet, "default", 0.5):
+        torch.testing.assert_close(run(unet), half, rtol=1e-4, atol=1e-4)  # one rounding of Delta
+    with coeff_disabled(unet):
+        torch.testing.assert_close(run(unet), base, rtol=0, atol=0)
+
+
+def test_coeff_scale_is_kept_for_the_backward_pass_of_gradient_checkpointing(unet) -> None:
+    add_coeff_adapter(unet)
+    randomise(unet)
+    unet.requires_grad_(False).train()
+    for parameter in coeff_parameters(unet):
+        parameter.requires_grad_(True)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.zero_grad()
+        given = {"cross_attention_kwargs": {"coeff_scale": 0.5}, "return_dict": False}
+        unet(**UNET.inputs(), **given)[0].square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in coeff_parameters(unet)])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)  # the same operations are run again
+
+
+@pytest.mark.slow
+def test_coeff_scale_under_compile() -> None:
+    """With graph breaks: fullgraph=True raises, as diffusers' reading of signatures meets a dict that was changed."""
+    torch.manual_seed(0)
+    host = HOSTS["sd3"]
+    model = visible(host.build().eval())
+    add_coeff_adapter(model)
+    randomise(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for scale in (None, 0.5, 0.25, 0.0, None):
+            given = {} if scale is None else {"joint_attention_kwargs": {"coeff_scale": scale}}
+            out = compiled(**host.inputs(), **given, return_dict=False)[0]
+            with coeff_adapters(model, "default", 1.0 if scale is None else scale):
+                torch.testing.assert_close(out, host.run(model), rtol=1e-4, atol=1e-4)  # other sums
+
+
+def test_unloading_leaves_no_hook(unet) -> None:
+    for take_off in (unload_coeff_weights, lambda model: delete_coeff_adapters(model, "default")):
+        add_coeff_adapter(unet)
+        assert unet._forward_pre_hooks
+        take_off(unet)
+        assert not unet._forward_pre_hooks
+        assert not unet._forward_pre_hooks_with_kwargs

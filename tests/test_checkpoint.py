@@ -22,7 +22,9 @@ from coeff_diffusers import (
     get_active_coeff_adapters,
     list_coeff_adapters,
     load_coeff_weights,
+    read_coeff_metadata,
     save_coeff_weights,
+    set_coeff_adapters,
 )
 
 NAME = "pytorch_coeff_weights.safetensors"
@@ -282,6 +284,7 @@ def test_a_folder_of_several_files_wants_a_choice(trained, fresh, tmp_path) -> N
         ({"adapter_name": "x"}, r"there is no adapter 'x' to save; there are \['default'\]"),
         ({"weight_name": "x.bin"}, "weight_name must end in .safetensors, got 'x.bin'"),
         ({"metadata": {"coeff_diffusers": "x"}}, r"metadata must not set \['coeff_diffusers'\]"),
+        ({"metadata": {"steps": 500}}, r"metadata must be strings, but \['steps'\] are not"),
     ],
     ids=str,
 )
@@ -303,3 +306,109 @@ def test_values_that_are_not_finite_are_not_written_over_good_ones(trained, file
 def test_a_name_in_use_is_refused_before_anything_is_read(trained, fresh) -> None:
     with pytest.raises(ValueError, match="'default' is in use"):
         load_coeff_weights(trained, "/nowhere.safetensors")
+
+
+def test_metadata_is_read_without_the_values_from_the_same_sources(trained, file, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: str(file))
+    header = read_coeff_metadata(file)
+    assert header == read_coeff_metadata(file.parent, weight_name=NAME) == read_coeff_metadata("someone/dog")
+    assert header["instance_prompt"] == header["modelspec.trigger_phrase"] == "a sks dog"
+    assert header["modelspec.architecture"] == "UNet2DConditionModel/coeff-tuning"
+    assert header["modelspec.title"] == "default"
+    assert header["coeff_diffusers"]["versions"]["torch"] == torch.__version__
+    assert header["coeff_diffusers"]["base"]["unet"]["heads"][FIRST[5:-6]] == 2
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        read_coeff_metadata("/nowhere.safetensors")
+
+
+def test_a_writer_s_own_modelspec_entries_replace_the_default_ones(trained, tmp_path) -> None:
+    given = {"modelspec.title": "My dog", "modelspec.author": "me"}
+    header = read_coeff_metadata(save_coeff_weights(trained, tmp_path, metadata=given))
+    assert given.items() <= header.items()
+
+
+def test_what_a_file_says_of_itself_has_no_part_in_what_is_computed(trained, file, fresh) -> None:
+    _rewrite(file, format="x", instance_prompt="", **{"modelspec.architecture": "none", "learning_rate": "1e9"})
+    load_coeff_weights(fresh, file)
+    loaded = [p.detach() for p in coeff_parameters(fresh)]
+    torch.testing.assert_close(loaded, [p.detach() for p in coeff_parameters(trained)], rtol=0, atol=0)
+
+
+def test_not_strict_loads_what_fits_and_returns_what_did_not(trained, file, fresh) -> None:
+    assert load_coeff_weights(fresh, file) == {}
+    tensors = load_file(file)
+    second = FIRST.replace("attn1", "attn2")
+    tensors[FIRST] = torch.ones(3, 3)
+    tensors["unet.nowhere.coeff"] = tensors.pop(second)
+    left_out = load_coeff_weights(fresh, tensors, adapter_name="part", strict=False)
+    assert left_out == {
+        FIRST: "must have shape (2, 2) for 2 heads, got (3, 3)",
+        "unet.nowhere.coeff": "there is no such attention layer",
+    }
+    assert set(checkpoint.coeff_state_dict(fresh, "part")) == set(tensors) - set(left_out)
+    torch.testing.assert_close(
+        checkpoint.coeff_state_dict(fresh, "part"), {k: v for k, v in tensors.items() if k not in left_out}
+    )
+
+
+def test_not_strict_crosses_to_another_class_with_layers_of_the_same_name(file, fresh) -> None:
+    class OtherUNet(type(fresh)):
+        pass
+
+    other = OtherUNet.from_config(fresh.config)
+    assert load_coeff_weights(other, file, strict=False) == {
+        "unet": "the file is for a UNet2DConditionModel, this is a OtherUNet"
+    }
+    assert len(coeff_parameters(other)) == 8
+
+
+def test_nothing_that_fits_is_an_error_also_when_not_strict(file) -> None:
+    flux = HOSTS["flux"].build()
+    with pytest.raises(ValueError, match="does not fit FluxTransformer2DModel"):
+        load_coeff_weights(flux, file, strict=False)
+    assert list_coeff_adapters(flux) == []
+
+
+def test_hotswap_replaces_values_in_place_and_leaves_what_is_active(trained, file, fresh) -> None:
+    add_coeff_adapter(fresh, adapter_name="other")
+    add_coeff_adapter(fresh)
+    set_coeff_adapters(fresh, "default", 0.5)
+    before = coeff_parameters(fresh, "default")
+    load_coeff_weights(fresh, file, hotswap=True)
+    assert all(one is other for one, other in zip(coeff_parameters(fresh, "default"), before, strict=True))
+    torch.testing.assert_close([p.detach() for p in before], [p.detach() for p in coeff_parameters(trained)])
+    assert get_active_coeff_adapters(fresh) == {"default": 0.5}
+    assert not any(parameter.any() for parameter in coeff_parameters(fresh, "other"))
+
+
+@pytest.mark.slow
+def test_hotswap_and_weights_that_stay_compile_nothing_again(trained, file, fresh) -> None:
+    add_coeff_adapter(fresh)
+    torch._dynamo.reset()
+    compiled = torch.compile(fresh, backend="aot_eager")
+    with torch.no_grad():
+        before = HOSTS["unet"].run(compiled)
+        load_coeff_weights(compiled, file, hotswap=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            after = HOSTS["unet"].run(compiled)
+        assert (after - before).norm() > 1e-3 * before.norm()
+        torch.testing.assert_close(after, HOSTS["unet"].run(fresh), rtol=1e-4, atol=1e-4)  # other sums
+
+
+def test_hotswap_of_other_layers_is_refused_with_each_and_nothing_moves(trained, file, fresh) -> None:
+    add_coeff_adapter(fresh, CoeffConfig(kinds=("cross",)))
+    tensors = {key: value for key, value in load_file(file).items() if "up_blocks" not in key}
+    with pytest.raises(ValueError, match="does not fit") as error:
+        load_coeff_weights(fresh, tensors, hotswap=True)
+    assert f"{FIRST}: adapter 'default' has no such layer" in str(error.value)
+    assert "up_blocks.1.attentions.0.transformer_blocks.0.attn2.coeff: adapter 'default' has it" in str(error.value)
+    assert not any(parameter.any() for parameter in coeff_parameters(fresh))
+
+
+def test_hotswap_wants_a_name_in_use_and_the_whole_file(trained, file, fresh) -> None:
+    with pytest.raises(ValueError, match=r"has no adapter \['x'\]; it has \['default'\]"):
+        load_coeff_weights(trained, file, adapter_name="x", hotswap=True)
+    with pytest.raises(ValueError, match="has no coefficients"):
+        load_coeff_weights(fresh, file, hotswap=True)
+    with pytest.raises(ValueError, match="hotswap=True replaces a whole adapter or nothing"):
+        load_coeff_weights(trained, file, hotswap=True, strict=False)
