@@ -10,6 +10,7 @@ from .adapters import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
+from .check import check_coeff_adapters
 from .checkpoint import load_coeff_weights, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
@@ -21,6 +22,7 @@ __all__ = [
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",
+    "check_coeff_adapters",
     "coeff_disabled",
     "coeff_parameters",
     "delete_coeff_adapters",

@@ -1,12 +1,13 @@
 """Coefficients on a model or a pipeline: put on, choose, weigh, disable, take off.
 
-`model` is a diffusers model, or a pipeline, whose denoisers (`unet`, `transformer`, `transformer_2`, ...) are meant.
+`model` is a diffusers model, or a pipeline: its denoisers (`unet`, `transformer`, `transformer_2`, ...) get
+coefficients, its text encoders and ControlNets where they are asked for. A text encoder can be `model`, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +15,20 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .config import CoeffConfig
-from .layers import attention_layers, device_of, head_count, select_layers
+from .layers import attention_layers, check_softmax, device_of, head_count, processor_name, select_layers
 from .processor import CoeffAttnProcessor
+from .text import IMPLEMENTATION, SdpaAttention, is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
 
 
-def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_name: str = DEFAULT_ADAPTER) -> None:
+def add_coeff_adapter(
+    model: Any,
+    config: CoeffConfig | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    components: str | Sequence[str] | None = None,
+) -> None:
     """Adds coefficients Delta = 0 to the attention layers that `config` selects, and makes them the active adapter.
 
     Until it is trained the adapter changes nothing. Its parameters are float32, on the device of their layer, and
@@ -31,16 +39,19 @@ def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_nam
         model: a diffusers model or a pipeline.
         config: which layers, and the dropout in training. `None` takes every layer.
         adapter_name: a new name, without a full stop.
+        components: of a pipeline, the names of its components to take: `("unet", "text_encoder")`. `None` takes its
+            denoisers.
 
     Raises:
-        ValueError: if the name is in use or not allowed, or no layer can be selected, or a selected layer is tied to
-            one that is not; the model is as it was.
+        ValueError: if the name is in use or not allowed, a component is unknown, no layer can be selected, or a
+            selected layer is tied to one that is not; the model is as it was.
     """
     config = config or CoeffConfig()
     check_new_adapter_name(model, adapter_name)
-    layers = [layer for part in denoisers(model).values() for layer in select_layers(part, config).values()]
+    parts = denoisers(model) if components is None else _chosen_parts(model, components)
+    layers = [layer for part in parts.values() for layer in select_layers(part, config).values()]
     _check_ties(model, layers)
-    wrap_layers(layers, adapter_name, config)
+    wrap_layers(model, layers, adapter_name, config)
     _activate(model, {adapter_name: 1.0})
 
 
@@ -64,6 +75,9 @@ def set_coeff_adapters(
 ) -> None:
     """Makes these adapters the active ones: `alpha = I + sum_k weight_k Delta_k`.
 
+    Where the host has put other processors in the place of those with the coefficients (`load_ip_adapter`,
+    `fuse_qkv_projections`, ...), the coefficients are put on the new ones.
+
     Args:
         model: a diffusers model or a pipeline.
         adapter_names: one name, or several.
@@ -71,10 +85,12 @@ def set_coeff_adapters(
             0 the base model runs, bit for bit.
 
     Raises:
-        ValueError: for an unknown name, one named twice, or weights that do not fit; nothing is changed.
+        ValueError: for an unknown name, one named twice, weights that do not fit, or a new processor that computes
+            its own softmax; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    _check_known(model, names)
+    replaced = replaced_layers(model)
+    _check_known(model, names, replaced)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
@@ -82,6 +98,7 @@ def set_coeff_adapters(
         raise ValueError(f"{len(names)} adapters {names} need as many weights, got {len(weights)}: {weights}")
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
+    _put_back(model, replaced)
     _activate(model, dict(zip(names, map(float, weights))))
 
 
@@ -112,9 +129,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         for name in names:
             if name in processor.coeff:
                 processor.delete_adapter(name)
-    for layer in _wrapped_layers(model):
-        if not layer.processor.coeff:
-            set_processor(layer, layer.processor.processor)
+    _unwrap(model, [layer for layer in _wrapped_layers(model) if not layer.processor.coeff])
 
 
 @contextmanager
@@ -138,12 +153,37 @@ def coeff_disabled(model: Any) -> Iterator[None]:
 def unload_coeff_weights(model: Any) -> None:
     """Takes all coefficients off and puts the original processor objects back.
 
+    Processors that the host has put in their place since stay.
+
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    _check_known(model, [])
-    for layer in _wrapped_layers(model):
-        set_processor(layer, layer.processor.processor)
+    layers = [*_wrapped_layers(model), *replaced_layers(model).values()]
+    if not layers:
+        _check_known(model, [])
+    _unwrap(model, layers)
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """Component name -> model: all of a pipeline that may have coefficients, or the one that `model` is.
+
+    Raises:
+        TypeError: if `model` is neither a pipeline nor a module.
+    """
+    if isinstance(model, nn.Module):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        name = type(model).__name__
+        if is_text_encoder(model):
+            return {"text_encoder": model}
+        return {"unet" if "UNet" in name else "controlnet" if "ControlNet" in name else "transformer": model}
+    if not hasattr(model, "components"):
+        raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
+    parts = {
+        name: extract_model_from_parallel(part, keep_torch_compile=False)
+        for name, part in model.components.items()
+        if isinstance(part, nn.Module)
+    }
+    return {name: part for name, part in parts.items() if ".autoencoders." not in type(part).__module__}
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -153,41 +193,132 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
         ValueError: if a pipeline has no denoiser.
         TypeError: if `model` is neither a pipeline nor a module.
     """
+    parts = components(model)
     if isinstance(model, nn.Module):
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
-        return {"unet" if "UNet" in type(model).__name__ else "transformer": model}
-    if not hasattr(model, "components"):
-        raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
-    parts = {
-        name: extract_model_from_parallel(part, keep_torch_compile=False)
-        for name, part in model.components.items()
-        if name.startswith(("unet", "transformer")) and isinstance(part, nn.Module)
-    }
-    if not parts:
+        return parts
+    names = ("unet", "transformer", "prior", "decoder")  # with a number or a name behind it
+    found = {name: part for name, part in parts.items() if name.startswith(names) and not is_text_encoder(part)}
+    if not found:
         raise ValueError(f"{type(model).__name__} has no unet or transformer; it has {sorted(model.components)}")
-    return parts
+    return found
 
 
 def coeff_processors(model: Any) -> list[CoeffAttnProcessor]:
-    """Every `CoeffAttnProcessor` of `model`, once each."""
+    """Every `CoeffAttnProcessor` of `model`, once each.
+
+    Raises:
+        ValueError: if some of them were replaced by other processors.
+    """
+    replaced = replaced_layers(model)
+    if replaced:
+        lines = [f"  {path} (now {processor_name(layer)})" for path, layer in replaced.items()]
+        raise ValueError(
+            f"the processors of {len(lines)} layers with coefficients were replaced, as load_ip_adapter, "
+            "fuse_qkv_projections, set_attn_processor and their like do. Either set_coeff_adapters(model, names), "
+            "which puts the coefficients on the new ones, or unload_coeff_weights(model):\n" + "\n".join(lines[:10])
+        )
     return list(dict.fromkeys(layer.processor for layer in _wrapped_layers(model)))
 
 
-def wrap_layers(layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -> None:
-    """Gives each layer Delta = 0 under a name that is new on it."""
+def replaced_layers(model: Any) -> dict[str, Any]:
+    """`component.path` -> attention module, of those that lost the processor with their coefficients."""
+    return {
+        f"{component}.{path}": layer
+        for component, part in components(model).items()
+        for path, layer in attention_layers(part).items()
+        if _RECORD in vars(layer) and getattr(layer, "processor", None) is not _recorded(layer)
+    }
+
+
+def wrap_layers(model: Any, layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -> None:
+    """Gives each layer of `model` Delta = 0 under a name that is new on it."""
     for layer in layers:
-        if not isinstance(layer.processor, CoeffAttnProcessor):
-            wrapper = CoeffAttnProcessor(head_count(layer), layer.processor).to(device_of(layer))
+        processor = getattr(layer, "processor", None)
+        if not isinstance(processor, CoeffAttnProcessor):
+            wrapper = CoeffAttnProcessor(head_count(layer), processor or SdpaAttention()).to(device_of(layer))
             wrapper.delete_adapter(DEFAULT_ADAPTER)
             set_processor(layer, wrapper)
+        if _RECORD not in vars(layer):
+            vars(layer)[_RECORD] = (layer.processor, layer.register_forward_pre_hook(_refuse_replaced))
     for processor in dict.fromkeys(layer.processor for layer in layers):
         processor.add_adapter(adapter_name, config)
+    _choose_attention_functions(model)
 
 
 def set_processor(layer: Any, processor: Any) -> None:
     """`layer.processor = processor`, also from a Module to a plain object and on layers without `set_processor`."""
     layer._modules.pop("processor", None)
     layer.processor = processor
+
+
+# What a layer was given is written down on the layer itself, out of sight of `named_modules` and `state_dict`: it goes
+# with copies and pickles of the model, and ends with it.
+_RECORD = "_coeff_record"
+
+
+def _recorded(layer: Any) -> Any:
+    return vars(layer)[_RECORD][0]
+
+
+def _refuse_replaced(layer: Any, args: Any) -> None:
+    """Before each forward pass of a layer with coefficients: they must still be there."""
+    processor = getattr(layer, "processor", None)
+    if not isinstance(processor, CoeffAttnProcessor):  # of whatever copy of the model
+        raise RuntimeError(
+            f"the processor with this layer's coefficients was replaced by {type(processor).__name__}; "
+            "set_coeff_adapters(model, names) puts the coefficients on it, unload_coeff_weights(model) gives them up"
+        )
+    chosen = getattr(getattr(layer, "config", None), "_attn_implementation", None)
+    if isinstance(processor.processor, SdpaAttention) and chosen != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the attention function was set to {chosen!r}, where coefficients take no part; call "
+            f"set_attn_implementation({IMPLEMENTATION!r}), or unload_coeff_weights(model)"
+        )
+
+
+def _put_back(model: Any, replaced: Mapping[str, Any]) -> None:
+    """Puts the coefficients that layers have lost on the processors that they have now."""
+    check_softmax(dict(replaced))
+    new: dict[Any, Any] = {layer.processor: layer.processor.processor for layer in _wrapped_layers(model)}
+    if any(new.setdefault(_recorded(layer), layer.processor) is not layer.processor for layer in replaced.values()):
+        raise ValueError("coefficients tied over several layers cannot be put on different processors")
+    for layer in replaced.values():
+        wrapper, processor = _recorded(layer), layer.processor
+        if wrapper.processor is not processor:
+            wrapper.wrap(processor)
+        set_processor(layer, wrapper)
+
+
+def _unwrap(model: Any, layers: Sequence[Any]) -> None:
+    """Gives layers their own processor back, unless they have another by now, and forgets their coefficients."""
+    for layer in layers:
+        if isinstance(layer.processor, CoeffAttnProcessor):
+            own = layer.processor.processor
+            set_processor(layer, own)
+            if isinstance(own, SdpaAttention):
+                del layer.processor
+        _, hook = vars(layer).pop(_RECORD, (None, None))
+        if hook is not None:
+            hook.remove()
+    _choose_attention_functions(model)
+
+
+def _choose_attention_functions(model: Any) -> None:
+    for part in components(model).values():
+        if is_text_encoder(part):
+            use_coefficients(part, any(_is_wrapped(layer) for layer in attention_layers(part).values()))
+
+
+def _is_wrapped(layer: Any) -> bool:
+    return isinstance(getattr(layer, "processor", None), CoeffAttnProcessor)
+
+
+def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module]:
+    parts, chosen = components(model), [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in chosen if name not in parts]
+    if unknown or not chosen:
+        raise ValueError(f"components must name some of {sorted(parts)}, got {chosen}")
+    return {name: parts[name] for name in chosen}
 
 
 def check_new_adapter_name(model: Any, adapter_name: str) -> None:
@@ -218,8 +349,8 @@ def _check_ties(model: Any, layers: Sequence[Any]) -> None:
 
 
 def _wrapped_layers(model: Any) -> list[Any]:
-    layers = [layer for part in denoisers(model).values() for layer in attention_layers(part).values()]
-    return [layer for layer in layers if isinstance(layer.processor, CoeffAttnProcessor)]
+    layers = [layer for part in components(model).values() for layer in attention_layers(part).values()]
+    return [layer for layer in layers if _is_wrapped(layer)]
 
 
 def _activate(model: Any, weights: dict[str, float]) -> None:
@@ -227,10 +358,16 @@ def _activate(model: Any, weights: dict[str, float]) -> None:
         processor.adapter_weights = {name: w for name, w in weights.items() if name in processor.coeff}
 
 
-def _check_known(model: Any, names: Sequence[str]) -> None:
-    known = list_coeff_adapters(model)
+def _check_known(model: Any, names: Sequence[str], replaced: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError for a name that is not on `model`, nor in what it has lost (`replaced`)."""
+    lost = [name for layer in (replaced or {}).values() for name in _recorded(layer).coeff]
+    known = list(dict.fromkeys([*lost, *_adapter_names(model)])) if replaced else list_coeff_adapters(model)
     if not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {known}")
+
+
+def _adapter_names(model: Any) -> list[str]:
+    return list(dict.fromkeys(name for layer in _wrapped_layers(model) for name in layer.processor.coeff))

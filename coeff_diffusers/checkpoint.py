@@ -23,7 +23,7 @@ from .adapters import (
     DEFAULT_ADAPTER,
     check_new_adapter_name,
     coeff_processors,
-    denoisers,
+    components,
     list_coeff_adapters,
     set_coeff_adapters,
     wrap_layers,
@@ -31,6 +31,7 @@ from .adapters import (
 from .config import CoeffConfig
 from .layers import attention_layers, check_softmax, head_count
 from .processor import CoeffAttnProcessor
+from .text import check_text_encoder, is_text_encoder
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
 FORMAT_VERSION = 1
@@ -144,7 +145,10 @@ def load_coeff_weights(
         )
     chosen = {key: layers[key] for key in state_dict}
     check_softmax(chosen)
-    wrap_layers(list(chosen.values()), adapter_name, CoeffConfig())
+    for component, part in components(model).items():
+        if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
+            check_text_encoder(part)
+    wrap_layers(model, list(chosen.values()), adapter_name, CoeffConfig())
     with torch.no_grad():
         for key, layer in chosen.items():
             layer.processor.coeff[adapter_name].copy_(state_dict[key])
@@ -156,7 +160,7 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
     return {
         key: layer.processor.coeff[adapter_name].detach().cpu().clone()
         for key, layer in _keyed_layers(model).items()
-        if isinstance(layer.processor, CoeffAttnProcessor) and adapter_name in layer.processor.coeff
+        if adapter_name in getattr(getattr(layer, "processor", None), "coeff", ())
     }
 
 
@@ -164,19 +168,21 @@ def _keyed_layers(model: Any) -> dict[str, Any]:
     """Key of the file format -> attention module."""
     return {
         f"{component}.{path}{_SUFFIX}": layer
-        for component, part in denoisers(model).items()
+        for component, part in components(model).items()
         for path, layer in attention_layers(part).items()
     }
 
 
 def _description(model: Any, adapter_name: str) -> dict[str, Any]:
+    saved = {key.partition(".")[0] for key in coeff_state_dict(model, adapter_name)}
     base = {
         component: {
             "class": type(part).__name__,
             "name": _base_name(model, part),
             "heads": {path: head_count(layer) for path, layer in attention_layers(part).items()},
         }
-        for component, part in denoisers(model).items()
+        for component, part in components(model).items()
+        if component in saved
     }
     config = next(p.configs[adapter_name] for p in coeff_processors(model) if adapter_name in p.configs)
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
@@ -296,7 +302,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 def _base_mismatches(model: Any, description: dict[str, Any] | None) -> list[str]:
     """What the file says of its base model and is otherwise here, a line each."""
     problems = []
-    parts = denoisers(model)
+    parts = components(model)
     for component, base in (description or {}).get("base", {}).items():
         if component not in parts:
             problems.append(f"{component}: the file is for a model with this component, here are {sorted(parts)}")
@@ -331,7 +337,7 @@ def _tensor_mismatches(state_dict: Mapping[str, Tensor], layers: Mapping[str, An
             problems.append(f"{key}: must be floating point, got {delta.dtype}")
         elif not torch.isfinite(delta).all():
             problems.append(f"{key}: has {int((~torch.isfinite(delta)).sum())} values that are not finite")
-        elif isinstance(layers[key].processor, CoeffAttnProcessor):
+        elif isinstance(getattr(layers[key], "processor", None), CoeffAttnProcessor):
             first = tied.setdefault(id(layers[key].processor), key)
             if not torch.equal(delta, state_dict[first]):
                 problems.append(f"{key}: differs from {first}, to which this layer is tied")

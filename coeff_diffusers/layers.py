@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import AttentionKind, CoeffConfig
+from .text import check_text_encoder, is_text_encoder, text_attention_layers
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ _ONE_STREAM = ("refiner", "mode_blocks", "text_fusion", "perceiver")
 def attention_layers(model: nn.Module) -> dict[str, Any]:
     """Module path -> attention module, for every module of `model` that owns a processor and names its heads.
 
-    Several model classes have no `set_attn_processor`, so the modules are walked.
+    Several model classes have no `set_attn_processor`, so the modules are walked. The layers of a text encoder
+    (transformers) have no processor, unless they have coefficients.
     """
+    if is_text_encoder(model):
+        return text_attention_layers(model)
     return {
         path: module
         for path, module in model.named_modules()
@@ -48,8 +52,9 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def head_count(module: nn.Module) -> int:
-    """The number of query heads H of a diffusers attention module; 0 if it names none."""
-    counts = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
+    """The number of query heads H of an attention module; 0 if neither it nor its config names it."""
+    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
+    counts = (getattr(owner, name, None) for owner in (module, getattr(module, "config", None)) for name in names)
     return next((count for count in counts if isinstance(count, int)), 0)
 
 
@@ -91,8 +96,10 @@ def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
         ValueError: if nothing is selected, a pattern matches no layer, or a selected layer's processor computes its
             own softmax.
     """
+    if is_text_encoder(model):
+        check_text_encoder(model)
     layers = attention_layers(model)
-    outside = _attention_outside_processors(model, layers)
+    outside = [] if is_text_encoder(model) else _attention_outside_processors(model, layers)
     if not layers:
         found = f"; its attention is in {', '.join(outside)}" if outside else ""
         raise ValueError(f"{type(model).__name__} has no attention layer with a processor to wrap{found}")
@@ -171,7 +178,7 @@ def _attention_outside_processors(model: nn.Module, layers: dict[str, Any]) -> l
 
 def processor_name(module: Any) -> str:
     """The class name of the processor of the host, wrapped or not."""
-    processor = module.processor
+    processor = getattr(module, "processor", None)
     return type(getattr(processor, "processor", processor)).__name__
 
 
