@@ -189,7 +189,8 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
 
 
 def _base_name(model: Any, part: Any) -> str:
-    own = getattr(part, "config", {}).get("_name_or_path")
+    config = getattr(part, "config", {})  # a mapping in diffusers, an object in transformers
+    own = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return public_name(getattr(model, "name_or_path", None) or own or "")
 
 

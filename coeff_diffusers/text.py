@@ -6,6 +6,7 @@ where it has one. Nothing is patched: `set_attn_implementation` puts it on, and 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -19,18 +20,20 @@ def is_text_encoder(model: Any) -> bool:
 
 
 def text_attention_layers(model: nn.Module) -> dict[str, Any]:
-    """Module path -> attention module, for the modules that ask the model's config for an attention function."""
+    """Module path -> attention module, for the modules that ask their config which attention function to call."""
     return {
         path: module
         for path, module in model.named_modules()
-        if "Attention" in type(module).__name__ and hasattr(getattr(module, "config", None), "_attn_implementation")
+        if "Attention" in type(module).__name__
+        and hasattr(getattr(module, "config", None), "_attn_implementation")
+        and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
     }
 
 
 def check_text_encoder(model: Any) -> None:
     """Raises ValueError if attention functions cannot be chosen on `model`, or another than `sdpa` is."""
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
+    if not text_attention_layers(model):
         raise ValueError(f"{name} does not take its attention through transformers' AttentionInterface")
     chosen = model.config._attn_implementation
     if chosen not in ("sdpa", IMPLEMENTATION):
