@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import CosmosTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import (
     Attention,
@@ -15,10 +16,11 @@ from diffusers.models.attention_processor import (
     SD3IPAdapterJointAttnProcessor2_0,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attention, SkyReelsV2AttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from hosts import HOSTS, randomise, visible
-from model_zoo import build, call
+from model_zoo import MODELS, build, call
 
 from coeff_diffusers import CoeffAttnProcessor, add_coeff_adapter
 from coeff_diffusers import processor as processor_module
@@ -113,6 +115,15 @@ def test_the_perturbed_half_of_guidance_is_left_alone() -> None:
     assert (mixed[:1] - base[:1]).norm() > 0.1
 
 
+@pytest.fixture
+def mixed_calls(monkeypatch) -> list[int]:
+    """Grows by one with every call that is mixed."""
+    calls: list[int] = []
+    mix = processor_module.mixed_attention
+    monkeypatch.setattr(processor_module, "mixed_attention", lambda *args, **kw: calls.append(1) or mix(*args, **kw))
+    return calls
+
+
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
@@ -120,16 +131,32 @@ def test_the_perturbed_half_of_guidance_is_left_alone() -> None:
         ("Cosmos3OmniTransformer", 2),  # text, then picture
         ("StableAudio3DiTModel", 2),  # two whose outcomes are subtracted
         ("FluxTransformer2DModel", 1),
+        ("WanAnimateTransformer3DModel", 1),  # text; the picture's is the base model's
+        ("WanAnimate2Transformer3DModel", 1),
     ],
 )
-def test_every_call_of_the_layer_s_own_is_mixed(name, calls, monkeypatch) -> None:
+def test_every_call_of_the_layer_s_own_is_mixed(name, calls, mixed_calls) -> None:
     model = build(name)
     add_coeff_adapter(model)
-    counted = []
-    mix = processor_module.mixed_attention
-    monkeypatch.setattr(processor_module, "mixed_attention", lambda *args, **kw: counted.append(1) or mix(*args, **kw))
     call(name, model)
-    assert len(counted) == calls * len(attention_layers(model))
+    assert len(mixed_calls) == calls * len(attention_layers(model))
+
+
+def test_both_calls_of_flux_2_for_reference_pictures_are_mixed(mixed_calls) -> None:
+    model = build("Flux2Transformer2DModel")
+    model.transformer_blocks[0].attn.set_processor(Flux2KVAttnProcessor())
+    model.single_transformer_blocks[0].attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    add_coeff_adapter(model)
+    model(**MODELS["Flux2Transformer2DModel"][1](draw), kv_cache_mode="extract", num_ref_tokens=2)
+    assert len(mixed_calls) == 2 * 2
+
+
+def test_the_picture_s_call_of_cosmos_2_5_is_left_alone(mixed_calls) -> None:
+    config, inputs = MODELS["CosmosTransformer3DModel"]
+    model = CosmosTransformer3DModel(**config, img_context_dim_in=8, img_context_num_tokens=3, img_context_dim_out=24)
+    add_coeff_adapter(model)
+    model(**inputs(draw) | {"encoder_hidden_states": (draw(2, 5, 8), draw(2, 3, 8)), "attention_mask": None})
+    assert len(mixed_calls) == 2  # self-attention and the text
 
 
 def test_another_count_of_heads_is_named() -> None:
