@@ -35,9 +35,14 @@ def model_classes() -> dict[str, type[nn.Module]]:
     }
 
 
+def class_name(name: str) -> str:
+    """Of an entry of `MODELS`, which may name a variant in brackets behind."""
+    return name.partition(" (")[0]
+
+
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = model_classes()[name](**MODELS[name][0]).eval().requires_grad_(False)
+    model = model_classes()[class_name(name)](**MODELS[name][0]).eval().requires_grad_(False)
     if name == "ZImageControlNetModel":  # it runs on the embedders and refiners of a transformer
         model = type(model).from_transformer(model, build("ZImageTransformer2DModel"))
         model.gradient_checkpointing = False  # which diffusers 0.42.1 leaves out
@@ -184,6 +189,16 @@ MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
     "UNet2DConditionModel": (
         UNET | {"attention_head_dim": 2},
         lambda r: _unet_inputs(r) | {"encoder_attention_mask": MASK}),
+    "UNet2DConditionModel (text among the keys)": (  # DeepFloyd IF, Kandinsky 2
+        UNET | {"attention_head_dim": 4, "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+                "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+                "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")},
+        _unet_inputs),
+    "UNet2DConditionModel (gated)": (  # GLIGEN
+        UNET | {"attention_head_dim": 2, "attention_type": "gated"},
+        lambda r: _unet_inputs(r) | {"cross_attention_kwargs": {"gligen": {
+            "boxes": torch.tensor([[[0.1, 0.1, 0.5, 0.6]]] * B), "positive_embeddings": r(B, 1, 8),
+            "masks": torch.ones(B, 1)}}}),
     "UNet3DConditionModel": (
         UNET | {"attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
                 "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")},

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from hosts import randomise
-from model_zoo import CONFIGS, MODELS, NOT_SERVED, REQUIRES, build, call, model_classes
+from model_zoo import CONFIGS, MODELS, NOT_SERVED, REQUIRES, build, call, class_name, model_classes
 
 from coeff_diffusers import (
     add_coeff_adapter,
@@ -25,7 +25,7 @@ def test_every_exported_class_is_tested_or_listed(name) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name in model_classes()])
+@pytest.mark.parametrize("name", [name for name in MODELS if class_name(name) in model_classes()])
 def test_contract(name, tmp_path) -> None:
     pytest.importorskip(REQUIRES.get(name, "torch"))
     model = build(name)
@@ -78,6 +78,7 @@ def test_contract(name, tmp_path) -> None:
         ("MochiTransformer3DModel", "transformer_blocks.0.attn1", "joint"),
         ("CogVideoXTransformer3DModel", "transformer_blocks.0.attn1", "joint"),
         ("Flux2Transformer2DModel", "single_transformer_blocks.0.attn", "joint"),
+        ("UNet2DConditionModel (text among the keys)", "mid_block.attentions.0", "joint"),
         ("OmniGenTransformer2DModel", "layers.0.self_attn", "joint"),
         ("ZImageTransformer2DModel", "context_refiner.0.attention", "self"),
         ("ZImageTransformer2DModel", "layers.0.attention", "joint"),
