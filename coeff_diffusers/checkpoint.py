@@ -29,7 +29,7 @@ from .adapters import (
     wrap_layers,
 )
 from .config import CoeffConfig
-from .layers import attention_layers, check_softmax, head_count
+from .layers import attention_layers, check_softmax, head_count, reason_left_out
 from .processor import CoeffAttnProcessor
 from .text import check_text_encoder, is_text_encoder
 
@@ -331,6 +331,8 @@ def _tensor_mismatches(state_dict: Mapping[str, Tensor], layers: Mapping[str, An
         if key not in layers:
             problems.append(f"{key}: there is no such attention layer")
             continue
+        if reason_left_out(layers[key]):
+            problems.append(f"{key}: is {reason_left_out(layers[key])}")
         heads = head_count(layers[key])
         if delta.shape != (heads, heads):
             problems.append(f"{key}: must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}")

@@ -105,7 +105,7 @@ def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
         raise ValueError(f"{type(model).__name__} has no attention layer with a processor to wrap{found}")
     _check_patterns(config, layers)
     chosen = {path: module for path, module in layers.items() if _is_selected(config, path, module)}
-    reasons = {path: _reason_left_out(module) for path, module in chosen.items()}
+    reasons = {path: reason_left_out(module) for path, module in chosen.items()}
     served = {path: module for path, module in chosen.items() if reasons[path] is None}
     check_softmax(served)
     left_out = [f"{path} ({processor_name(chosen[path])}): {reason}" for path, reason in reasons.items() if reason]
@@ -160,7 +160,8 @@ def _computes_own_softmax(processor_name: str) -> bool:
     return processor_name in _OWN_SOFTMAX or "Sliced" in processor_name or "XFormers" in processor_name
 
 
-def _reason_left_out(module: Any) -> str | None:
+def reason_left_out(module: Any) -> str | None:
+    """Why no coefficients can act on this layer, or `None`."""
     name = processor_name(module)
     return next((reason for part, reason in _LEFT_OUT.items() if part in name), None)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -126,6 +128,16 @@ def test_lost_processors_are_noticed_everywhere(tuned, lose, tmp_path) -> None:
         unload_coeff_weights(model)
         assert not any(layer._forward_pre_hooks for layer in attention_layers(model).values())
         assert problems(model) == ["problem: UNet2DConditionModel has no coefficients"]
+
+
+def test_what_is_noted_of_lost_coefficients_ends_with_the_model(tuned) -> None:
+    twin = copy.deepcopy(tuned)
+    lost = [weakref.ref(parameter) for parameter in coeff_parameters(twin)]
+    twin.set_attn_processor(AttnProcessor2_0())
+    assert all(parameter() is not None for parameter in lost)
+    del twin
+    gc.collect()
+    assert all(parameter() is None for parameter in lost)
 
 
 def test_some_lost_processors_are_noticed(unet) -> None:

@@ -114,6 +114,15 @@ def test_what_cannot_be_served_is_refused_by_name(name, config, message) -> None
         add_coeff_adapter(model)
 
 
+def test_a_file_with_coefficients_for_linear_attention_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"transformer_blocks.0.attn1.coeff: is linear attention, which forms no maps"
+    ):
+        load_coeff_weights(
+            build("SanaTransformer2DModel"), {"transformer.transformer_blocks.0.attn1.coeff": torch.zeros(2, 2)}
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
