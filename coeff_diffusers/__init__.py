@@ -14,6 +14,7 @@ from .adapters import (
     unload_coeff_weights,
 )
 from .arithmetic import merge_coeff_files, prune_coeff_file
+from .check import check_coeff_adapters
 from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
@@ -26,6 +27,7 @@ __all__ = [
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",
+    "check_coeff_adapters",
     "coeff_adapters",
     "coeff_disabled",
     "coeff_parameters",

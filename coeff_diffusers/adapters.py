@@ -1,6 +1,7 @@
 """Coefficients on a model or a pipeline: put on, choose, weigh, disable, take off.
 
-`model` is a diffusers model, or a pipeline, whose denoisers (`unet`, `transformer`, `transformer_2`, ...) are meant.
+`model` is a diffusers model, or a pipeline: its denoisers (`unet`, `transformer`, `transformer_2`, ...) get
+coefficients, its text encoders and ControlNets where they are asked for. A text encoder can be `model`, too.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ from torch import nn
 
 from .call_scale import call_scale, remove_call_scale
 from .config import CoeffConfig
-from .layers import _matches, device_of, head_count, select_layers
+from .layers import _matches, check_softmax, device_of, head_count, processor_name, select_layers
 from .processor import CoeffAttnProcessor
+from .text import IMPLEMENTATION, SdpaAttention, is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
 Weight = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
 
 
-def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_name: str = DEFAULT_ADAPTER) -> None:
+def add_coeff_adapter(
+    model: Any,
+    config: CoeffConfig | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    components: str | Sequence[str] | None = None,
+) -> None:
     """Adds coefficients Delta = 0 to the attention layers that `config` selects, and makes them the active adapter.
 
     Until it is trained the adapter changes nothing. Its parameters are float32, on the device of their layer, and
@@ -33,16 +41,19 @@ def add_coeff_adapter(model: Any, config: CoeffConfig | None = None, adapter_nam
         model: a diffusers model or a pipeline.
         config: which layers, and the dropout in training. `None` takes every layer.
         adapter_name: a new name, without a full stop.
+        components: of a pipeline, the names of its components to take: `("unet", "text_encoder")`. `None` takes its
+            denoisers.
 
     Raises:
-        ValueError: if the name is in use or not allowed, or no layer can be selected, or a selected layer is tied to
-            one that is not; the model is as it was.
+        ValueError: if the name is in use or not allowed, a component is unknown, no layer can be selected, or a
+            selected layer is tied to one that is not; the model is as it was.
     """
     config = config or CoeffConfig()
     check_new_adapter_name(model, adapter_name)
-    layers = [layer for part in denoisers(model).values() for layer in select_layers(part, config).values()]
+    parts = denoisers(model) if components is None else _chosen_parts(model, components)
+    layers = [layer for part in parts.values() for layer in select_layers(part, config).values()]
     _check_ties(model, layers)
-    wrap_layers(layers, adapter_name, config)
+    wrap_layers(model, layers, adapter_name, config)
     _activate(_processors_by_part(model), {adapter_name: 1.0})
 
 
@@ -69,6 +80,9 @@ def set_coeff_adapters(
     A weight may be given by layer, as shell-style patterns on module paths or on their ends (as in [`CoeffConfig`]):
     `{"up_blocks.*": 0.5, "attn2": 0.0}`. Where several match, the last counts; a layer that none matches has weight 1.
 
+    Where the host has put other processors in the place of those with the coefficients (`load_ip_adapter`,
+    `fuse_qkv_projections`, ...), the coefficients are put on the new ones.
+
     Args:
         model: a diffusers model or a pipeline.
         adapter_names: one name, or several.
@@ -76,11 +90,12 @@ def set_coeff_adapters(
             base model runs, bit for bit.
 
     Raises:
-        ValueError: for an unknown name, one named twice, weights that do not fit, or a pattern that matches no layer
-            of the adapter; nothing is changed.
+        ValueError: for an unknown name, one named twice, weights that do not fit, a pattern that matches no layer of
+            the adapter, or a new processor that computes its own softmax; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    found = check_known(model, names)
+    replaced = replaced_layers(model)
+    check_known(model, names, replaced)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
     several = isinstance(adapter_weights, Iterable) and not isinstance(adapter_weights, Mapping)
@@ -90,8 +105,10 @@ def set_coeff_adapters(
     numbers = [n for weight in weights for n in (weight.values() if isinstance(weight, Mapping) else [weight])]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
-    by_layer = {name: _by_layer(model, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
-    _activate(found, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+    paths = _wrapped_paths(model) | {path: _recorded(layer) for path, layer in replaced.items()}
+    by_layer = {name: _by_layer(paths, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
+    _put_back(model, replaced)
+    _activate(_processors_by_part(model), {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
 
 
 @contextmanager
@@ -142,10 +159,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         for name in names:
             if name in processor.coeff:
                 processor.delete_adapter(name)
-    for layer in _wrapped_layers(model):
-        if not layer.processor.coeff:
-            set_processor(layer, layer.processor.processor)
-    _clear_hooks(model)
+    _unwrap(model, [layer for layer in _wrapped_layers(model) if not layer.processor.coeff])
 
 
 @contextmanager
@@ -191,13 +205,33 @@ def enable_coeff_adapters(model: Any) -> None:
 def unload_coeff_weights(model: Any) -> None:
     """Takes all coefficients off and puts the original processor objects back.
 
+    Processors that the host has put in their place since stay.
+
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    check_known(model, [])
-    for layer in _wrapped_layers(model):
-        set_processor(layer, layer.processor.processor)
-    _clear_hooks(model)
+    layers = [*_wrapped_layers(model), *replaced_layers(model).values()]
+    if not layers:
+        check_known(model, [])
+    _unwrap(model, layers)
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """Component name -> model: all of a pipeline that may have coefficients, or the one that `model` is.
+
+    Raises:
+        TypeError: if `model` is neither a pipeline nor a module.
+    """
+    if isinstance(model, nn.Module):
+        model = _unwrapped(model)
+        name = type(model).__name__
+        if is_text_encoder(model):
+            return {"text_encoder": model}
+        return {"unet" if "UNet" in name else "controlnet" if "ControlNet" in name else "transformer": model}
+    if not hasattr(model, "components"):
+        raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
+    parts = {name: _unwrapped(part) for name, part in model.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if ".autoencoders." not in type(part).__module__}
 
 
 def denoisers(model: Any) -> dict[str, nn.Module]:
@@ -207,50 +241,137 @@ def denoisers(model: Any) -> dict[str, nn.Module]:
         ValueError: if a pipeline has no denoiser.
         TypeError: if `model` is neither a pipeline nor a module.
     """
+    parts = components(model)
     if isinstance(model, nn.Module):
-        model = _unwrapped(model)
-        return {"unet" if "UNet" in type(model).__name__ else "transformer": model}
-    if not hasattr(model, "components"):
-        raise TypeError(f"model must be a diffusers model or pipeline, got {type(model).__name__}")
-    parts = {
-        name: _unwrapped(part)
-        for name, part in model.components.items()
-        if name.startswith(("unet", "transformer")) and isinstance(part, nn.Module)
-    }
-    if not parts:
+        return parts
+    names = ("unet", "transformer", "prior", "decoder")  # with a number or a name behind it
+    found = {name: part for name, part in parts.items() if name.startswith(names) and not is_text_encoder(part)}
+    if not found:
         raise ValueError(f"{type(model).__name__} has no unet or transformer; it has {sorted(model.components)}")
-    return parts
+    return found
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     from diffusers import ModelMixin  # imports transformers
+    from transformers import PreTrainedModel
 
-    if issubclass(type(model), ModelMixin) and "_orig_mod" not in vars(model):
+    if issubclass(type(model), (ModelMixin, PreTrainedModel)):
         return model  # accelerate would walk all of its modules to find that out
     unwrapped: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return unwrapped
 
 
 def coeff_processors(model: Any) -> list[CoeffAttnProcessor]:
-    """Every `CoeffAttnProcessor` of `model`, once each."""
-    return list(dict.fromkeys(layer.processor for layer in _wrapped_layers(model)))
+    """Every `CoeffAttnProcessor` of `model`, once each.
+
+    Raises:
+        ValueError: if some of them were replaced by other processors.
+    """
+    wrapped, replaced = _walk(model)
+    if replaced:
+        lines = [f"  {path} (now {processor_name(layer)})" for path, layer in replaced.items()]
+        raise ValueError(
+            f"the processors of {len(lines)} layers with coefficients were replaced, as load_ip_adapter, "
+            "fuse_qkv_projections, set_attn_processor and their like do. Either set_coeff_adapters(model, names), "
+            "which puts the coefficients on the new ones, or unload_coeff_weights(model):\n" + "\n".join(lines[:10])
+        )
+    return list(dict.fromkeys(layer.processor for layer in wrapped.values()))
 
 
-def wrap_layers(layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -> None:
-    """Gives each layer Delta = 0 under a name that is new on it."""
+def replaced_layers(model: Any) -> dict[str, Any]:
+    """`component.path` -> attention module, of those that lost the processor with their coefficients."""
+    return _walk(model)[1]
+
+
+def wrap_layers(model: Any, layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -> None:
+    """Gives each layer of `model` Delta = 0 under a name that is new on it."""
     for layer in layers:
-        if not isinstance(layer.processor, CoeffAttnProcessor):
-            wrapper = CoeffAttnProcessor(head_count(layer), layer.processor).to(device_of(layer))
+        processor = getattr(layer, "processor", None)
+        if not isinstance(processor, CoeffAttnProcessor):
+            wrapper = CoeffAttnProcessor(head_count(layer), processor or SdpaAttention()).to(device_of(layer))
             wrapper.delete_adapter(DEFAULT_ADAPTER)
             set_processor(layer, wrapper)
+        if _RECORD not in vars(layer):
+            vars(layer)[_RECORD] = (layer.processor, layer.register_forward_pre_hook(_refuse_replaced))
     for processor in dict.fromkeys(layer.processor for layer in layers):
         processor.add_adapter(adapter_name, config)
+    _choose_attention_functions(model)
 
 
 def set_processor(layer: Any, processor: Any) -> None:
     """`layer.processor = processor`, also from a Module to a plain object and on layers without `set_processor`."""
     layer._modules.pop("processor", None)
     layer.processor = processor
+
+
+# What a layer was given is written down on the layer itself, out of sight of `named_modules` and `state_dict`: it goes
+# with copies and pickles of the model, and ends with it.
+_RECORD = "_coeff_record"
+
+
+def _recorded(layer: Any) -> Any:
+    return vars(layer)[_RECORD][0]
+
+
+def _refuse_replaced(layer: Any, args: Any) -> None:
+    """Before each forward pass of a layer with coefficients: they must still be there."""
+    processor = getattr(layer, "processor", None)
+    if not isinstance(processor, CoeffAttnProcessor):  # of whatever copy of the model
+        raise RuntimeError(
+            f"the processor with this layer's coefficients was replaced by {type(processor).__name__}; "
+            "set_coeff_adapters(model, names) puts the coefficients on it, unload_coeff_weights(model) gives them up"
+        )
+    chosen = getattr(getattr(layer, "config", None), "_attn_implementation", None)
+    if isinstance(processor.processor, SdpaAttention) and chosen != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the attention function was set to {chosen!r}, where coefficients take no part; call "
+            f"set_attn_implementation({IMPLEMENTATION!r}), or unload_coeff_weights(model)"
+        )
+
+
+def _put_back(model: Any, replaced: Mapping[str, Any]) -> None:
+    """Puts the coefficients that layers have lost on the processors that they have now."""
+    check_softmax(dict(replaced))
+    new: dict[Any, Any] = {layer.processor: layer.processor.processor for layer in _wrapped_layers(model)}
+    if any(new.setdefault(_recorded(layer), layer.processor) is not layer.processor for layer in replaced.values()):
+        raise ValueError("coefficients tied over several layers cannot be put on different processors")
+    for layer in replaced.values():
+        wrapper, processor = _recorded(layer), layer.processor
+        if wrapper.processor is not processor:
+            wrapper.wrap(processor)
+        set_processor(layer, wrapper)
+
+
+def _unwrap(model: Any, layers: Sequence[Any]) -> None:
+    """Gives layers their own processor back, unless they have another by now, and forgets their coefficients."""
+    for layer in layers:
+        if isinstance(layer.processor, CoeffAttnProcessor):
+            own = layer.processor.processor
+            set_processor(layer, own)
+            if isinstance(own, SdpaAttention):
+                del layer.processor
+        _, hook = vars(layer).pop(_RECORD, (None, None))
+        if hook is not None:
+            hook.remove()
+    _choose_attention_functions(model)
+    still = _processors_by_part(model)
+    for part in components(model).values():
+        if part not in still:
+            remove_call_scale(part)
+
+
+def _choose_attention_functions(model: Any) -> None:
+    for part in components(model).values():
+        if is_text_encoder(part):
+            use_coefficients(part, bool(_wrapped_layers(part)))
+
+
+def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module]:
+    parts, chosen = components(model), [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in chosen if name not in parts]
+    if unknown or not chosen:
+        raise ValueError(f"components must name some of {sorted(parts)}, got {chosen}")
+    return {name: parts[name] for name in chosen}
 
 
 def check_new_adapter_name(model: Any, adapter_name: str) -> None:
@@ -285,17 +406,20 @@ def _check_ties(model: Any, layers: Sequence[Any]) -> None:
 
 
 def _wrapped_layers(model: Any) -> list[Any]:
-    return list(_wrapped(model).values())
+    return list(_walk(model)[0].values())
 
 
 def _wrapped_paths(model: Any) -> dict[str, CoeffAttnProcessor]:
-    return {path: layer.processor for path, layer in _wrapped(model).items()}
+    return {path: layer.processor for path, layer in _walk(model)[0].items()}
 
 
-def _wrapped(model: Any) -> dict[str, Any]:
-    """Component and module path -> layer. A walk of its own, for `named_modules` takes longer than a switch should."""
-    found, seen = {}, set()
-    todo: list[tuple[str, Any]] = list(denoisers(model).items())[::-1]
+def _walk(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Component and module path -> layer: those with coefficients, and those that lost them to another processor.
+
+    A walk of its own, for `named_modules` takes longer than a switch of adapters should.
+    """
+    wrapped, replaced, seen = {}, {}, set()
+    todo: list[tuple[str, Any]] = list(components(model).items())[::-1]
     while todo:
         path, module = todo.pop()
         if module is None or module in seen:
@@ -303,14 +427,18 @@ def _wrapped(model: Any) -> dict[str, Any]:
         seen.add(module)
         children = module._modules
         if isinstance(children.get("processor"), CoeffAttnProcessor):
-            found[path] = module
+            wrapped[path] = module
+        if _RECORD in vars(module) and getattr(module, "processor", None) is not _recorded(module):
+            replaced[path] = module
         todo.extend((f"{path}.{name}", children[name]) for name in reversed(children) if name != "processor")
-    return found
+    return wrapped, replaced
 
 
-def _by_layer(model: Any, name: str, patterns: Mapping[str, float]) -> dict[CoeffAttnProcessor, float]:
-    """Processor -> the weight that the last matching pattern says, 1 where none matches."""
-    paths = {path: processor for path, processor in _wrapped_paths(model).items() if name in processor.coeff}
+def _by_layer(
+    processors: Mapping[str, CoeffAttnProcessor], name: str, patterns: Mapping[str, float]
+) -> dict[CoeffAttnProcessor, float]:
+    """Processor -> the weight that the last pattern matching its path says, 1 where none matches."""
+    paths = {path: processor for path, processor in processors.items() if name in processor.coeff}
     idle = [pattern for pattern in patterns if not any(_matches(path, pattern) for path in paths)]
     if idle:
         raise ValueError(
@@ -340,27 +468,26 @@ def _activate(
             }
 
 
-def _clear_hooks(model: Any) -> None:
-    for part in denoisers(model).values():
-        if not coeff_processors(part):
-            remove_call_scale(part)
-
-
-def check_known(model: Any, names: Sequence[str]) -> dict[nn.Module, list[CoeffAttnProcessor]]:
-    """The processors of each denoiser, so that they need not be looked for again.
-
-    Raises:
-        ValueError: if `model` has no coefficients, or one of `names` is no adapter of it.
-    """
-    found = _processors_by_part(model)
-    processors = [processor for of_part in found.values() for processor in of_part]
-    if not any(processor.coeff for processor in processors):
+def check_known(model: Any, names: Sequence[str], replaced: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError for a name that is not on `model`, nor in what it has lost (`replaced`), or if none is."""
+    if replaced:
+        processors = [*(_recorded(layer) for layer in replaced.values()), *_wrapped_paths(model).values()]
+    else:
+        processors = coeff_processors(model)
+    known = list(dict.fromkeys(name for processor in processors for name in processor.coeff))
+    if not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
-    unknown = [name for name in names if not any(name in processor.coeff for processor in processors)]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {list_coeff_adapters(model)}")
-    return found
+        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {known}")
 
 
 def _processors_by_part(model: Any) -> dict[nn.Module, list[CoeffAttnProcessor]]:
-    return {part: coeff_processors(part) for part in denoisers(model).values()}
+    """The processors of each component that has some."""
+    found: dict[nn.Module, list[CoeffAttnProcessor]] = {}
+    wrapped = _wrapped_paths(model)
+    for component, part in components(model).items():
+        own = [processor for path, processor in wrapped.items() if path.partition(".")[0] == component]
+        if own:
+            found[part] = list(dict.fromkeys(own))
+    return found

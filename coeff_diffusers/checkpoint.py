@@ -28,14 +28,15 @@ from .adapters import (
     check_known,
     check_new_adapter_name,
     coeff_processors,
-    denoisers,
+    components,
     list_coeff_adapters,
     set_coeff_adapters,
     wrap_layers,
 )
 from .config import CoeffConfig
-from .layers import attention_layers, check_softmax, head_count
+from .layers import attention_layers, check_softmax, head_count, reason_left_out
 from .processor import CoeffAttnProcessor
+from .text import check_text_encoder, is_text_encoder
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
 FORMAT_VERSION = 1
@@ -156,8 +157,11 @@ def load_coeff_weights(
             + "\n  ".join(f"{what}: {why}" for what, why in problems.items())
         )
     check_softmax(chosen)
+    for component, part in components(model).items():
+        if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
+            check_text_encoder(part)
     if not hotswap:
-        wrap_layers(list(chosen.values()), adapter_name, CoeffConfig())
+        wrap_layers(model, list(chosen.values()), adapter_name, CoeffConfig())
     with torch.no_grad():
         for key, layer in chosen.items():
             layer.processor.coeff[adapter_name].copy_(state_dict[key])
@@ -198,7 +202,7 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
     return {
         key: layer.processor.coeff[adapter_name].detach().cpu().clone()
         for key, layer in _keyed_layers(model).items()
-        if isinstance(layer.processor, CoeffAttnProcessor) and adapter_name in layer.processor.coeff
+        if adapter_name in getattr(getattr(layer, "processor", None), "coeff", ())
     }
 
 
@@ -206,19 +210,21 @@ def _keyed_layers(model: Any) -> dict[str, Any]:
     """Key of the file format -> attention module."""
     return {
         f"{component}.{path}{KEY_SUFFIX}": layer
-        for component, part in denoisers(model).items()
+        for component, part in components(model).items()
         for path, layer in attention_layers(part).items()
     }
 
 
 def _description(model: Any, adapter_name: str) -> dict[str, Any]:
+    saved = {key.partition(".")[0] for key in coeff_state_dict(model, adapter_name)}
     base = {
         component: {
             "class": type(part).__name__,
             "name": _base_name(model, part),
             "heads": {path: head_count(layer) for path, layer in attention_layers(part).items()},
         }
-        for component, part in denoisers(model).items()
+        for component, part in components(model).items()
+        if component in saved
     }
     config = next(p.configs[adapter_name] for p in coeff_processors(model) if adapter_name in p.configs)
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
@@ -258,7 +264,8 @@ def file_header(description: Mapping[str, Any], *, title: str, metadata: Mapping
 
 
 def _base_name(model: Any, part: Any) -> str:
-    own = getattr(part, "config", {}).get("_name_or_path")
+    config = getattr(part, "config", {})  # a mapping in diffusers, an object in transformers
+    own = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return public_name(getattr(model, "name_or_path", None) or own or "")
 
 
@@ -388,7 +395,7 @@ def differences(model: Any, state_dict: Mapping[str, Tensor], description: Mappi
 def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict[str, str]:
     """What the file says of its base model and is otherwise here."""
     found = {}
-    parts = denoisers(model)
+    parts = components(model)
     for component, base in (description or {}).get("base", {}).items():
         if component not in parts:
             found[component] = f"the file is for a model with this component, here are {sorted(parts)}"
@@ -414,6 +421,10 @@ def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, A
         if key not in layers:
             found[key] = "there is no such attention layer"
             continue
+        reason = reason_left_out(layers[key])
+        if reason:
+            found[key] = f"is {reason}"
+            continue
         heads = head_count(layers[key])
         if delta.shape != (heads, heads):
             found[key] = f"must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}"
@@ -421,7 +432,7 @@ def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, A
             found[key] = f"must be floating point, got {delta.dtype}"
         elif not torch.isfinite(delta).all():
             found[key] = f"has {int((~torch.isfinite(delta)).sum())} values that are not finite"
-        elif isinstance(layers[key].processor, CoeffAttnProcessor):
+        elif isinstance(getattr(layers[key], "processor", None), CoeffAttnProcessor):
             first = tied.setdefault(id(layers[key].processor), key)
             if not torch.equal(delta, state_dict[first]):
                 found[key] = f"differs from {first}, to which this layer is tied"

@@ -10,18 +10,40 @@ import torch
 from torch import nn
 
 from .config import AttentionKind, CoeffConfig
+from .text import check_text_encoder, is_text_encoder, text_attention_layers
 
 logger = logging.getLogger(__name__)
 
 # Processors that compute their own softmax, so that there is no call to mix at. Each has a twin that makes the call.
 _OWN_SOFTMAX = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor")
 
+# Parts of processors' class names, and why their layers get no coefficients.
+_LEFT_OUT = {
+    "Linear": "linear attention, which forms no maps",
+    "Multiscale": "linear attention, which forms no maps",
+    "Flex": "FlexAttention, whose maps cannot be had",
+    "AnyFlowCausal": "FlexAttention, whose maps cannot be had",
+    "Kandinsky6SR": "FlexAttention, whose maps cannot be had",
+}
+
+# Processors of layers with one sequence of text and picture, where the module itself does not show it.
+_JOINT = (
+    "AuraFlow", "BriaFibo2", "CogVideoX", "CogView", "Cosmos3", "EasyAnimate", "ErnieImage", "Flux", "GlmImage",
+    "HiDream", "Ideogram4", "JoyImage", "Krea2", "Lumina2", "MiniMaxH3", "MotifVideoAttn", "OmniGen", "PRX",
+    "QwenImage", "ZSingleStream",
+)  # fmt: skip
+# Blocks of such models that prepare the text or the picture alone.
+_ONE_STREAM = ("refiner", "mode_blocks", "text_fusion", "perceiver")
+
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
     """Module path -> attention module, for every module of `model` that owns a processor and names its heads.
 
-    Several model classes have no `set_attn_processor`, so the modules are walked.
+    Several model classes have no `set_attn_processor`, so the modules are walked. The layers of a text encoder
+    (transformers) have no processor, unless they have coefficients.
     """
+    if is_text_encoder(model):
+        return text_attention_layers(model)
     return {
         path: module
         for path, module in model.named_modules()
@@ -30,8 +52,9 @@ def attention_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def head_count(module: nn.Module) -> int:
-    """The number of query heads H of a diffusers attention module; 0 if it names none."""
-    counts = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
+    """The number of query heads H of an attention module; 0 if neither it nor its config names it."""
+    names = ("heads", "num_heads", "num_attention_heads", "n_heads")
+    counts = (getattr(owner, name, None) for owner in (module, getattr(module, "config", None)) for name in names)
     return next((count for count in counts if isinstance(count, int)), 0)
 
 
@@ -44,55 +67,71 @@ def device_of(module: nn.Module) -> torch.device:
 def attention_kind(path: str, module: nn.Module) -> AttentionKind:
     """`"joint"` if text and picture share the layer's sequence, `"cross"` if the keys are other tokens, else `"self"`.
 
-    Told by what the module is: joint layers have projections for added tokens, or none of their own at the end as in
-    FLUX's single-stream blocks (`pre_only`); cross-attention says so itself, or else by its name.
+    Told by what the module is: cross-attention says so itself, or else by its name; joint layers have projections for
+    added tokens, or none of their own at the end as in FLUX's single-stream blocks (`pre_only`), or a processor that
+    is known to take one sequence of both.
     """
-    if getattr(module, "added_kv_proj_dim", None) is not None or getattr(module, "pre_only", False):
+    if _is_cross(path.rpartition(".")[2], module):
+        return "cross"
+    if getattr(module, "add_k_proj", None) is not None or getattr(module, "pre_only", False):
         return "joint"
-    is_cross = getattr(module, "is_cross_attention", None)
-    if is_cross is None:
-        name = path.rpartition(".")[2]
-        is_cross = name == "attn2" or "cross" in name
-    return "cross" if is_cross else "self"
+    one_stream = any(part in path for part in _ONE_STREAM)
+    return "joint" if processor_name(module).startswith(_JOINT) and not one_stream else "self"
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    named = name.endswith("attn2") or "cross" in name or "_to_" in name or "Cross" in type(module).__name__
+    declared = getattr(module, "is_cross_attention", None)
+    if declared and not named:  # true also where the width of the keys was given and is that of the queries
+        return getattr(module, "cross_attention_dim", None) != getattr(module, "query_dim", None)
+    return named if declared is None else bool(declared)
 
 
 def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
     """The layers of `model` that `config` selects and that can be served.
 
-    Layers of linear attention, which forms no maps, are left out and named in a warning.
+    Layers that form no maps, or form them outside a processor, are left out and named in a warning.
 
     Raises:
         ValueError: if nothing is selected, a pattern matches no layer, or a selected layer's processor computes its
             own softmax.
     """
+    if is_text_encoder(model):
+        check_text_encoder(model)
     layers = attention_layers(model)
+    outside = [] if is_text_encoder(model) else _attention_outside_processors(model, layers)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention layer with a processor to wrap")
+        found = f"; its attention is in {', '.join(outside)}" if outside else ""
+        raise ValueError(f"{type(model).__name__} has no attention layer with a processor to wrap{found}")
     _check_patterns(config, layers)
     chosen = {path: module for path, module in layers.items() if _is_selected(config, path, module)}
-    linear = [path for path, module in chosen.items() if "Linear" in _processor_name(module)]
-    check_softmax(chosen)
-    served = {path: module for path, module in chosen.items() if path not in linear}
+    reasons = {path: reason_left_out(module) for path, module in chosen.items()}
+    served = {path: module for path, module in chosen.items() if reasons[path] is None}
+    check_softmax(served)
+    left_out = [f"{path} ({processor_name(chosen[path])}): {reason}" for path, reason in reasons.items() if reason]
     if not served:
-        found = sorted({attention_kind(path, module) for path, module in layers.items()})
+        found = ", ".join(sorted({attention_kind(path, module) for path, module in layers.items()}))
         raise ValueError(
             f"no attention layer of {type(model).__name__} is selected by {config}. Its {len(layers)} layers are of "
             f"the kinds {found}, the first is {next(iter(layers))!r}"
-            + (", and those selected are linear attention, which forms no maps" if linear else "")
+            + (". Those selected cannot be served:\n" + _listed(left_out) if left_out else "")
         )
-    if linear:
-        logger.warning("linear attention forms no maps; no coefficients for:\n%s", _listed(layers, linear))
+    if config.include is None:
+        left_out += [f"{path}: attention outside a processor" for path in outside]
+    if left_out:
+        logger.warning("no coefficients for these layers of %s:\n%s", type(model).__name__, _listed(left_out))
     return served
 
 
 def check_softmax(layers: dict[str, Any]) -> None:
     """Raises ValueError if the processors of some layers compute their own softmax."""
-    hand_made = [path for path, module in layers.items() if _computes_own_softmax(_processor_name(module))]
+    names = {path: processor_name(module) for path, module in layers.items()}
+    hand_made = [f"{path} ({name})" for path, name in names.items() if _computes_own_softmax(name)]
     if hand_made:
         raise ValueError(
             "the attention processors of these layers compute their own softmax, where no coefficients can take part; "
             "call model.set_attn_processor(AttnProcessor2_0()), or disable attention slicing or xFormers, first:\n"
-            + _listed(layers, hand_made)
+            + _listed(hand_made)
         )
 
 
@@ -121,10 +160,29 @@ def _computes_own_softmax(processor_name: str) -> bool:
     return processor_name in _OWN_SOFTMAX or "Sliced" in processor_name or "XFormers" in processor_name
 
 
-def _processor_name(module: Any) -> str:
-    return type(module.processor).__name__
+def reason_left_out(module: Any) -> str | None:
+    """Why no coefficients can act on this layer, or `None`."""
+    name = processor_name(module)
+    return next((reason for part, reason in _LEFT_OUT.items() if part in name), None)
 
 
-def _listed(layers: dict[str, nn.Module], paths: list[str], most: int = 10) -> str:
-    lines = [f"  {path} ({_processor_name(layers[path])})" for path in paths[:most]]
-    return "\n".join(lines + ([f"  and {len(paths) - len(lines)} more"] if len(paths) > len(lines) else []))
+def _attention_outside_processors(model: nn.Module, layers: dict[str, Any]) -> list[str]:
+    """`path (class)` of the outermost modules that attend without a processor, by the names of their classes."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path == other or path.startswith(f"{other}.") for other in [*layers, *found])
+        around = any(layer.startswith(f"{path}.") for layer in layers)
+        if path and "Attention" in type(module).__name__ and not inside and not around:
+            found.append(path)
+    return [f"{path} ({type(model.get_submodule(path)).__name__})" for path in found]
+
+
+def processor_name(module: Any) -> str:
+    """The class name of the processor of the host, wrapped or not."""
+    processor = getattr(module, "processor", None)
+    return type(getattr(processor, "processor", processor)).__name__
+
+
+def _listed(lines: list[str], most: int = 10) -> str:
+    shown = [f"  {line}" for line in lines[:most]]
+    return "\n".join(shown + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import check_known, coeff_processors, denoisers
+from .adapters import check_known, coeff_processors, components, denoisers
 from .processor import CoeffAttnProcessor
 
 Pictures = list[tuple[str, float]]  # adapter, "" for none, and weight of each
@@ -56,7 +56,7 @@ def coeff_per_sample(
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):
         raise ValueError(f"{len(names)} names need as many finite weights, and at least one, got {weights}")
-    processors = coeff_processors(model)
+    processors = _denoising_processors(model, names)
     if any(not processor.enabled for processor in processors):
         raise ValueError("coefficients are disabled, so that no name would count: enable_coeff_adapters(model) first")
     if any(processor.per_sample is not None for processor in processors):
@@ -74,6 +74,16 @@ def coeff_per_sample(
         for component in _other_components(model):
             undo.callback(_before_calls(component, lambda args, kwargs: _of_running_call(model, pictures)))
         yield
+
+
+def _denoising_processors(model: Any, names: Sequence[str | None]) -> list[CoeffAttnProcessor]:
+    parts = set(denoisers(model).values())
+    for component, part in components(model).items():
+        known = [] if part in parts else [name for processor in coeff_processors(part) for name in processor.coeff]
+        elsewhere = sorted({name for name in names if name in known})
+        if elsewhere:
+            raise ValueError(f"adapters {elsewhere} are on {component}, too, where pictures cannot be told apart")
+    return [processor for part in parts for processor in coeff_processors(part)]
 
 
 class _Samples:

@@ -7,7 +7,9 @@ The host's processor is kept and called unchanged, inside a function mode that a
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -21,6 +23,25 @@ from .config import CoeffConfig
 from .functional import mixed_attention
 from .layers import device_of, head_count, select_layers
 
+logger = logging.getLogger(__name__)
+
+# Backends of diffusers' attention dispatcher that come down to scaled_dot_product_attention.
+NATIVE_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
+
+# Processors whose later calls are not the layer's own attention: of an image prompt (IP-Adapter, the pictures of video
+# models), whose outcome is added, or of perturbed-attention guidance, which stands for no maps at all.
+_FIRST_CALL_ALONE = (
+    "CosmosAttnProcessor2_5",
+    "FluxIPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0",
+    "PAGCFGJointAttnProcessor2_0",
+    "PAGJointAttnProcessor2_0",
+    "SD3IPAdapterJointAttnProcessor2_0",
+    "WanAnimate2CrossAttnProcessor",
+)
+# Those that call for the picture first, on layers with projections for it.
+_PICTURE_FIRST = ("SkyReelsV2AttnProcessor", "WanAttnProcessor")
+
 
 class CoeffAttnProcessor(nn.Module):
     """Owns the residual coefficients Delta of one attention layer, (H, H) float32 an adapter, and mixes its maps.
@@ -29,6 +50,15 @@ class CoeffAttnProcessor(nn.Module):
 
         pipe.unet.set_attn_processor(CoeffAttnProcessor(8))                          # one matrix for all layers
         pipe.unet.set_attn_processor(CoeffAttnProcessor.for_model(pipe.unet))        # one a layer
+
+    Every call for attention that the wrapped processor makes is mixed: Mochi makes one a sample, Cosmos 3 one for the
+    text and one for the picture, Stable Audio 3 two that it subtracts, FLUX.2 one more for reference pictures. Not
+    mixed are calls beside the layer's own attention: those of an image prompt, whose outcome is added (IP-Adapters,
+    and the pictures of Wan, SkyReels V2 and Cosmos 2.5), and those of perturbed-attention guidance. Coefficients mean
+    the same with an image prompt as without.
+
+    The host sees the wrapped processor in its place: its signature, its class (`isinstance` and `__class__`), and the
+    attributes that diffusers sets on processors by name.
 
     Delta takes no part in the host's `state_dict`, so `save_pretrained` writes the base model and nothing else;
     [`save_coeff_weights`] writes Delta. Casting the host (`.to(torch.float16)`) moves Delta but leaves it float32.
@@ -127,19 +157,60 @@ class CoeffAttnProcessor(nn.Module):
                 would have had no effect.
         """
         delta = self.delta(attn.training)  # a processor that was set later has no mode of its own
-        if delta is None or coeff_scale == 0.0:
+        if delta is None or coeff_scale == 0.0 or _scores_are_skipped(attn):
             return self.processor(attn, *args, **kwargs)
-        mode = _MixMaps(delta if coeff_scale is None else checked(coeff_scale) * delta)
+        self._check_backend()
+        if attn.training and torch.is_grad_enabled() and not delta.requires_grad:
+            _warn_frozen(tuple(self.adapter_weights))
+        name = type(self.processor).__name__
+        picture_first = name in _PICTURE_FIRST and getattr(attn, "add_k_proj", None) is not None
+        if coeff_scale is not None:
+            delta = checked(coeff_scale) * delta
+        mode = _MixMaps(delta, name, first=int(picture_first), last=0 if name in _FIRST_CALL_ALONE else None)
         with mode:
             output = self.processor(attn, *args, **kwargs)
-        if not mode.calls:
+        if not mode.mixed:
             raise RuntimeError(
-                f"{type(self.processor).__name__} computed its attention without "
-                "torch.nn.functional.scaled_dot_product_attention, so that the coefficients had no effect. Use a "
-                "processor and a backend that do: model.set_attention_backend('native'), or set the model's default "
-                "processors before the coefficients are added."
+                f"{name} computed its attention without torch.nn.functional.scaled_dot_product_attention, so that the "
+                "coefficients had no effect. Use a processor and a backend that do: "
+                "model.set_attention_backend('native'), no other attention_backend(...) around the call, or the "
+                "model's default processors, set before the coefficients are added; or leave such layers out with "
+                "CoeffConfig(exclude=...)."
             )
         return output
+
+    def _check_backend(self) -> None:
+        backend = getattr(self.processor, "_attention_backend", None)
+        backend = getattr(backend, "value", backend)
+        if backend is not None and backend not in NATIVE_BACKENDS:
+            raise RuntimeError(
+                f"the attention backend {backend!r} hands out no maps to mix; call "
+                "model.set_attention_backend('native') while coefficients are in use"
+            )
+        if getattr(self.processor, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                "under context parallelism no device has the maps of all heads, so that coefficients cannot mix them; "
+                "unload_coeff_weights(model), or do not call enable_parallelism"
+            )
+
+    def wrap(self, processor: Any) -> None:
+        """Takes `processor` in the place of the wrapped one."""
+        self._modules.pop("processor", None)
+        self.processor = processor
+        self._present_signature()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        # diffusers asks for the class of a processor to know what it may set on it (an IP-Adapter's scale), what to
+        # pass (a mask for FlexAttention), and what to skip
+        processor = self.__dict__.get("processor") or self.__dict__.get("_modules", {}).get("processor")
+        return type(self) if processor is None else type(processor)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as of any object, with the true class
+        return object.__new__, (type(self),), self.__getstate__()
+
+    def _get_name(self) -> str:
+        return type(self).__name__
 
     def _present_signature(self) -> None:
         # The host reads inspect.signature(processor.__call__) and drops the arguments that are not named there, so the
@@ -218,30 +289,62 @@ class CoeffAttnProcessor(nn.Module):
     def _parallel_config(self, config: Any) -> None:
         self.processor._parallel_config = config
 
+    @property
+    def scale(self) -> Any:
+        return _of_wrapped(self, "scale")
+
+    @scale.setter
+    def scale(self, scale: Any) -> None:
+        self.processor.scale = scale
+
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, adapter_weights={self.adapter_weights}, enabled={self.enabled}"
 
 
 class _MixMaps(TorchFunctionMode):
-    """Answers `scaled_dot_product_attention` with [`mixed_attention`] and counts the calls."""
+    """Answers `scaled_dot_product_attention` with [`mixed_attention`], from the `first` call to the `last`."""
 
-    def __init__(self, delta: Tensor) -> None:
+    def __init__(self, delta: Tensor, name: str, first: int = 0, last: int | None = None) -> None:
         super().__init__()
-        self.delta = delta
+        self.delta, self.name, self.first, self.last = delta, name, first, last
         self.calls = 0
+        self.mixed = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
+        call = self.calls
         self.calls += 1
-        return _mix_call(self.delta, *args, **kwargs)
+        if call < self.first or (self.last is not None and call > self.last):
+            return func(*args, **kwargs)
+        self.mixed += 1
+        return self._mix(*args, **kwargs)
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads = self.delta.shape[-1]
+        if query.ndim != 4 or query.shape[1] != heads:
+            raise RuntimeError(
+                f"{self.name} asks for attention of queries {tuple(query.shape)}, the coefficients are for (batch, "
+                f"{heads} heads, tokens, width): leave such layers out with CoeffConfig(exclude=...)"
+            )
+        delta = self.delta if self.delta.ndim == 2 else _by_query(self.delta, query.shape[0])
+        return mixed_attention(query, key, value, delta, *args, **kwargs)
 
 
-def _mix_call(delta: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if delta.ndim == 3:
-        delta = _by_query(delta, query.shape[0])
-    return mixed_attention(query, key, value, delta, *args, **kwargs)
+def _scores_are_skipped(attn: nn.Module) -> bool:
+    """Whether a hook of diffusers' layer skip takes the maps of this layer for the identity."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
+
+
+@lru_cache
+def _warn_frozen(names: tuple[str, ...]) -> None:
+    logger.warning(
+        "a layer trains while its coefficients %s are frozen, as peft's add_adapter leaves what it finds; if they are "
+        "meant to train: for p in coeff_parameters(model): p.requires_grad_(True)",
+        list(names),
+    )
 
 
 def _by_query(delta: Tensor, batch: int) -> Tensor:

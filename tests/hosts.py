@@ -152,7 +152,7 @@ def visible(model: nn.Module) -> nn.Module:
     """Large random weights, also where a transformer starts with zeros, so that attention shows in the output."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and parameter.numel():
                 nn.init.normal_(parameter, std=2.0 * parameter[0].numel() ** -0.5)
     return model
 

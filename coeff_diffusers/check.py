@@ -1,0 +1,91 @@
+"""What has become of a model's coefficients: attached, effective, trainable, and what stands in their way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .adapters import components, replaced_layers
+from .layers import attention_layers, processor_name
+from .processor import NATIVE_BACKENDS, CoeffAttnProcessor
+from .text import IMPLEMENTATION, is_text_encoder
+
+
+def check_coeff_adapters(model: Any) -> list[str]:
+    """Looks the coefficients on `model` over, without running it.
+
+    Args:
+        model: a diffusers model or a pipeline.
+
+    Returns:
+        One line per finding. Lines that begin with `"problem: "` name what keeps coefficients from taking part in the
+        next forward pass, or from being trained in it; the others begin with `"ok: "`.
+    """
+    replaced = replaced_layers(model)
+    layers = {
+        f"{component}.{path}": layer
+        for component, part in components(model).items()
+        for path, layer in attention_layers(part).items()
+    }
+    wrapped = {path: layer for path, layer in layers.items() if isinstance(_processor(layer), CoeffAttnProcessor)}
+    if not wrapped and not replaced:
+        return [f"problem: {type(model).__name__} has no coefficients"]
+    processors = list(dict.fromkeys(layer.processor for layer in wrapped.values()))
+    lines = [f"ok: {len(wrapped)} of {len(layers)} attention layers have coefficients"]
+    for name in dict.fromkeys(name for processor in processors for name in processor.coeff):
+        lines += _adapter(name, [processor for processor in processors if name in processor.coeff])
+    if not all(processor.enabled for processor in processors):
+        lines.append("problem: coefficients are switched off (coeff_disabled)")
+    lines += [
+        f"problem: {path} lost its coefficients, its processor is now {processor_name(layer)}"
+        for path, layer in replaced.items()
+    ]
+    return lines + _backends(model, wrapped)
+
+
+def _adapter(name: str, processors: Sequence[CoeffAttnProcessor]) -> list[str]:
+    deltas = [processor.coeff[name] for processor in processors]
+    weights = {processor.adapter_weights.get(name, 0.0) for processor in processors}
+    frozen = sum(not delta.requires_grad for delta in deltas)
+    lines = []
+    if weights == {0.0}:
+        lines.append(f"problem: adapter {name!r} is not active, or active with weight 0: see set_coeff_adapters")
+    elif not any(torch.any(delta) for delta in deltas):
+        lines.append(f"ok: adapter {name!r} is active, and all of its coefficients are 0: the base model")
+    else:
+        lines.append(f"ok: adapter {name!r} is active with weight {', '.join(map(str, sorted(weights)))}")
+    if frozen:
+        lines.append(
+            f"problem: {frozen} of {len(deltas)} matrices of adapter {name!r} are frozen and will not train, as "
+            "peft's add_adapter leaves them: for p in coeff_parameters(model): p.requires_grad_(True)"
+        )
+    else:
+        lines.append(f"ok: adapter {name!r} is trainable, {sum(delta.numel() for delta in deltas)} coefficients")
+    if not all(torch.isfinite(delta).all() for delta in deltas):
+        lines.append(f"problem: adapter {name!r} has values that are not finite")
+    return lines
+
+
+def _backends(model: Any, wrapped: dict[str, Any]) -> list[str]:
+    lines = []
+    named = {getattr(_processor(layer).processor, "_attention_backend", None) for layer in wrapped.values()}
+    for backend in sorted(str(getattr(backend, "value", backend)) for backend in named if backend is not None):
+        native = backend in NATIVE_BACKENDS
+        lines.append(
+            f"{'ok' if native else 'problem'}: attention backend {backend!r}"
+            + ("" if native else " hands out no maps to mix: model.set_attention_backend('native')")
+        )
+    for component, part in components(model).items():
+        chosen = getattr(part.config, "_attn_implementation", None) if is_text_encoder(part) else IMPLEMENTATION
+        if chosen != IMPLEMENTATION and any(path.startswith(f"{component}.") for path in wrapped):
+            lines.append(
+                f"problem: {component} uses the attention {chosen!r}, where coefficients take no part: "
+                f"set_attn_implementation({IMPLEMENTATION!r})"
+            )
+    return lines
+
+
+def _processor(layer: Any) -> Any:
+    return getattr(layer, "processor", None)
