@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from attention import current_memory, machine
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from report import current_memory, machine, write
 from torch import nn
 
 from coeff_diffusers import (
@@ -53,14 +53,11 @@ SDXL_NARROW = {  # all of SDXL's blocks, layers and head counts; channels are 4 
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    text = f"float32, {args.threads} CPU threads, medians of {args.repeats}; {machine()}\n\n"
+    text = f"Many adapters, float32, medians of {args.repeats}; {machine()}\n\n"
     resident = resident_adapters(args.adapters)  # first, while no freed memory hides what it takes
     batches = [embedded_model(args.repeats)] + ([] if args.skip_sd15 else [sd15_unet(args.repeats)])
     text += batch_table(batches) + "\n" + resident_table(resident)
-    print(text)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text)
-    print(f"wrote {args.output}")
+    write(text, args.output)
 
 
 def embedded_model(repeats: int) -> tuple[str, dict[str, float]]:

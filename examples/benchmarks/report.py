@@ -37,10 +37,15 @@ def peak_memory(call: Callable[[], Any]) -> tuple[float, Any]:
     """MB by which the resident memory of this process peaks over its level before the call; and the call's result."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed and not yet given back would hide new memory
-    before = _status("VmRSS")
+    before = current_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     result = call()
     return _status("VmHWM") - before, result
+
+
+def current_memory() -> float:
+    """MB of resident memory of this process."""
+    return _status("VmRSS")
 
 
 def _status(field: str) -> float:
