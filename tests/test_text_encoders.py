@@ -28,6 +28,7 @@ from coeff_diffusers import (
     check_coeff_adapters,
     coeff_disabled,
     coeff_parameters,
+    coeff_per_sample,
     delete_coeff_adapters,
     list_coeff_adapters,
     load_coeff_weights,
@@ -211,3 +212,13 @@ def test_an_unknown_component_is_named(pipe) -> None:
     with pytest.raises(ValueError, match=r"some of \['text_encoder', 'text_encoder_2', 'unet'\], got \['vae'\]"):
         add_coeff_adapter(pipe, components="vae")
     assert list_coeff_adapters(pipe) == []
+
+
+def test_an_adapter_that_a_text_encoder_has_cannot_be_one_of_a_picture_s(pipe) -> None:
+    add_coeff_adapter(pipe, components=("unet", "text_encoder"))
+    with (
+        pytest.raises(ValueError, match=r"adapters \['default'\] are on text_encoder, too, where pictures cannot be"),
+        coeff_per_sample(pipe, ["default", None]),
+    ):
+        pass
+    run(pipe.text_encoder)
