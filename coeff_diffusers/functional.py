@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Map entries formed at a time. On a CPU 2**22 float32 are 16 MB a buffer: products of a hundred rows and more were
-# measured to be faster than blocks that stay in a cache. An accelerator must be filled: a block may take a 256th part
-# of its memory, in each buffer; where that is not known, 2**24 float32 are 64 MB. That is not measured.
-_BLOCK_ENTRIES_CPU = 2**22
-_BLOCK_ENTRIES_ACCELERATOR = 2**24
-_BLOCK_MEMORY_SHARE = 1 / 256
+# Map entries formed at a time, in all buffers of a block together. On a CPU 2**23 float32 are 32 MB: products of a
+# hundred rows and more were measured to be faster than blocks that stay in a cache. An accelerator must be filled: a
+# block may take a 128th part of its memory; where that is not known, 2**25 float32 are 128 MB. That is not measured.
+_BLOCK_ENTRIES_CPU = 2**23
+_BLOCK_ENTRIES_ACCELERATOR = 2**25
+_BLOCK_MEMORY_SHARE = 1 / 128
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_MIN_WORK = 2**20  # multiplications in a product, some 20 microseconds; below, calls cost more than they bring
 
@@ -78,7 +78,7 @@ def mixed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     coeff = coeff.to(query.device)
     with torch.autocast(device_type, enabled=False):
-        if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad):
+        if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad) or key.shape[2] == 0:
             return mixed_attention_reference(
                 query, key, value, coeff, attn_mask, dropout_p, is_causal, scale, enable_gqa
             )
@@ -258,7 +258,7 @@ class _Blocks:
         self.query, self.attn_mask, self.is_causal, self.scale = query, attn_mask, is_causal, scale
         self.wide = _accumulation_dtype(query.dtype)
         B, self.heads, self.T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device)
+        entries = _block_entries(query.device) // buffers
         self.samples = min(B, max(1, entries // max(1, self.heads * self.T * self.S)))
         self.rows = self.T if self.samples > 1 else max(1, min(self.T, entries // max(1, self.heads * self.S)))
         size = self.samples * self.heads * self.rows * self.S
@@ -310,7 +310,7 @@ class _Blocks:
 
 
 def _block_entries(device: torch.device) -> int:
-    """How many entries of the maps a block may have."""
+    """How many entries of the maps the buffers of a block may have together."""
     if device.type == "cpu":
         return _BLOCK_ENTRIES_CPU
     if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device

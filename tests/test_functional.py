@@ -18,7 +18,7 @@ B, H, T, S, D, E = 2, 3, 5, 7, 4, 6
 FORMS = [mixed_attention, mixed_attention_reference]
 
 
-@pytest.fixture(autouse=True, params=[1, 100, 2**19], ids=["a row a block", "ragged blocks", "one block"])
+@pytest.fixture(autouse=True, params=[1, 250, 2**19], ids=["a row a block", "ragged blocks", "one block"])
 def block_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", request.param)
     return request.param
@@ -222,11 +222,12 @@ def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, m
     assert bool(calls) == onednn
 
 
-@pytest.mark.parametrize(("samples", "tokens"), [(0, 5), (2, 0)])
-def test_empty_batch_and_no_queries(samples, tokens) -> None:
-    args = [torch.randn(samples, H, tokens, D), torch.randn(samples, H, S, D), torch.randn(samples, H, S, E)]
+@pytest.mark.parametrize(("samples", "tokens", "keys"), [(0, 5, S), (2, 0, S), (2, 5, 0)])
+def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
+    args = [torch.randn(samples, H, tokens, D), torch.randn(samples, H, keys, D), torch.randn(samples, H, keys, E)]
     coeff = torch.randn(H, H, requires_grad=True)
     out = mixed_attention(*args, coeff)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*args) if keys == 0 else out)
     assert out.shape == (samples, H, tokens, E)
     out.sum().backward()
     assert coeff.grad is not None
