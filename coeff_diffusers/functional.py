@@ -273,8 +273,8 @@ class _Blocks:
         return self.storage[index][: shape.numel()].view(shape)
 
     def merged(self, x: Tensor, b: slice) -> Tensor:
-        """(b * H, ., .) of (B, H, ., .), in the accumulation dtype."""
-        return x[b].flatten(0, 1).to(self.wide)
+        """(b * H, ., .) of (B, H, ., .), in the accumulation dtype; contiguous, which models' views are not."""
+        return x[b].flatten(0, 1).to(self.wide).contiguous()
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(b * H, t, S) as (b, H, t * S)."""
@@ -368,6 +368,8 @@ def _use_onednn(a: Tensor, b: Tensor) -> bool:
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.mT, (rows, K) by (columns, K)."""
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()  # oneDNN takes other strides, and then a hundred times as long
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product
 

@@ -222,6 +222,23 @@ def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, m
     assert bool(calls) == onednn
 
 
+def test_onednn_gets_no_strides_that_it_is_slow_with(monkeypatch) -> None:
+    """Models give views of (B, tokens, H, width); such weights made a step of Stable Diffusion take minutes."""
+    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    weights = []
+
+    class Recorded:
+        def _linear_pointwise(self, x, weight, *rest):
+            weights.append(weight)
+            return x @ weight.mT
+
+    monkeypatch.setattr(functional.torch.ops, "mkldnn", Recorded())
+    views = [torch.randn(B, n, H, D).transpose(1, 2).requires_grad_() for n in (T, S, S)]
+    mixed_attention(*views, torch.randn(H, H, requires_grad=True)).sum().backward()
+    assert weights
+    assert all(weight.is_contiguous() or weight.mT.is_contiguous() for weight in weights)
+
+
 @pytest.mark.parametrize(("samples", "tokens", "keys"), [(0, 5, S), (2, 0, S), (2, 5, 0)])
 def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
     args = [torch.randn(samples, H, tokens, D), torch.randn(samples, H, keys, D), torch.randn(samples, H, keys, E)]

@@ -72,8 +72,8 @@ def unmixed(query: Tensor, key: Tensor, value: Tensor, coeff: Tensor) -> Tensor:
 def make_inputs(shape: tuple[int, ...]) -> list[Tensor]:
     B, H, T, S, D = shape
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, H, T, D), (B, H, S, D), (B, H, S, D), (H, H)]
-    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    qkv = [torch.randn(B, n, H, D, generator=generator).transpose(1, 2) for n in (T, S, S)]  # as models lay it out
+    return [x.requires_grad_() for x in (*qkv, torch.randn(H, H, generator=generator))]
 
 
 def peak_memory(shape: tuple[int, ...], threads: int) -> dict[str, float]:
