@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Map entries formed at a time, in all buffers of a block together. On a CPU 2**23 float32 are 32 MB: products of a
+# Map entries formed at a time, in all buffers of a block together. On a CPU these are 28 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. An accelerator must be filled: a
 # block may take a 128th part of its memory; where that is not known, 2**25 float32 are 128 MB. That is not measured.
-_BLOCK_ENTRIES_CPU = 2**23
+_BLOCK_ENTRIES_CPU = 7 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
 _BLOCK_MEMORY_SHARE = 1 / 128
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
