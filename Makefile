@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test test-oldest lint format bench clean
 
 install: $(STAMP)
 
@@ -20,6 +20,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest
 
+# the lower bounds that pyproject.toml states
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable ".[test,plot]"
+	$(VENV)-oldest/bin/python -m pytest
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,4 +40,4 @@ bench: $(STAMP)
 	$(PY) examples/benchmarks/unet.py
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info

@@ -27,12 +27,19 @@ SIZE = torch.tensor([[16, 16], [16, 16]])
 
 def model_classes() -> dict[str, type[nn.Module]]:
     """Name -> class, of every model class that diffusers exports."""
-    exported = {name: getattr(diffusers, name, None) for name in dir(diffusers)}
+    exported = {name: _exported(name) for name in dir(diffusers)}
     return {
         name: value
         for name, value in exported.items()
         if isinstance(value, type) and issubclass(value, diffusers.ModelMixin) and value is not diffusers.ModelMixin
     }
+
+
+def _exported(name: str) -> Any:
+    try:
+        return getattr(diffusers, name, None)
+    except RuntimeError:  # pipelines that need a newer transformers than is installed
+        return None
 
 
 def class_name(name: str) -> str:

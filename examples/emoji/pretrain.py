@@ -32,6 +32,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scenes import BACKGROUNDS, GLYPHS, IMAGE_SIZE, PLACES, SIZES, SUBJECTS, Scene, draw_scene, load_glyphs, render
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -414,6 +415,7 @@ def export(settings: Settings, accelerator: Accelerator, package: Path, work: Pa
     temporary = Path(tempfile.mkdtemp(dir=output.parent))
     pipe.to(torch.float16).save_pretrained(temporary)
     load_as_float32(temporary / "text_encoder" / "config.json")
+    name_as_older_releases(temporary / "text_encoder" / "model.safetensors")
     shutil.copytree(temporary, output, dirs_exist_ok=True)
     shutil.rmtree(temporary)
     print(f"wrote {output}, {sum(f.stat().st_size for f in output.rglob('*') if f.is_file()) / 1e6:.1f} MB")
@@ -422,6 +424,13 @@ def export(settings: Settings, accelerator: Accelerator, package: Path, work: Pa
 def load_as_float32(config: Path) -> None:
     """transformers loads what the config says where diffusers loads float32; the two must agree."""
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
+def name_as_older_releases(weights: Path) -> None:
+    """With the prefix that transformers once wrote before CLIP's keys: newer releases read both, older ones this alone."""
+    tensors = load_file(weights)
+    named = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
+    save_file(named, weights, {"format": "pt"})
 
 
 def fold_normalisation(vae: AutoencoderKL, cache: dict[str, Any]) -> None:
