@@ -427,7 +427,7 @@ def load_as_float32(config: Path) -> None:
 
 
 def name_as_older_releases(weights: Path) -> None:
-    """With the prefix that transformers once wrote before CLIP's keys: newer releases read both, older ones this alone."""
+    """With the prefix that CLIP's keys once had: newer releases of transformers read both, older ones this alone."""
     tensors = load_file(weights)
     named = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
     save_file(named, weights, {"format": "pt"})
