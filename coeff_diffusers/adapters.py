@@ -54,7 +54,7 @@ def add_coeff_adapter(
     layers = [layer for part in parts.values() for layer in select_layers(part, config).values()]
     _check_ties(model, layers)
     wrap_layers(model, layers, adapter_name, config)
-    _activate(_processors_by_part(model), {adapter_name: 1.0})
+    _activate(_by_part(model, _walk(model)[0]), {adapter_name: 1.0})
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -94,8 +94,9 @@ def set_coeff_adapters(
             the adapter, or a new processor that computes its own softmax; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    replaced = replaced_layers(model)
-    check_known(model, names, replaced)
+    wrapped, replaced = _walk(model)
+    paths = _processors(wrapped) | {path: _recorded(layer) for path, layer in replaced.items()}
+    _check_names(model, names, paths.values())
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
     several = isinstance(adapter_weights, Iterable) and not isinstance(adapter_weights, Mapping)
@@ -105,10 +106,11 @@ def set_coeff_adapters(
     numbers = [n for weight in weights for n in (weight.values() if isinstance(weight, Mapping) else [weight])]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
-    paths = _wrapped_paths(model) | {path: _recorded(layer) for path, layer in replaced.items()}
     by_layer = {name: _by_layer(paths, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
-    _put_back(model, replaced)
-    _activate(_processors_by_part(model), {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+    if replaced:
+        _put_back(model, replaced)
+        wrapped, _ = _walk(model)
+    _activate(_by_part(model, wrapped), {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
 
 
 @contextmanager
@@ -354,7 +356,7 @@ def _unwrap(model: Any, layers: Sequence[Any]) -> None:
         if hook is not None:
             hook.remove()
     _choose_attention_functions(model)
-    still = _processors_by_part(model)
+    still = _by_part(model, _walk(model)[0])
     for part in components(model).values():
         if part not in still:
             remove_call_scale(part)
@@ -410,7 +412,11 @@ def _wrapped_layers(model: Any) -> list[Any]:
 
 
 def _wrapped_paths(model: Any) -> dict[str, CoeffAttnProcessor]:
-    return {path: layer.processor for path, layer in _walk(model)[0].items()}
+    return _processors(_walk(model)[0])
+
+
+def _processors(wrapped: Mapping[str, Any]) -> dict[str, CoeffAttnProcessor]:
+    return {path: layer.processor for path, layer in wrapped.items()}
 
 
 def _walk(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -468,26 +474,23 @@ def _activate(
             }
 
 
-def check_known(model: Any, names: Sequence[str], replaced: Mapping[str, Any] | None = None) -> None:
-    """Raises ValueError for a name that is not on `model`, nor in what it has lost (`replaced`), or if none is."""
-    if replaced:
-        processors = [*(_recorded(layer) for layer in replaced.values()), *_wrapped_paths(model).values()]
-    else:
-        processors = coeff_processors(model)
-    known = list(dict.fromkeys(name for processor in processors for name in processor.coeff))
+def check_known(model: Any, names: Sequence[str]) -> None:
+    """Raises ValueError for a name that is not on `model`, or if none is."""
+    _check_names(model, names, coeff_processors(model))
+
+
+def _check_names(model: Any, names: Sequence[str], processors: Iterable[CoeffAttnProcessor]) -> None:
+    known = dict.fromkeys(name for processor in processors for name in processor.configs)
     if not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {known}")
+        raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {list(known)}")
 
 
-def _processors_by_part(model: Any) -> dict[nn.Module, list[CoeffAttnProcessor]]:
+def _by_part(model: Any, wrapped: Mapping[str, Any]) -> dict[nn.Module, list[CoeffAttnProcessor]]:
     """The processors of each component that has some."""
-    found: dict[nn.Module, list[CoeffAttnProcessor]] = {}
-    wrapped = _wrapped_paths(model)
-    for component, part in components(model).items():
-        own = [processor for path, processor in wrapped.items() if path.partition(".")[0] == component]
-        if own:
-            found[part] = list(dict.fromkeys(own))
-    return found
+    found: dict[str, dict[CoeffAttnProcessor, None]] = {}
+    for path, layer in wrapped.items():
+        found.setdefault(path.partition(".")[0], {})[layer.processor] = None
+    return {part: list(found[name]) for name, part in components(model).items() if name in found}
