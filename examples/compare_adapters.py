@@ -25,9 +25,11 @@ from coeff_diffusers import load_coeff_weights
 
 sys.path += [str(Path(demo.__file__).parents[1] / "training"), str(Path(demo.__file__).parent / "emoji")]
 import train_dreambooth
-from data import to_tensor
+from data import crop
+from families.stable_diffusion import StableDiffusion
 from scenes import Scene, render
-from stable_diffusion import StableDiffusion
+from settings import parse_settings
+from step import DenoisingStep
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +48,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)
         pipe.set_progress_bar_config(disable=True)
         trained = 0 if flags is None else train_and_load(pipe, args, name, flags)
-        results[name] = {"numbers trained": trained, "loss": round(subject_loss(pipe, args.subject), 4)}
+        results[name] = {
+            "numbers trained": trained,
+            "loss": round(subject_loss(pipe, args.subject, demo.training_flags(args, args.output_dir)), 4),
+        }
         images = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
         rows.append((f"{name}: {trained:,} numbers", list(images.values()), [f"{p}, seed {s}" for p, s in images]))
     sheet(rows, title=f"{args.subject}, {args.max_train_steps} steps").save(args.output_dir / "compare.png")
@@ -69,16 +74,16 @@ def train_and_load(pipe: Any, args: argparse.Namespace, name: str, flags: list[s
 
 
 @torch.no_grad()
-def subject_loss(pipe: Any, subject: str, draws: int = 16) -> float:
+def subject_loss(pipe: Any, subject: str, flags: list[str], draws: int = 16) -> float:
     """The training loss of the subject on new backgrounds, over `draws` fixed noises and timesteps for each."""
-    family = StableDiffusion(pipe)
+    step = DenoisingStep(StableDiffusion(pipe, parse_settings(flags)), [])
     glyph = Image.open(demo.SUBJECTS / f"{subject.replace(' ', '-')}.png").convert("RGBA")
     losses = []
     for background in demo.NEW_BACKGROUNDS:
-        picture = to_tensor(render(Scene(subject, background), glyph), 64, True, False, torch.Generator())
-        embeddings = family.encode_prompts([demo.prompt(subject, background)])
-        pixels, prompts = picture.expand(draws, -1, -1, -1), embeddings.expand(draws, -1, -1)
-        losses.append(family.loss(pipe.unet, pixels, prompts, list(range(draws))).item())
+        picture, _ = crop(render(Scene(subject, background), glyph), 64, True, False, torch.Generator())
+        moments = step.family.encode_images(picture[None]).repeat_interleave(draws, dim=0)
+        prompts, sizes = [demo.prompt(subject, background)] * draws, torch.tensor([[64, 64, 0, 0, 64, 64]] * draws)
+        losses.append(step(moments, prompts, sizes, torch.arange(draws)).mean().item())
     return sum(losses) / len(losses)
 
 

@@ -19,6 +19,7 @@ TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 def write_card(
     folder: Path,
     settings: DreamBoothSettings,
+    pipeline_class: str,
     counts: dict[str, int],
     weights: dict[str, Path],
     images: list[Path],
@@ -30,6 +31,7 @@ def write_card(
     Args:
         folder: the output folder.
         settings: of the run.
+        pipeline_class: of the base model.
         counts: `"coefficients"` or `"lora"` or both -> how many numbers were trained.
         weights: the same -> the file.
         images: the last validation's grid, and its single pictures row by row; empty if there was none.
@@ -46,7 +48,7 @@ def write_card(
     parts = [
         _what_it_is(folder, settings, base, counts),
         _pictures(folder, settings, images),
-        _how_to_load(settings, base, weights),
+        _how_to_load(settings, pipeline_class, base, weights),
     ]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -71,13 +73,13 @@ def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) ->
     return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
 
 
-def _how_to_load(settings: DreamBoothSettings, base: str, weights: dict[str, Path]) -> str:
-    imports, loads = ["from diffusers import StableDiffusionPipeline"], []
+def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, weights: dict[str, Path]) -> str:
+    imports, loads = [f"from diffusers import {pipeline_class}"], []
     if "coefficients" in weights:
         imports.insert(0, "from coeff_diffusers import load_coeff_weights")
         loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
     if "lora" in weights:
         loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
-    create = f"pipe = StableDiffusionPipeline.from_pretrained({json.dumps(base, ensure_ascii=False)})"
+    create = f"pipe = {pipeline_class}.from_pretrained({json.dumps(base, ensure_ascii=False)})"
     use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
     return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

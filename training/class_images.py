@@ -44,7 +44,9 @@ def _generate(pipeline: Any, settings: DreamBoothSettings, numbers: list[int], s
     for start in tqdm(range(0, len(numbers), size), desc="class pictures", disable=silent):
         batch = numbers[start : start + size]
         generators = [torch.Generator().manual_seed(seed_of(settings.seed, "class picture", n)) for n in batch]
-        images = pipeline([settings.class_prompt] * len(batch), side, side, generator=generators).images
+        images = pipeline(
+            prompt=[settings.class_prompt] * len(batch), height=side, width=side, generator=generators
+        ).images
         for n, image in zip(batch, images):
             write_image(image, _class_image_path(Path(str(settings.class_data_dir)), n))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -94,22 +95,24 @@ def fit_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 @lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
-def load_image(path: Path, modified: int, side: int, background: str) -> Image.Image:
+def load_image(path: Path, modified: int, side: int, background: str) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture, its shorter side `side` pixels, and height and width that it has in the file."""
     with Image.open(path) as image:
-        return fit_shorter_side(upright_rgb(image, background), side)
+        upright = upright_rgb(image, background)
+    return fit_shorter_side(upright, side), (upright.height, upright.width)
 
 
-def to_tensor(
+def crop(
     image: Image.Image, side: int, center_crop: bool, random_flip: bool, generator: torch.Generator
-) -> Tensor:
-    """(3, side, side) in [-1, 1], of a picture whose shorter side has `side` pixels."""
+) -> tuple[Tensor, tuple[int, int]]:
+    """(3, side, side) in [-1, 1] of a picture whose shorter side has `side` pixels, and top and left of the crop."""
     # (3, height, width); drawn in any case, so that one option does not change what another one draws
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
     where, mirror = torch.rand(2, generator=generator).tolist()
     where = 0.5 if center_crop else where
     top, left = (int(where * (length - side + 1)) for length in pixels.shape[1:])
     pixels = pixels[:, top : top + side, left : left + side]
-    return pixels.flip(-1) if random_flip and mirror < 0.5 else pixels
+    return (pixels.flip(-1) if random_flip and mirror < 0.5 else pixels), (top, left)
 
 
 def seed_of(*parts: object) -> int:
@@ -117,14 +120,36 @@ def seed_of(*parts: object) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
-class DreamBoothDataset(Dataset[dict[str, Any]]):
+@dataclass(frozen=True)
+class Example:
+    """A picture as it is drawn in a run.
+
+    Args:
+        kind: `"instance"` or `"class"`.
+        path: the file.
+        prompt: the prompt that it is trained with.
+        pixels: (3, height, width) in [-1, 1].
+        sizes: height and width of the file, top and left of the crop, height and width of it.
+        seed: of the noise that is added to it.
+    """
+
+    kind: str
+    path: str
+    prompt: str
+    pixels: Tensor
+    sizes: tuple[int, ...]
+    seed: int
+
+
+class DreamBoothDataset(Dataset[list[Example]]):
     """Draw n of a run: a picture of the subject and, with prior preservation, one of its class.
 
     Every picture is shown once in an order drawn anew before any is shown again, also across batches. It is read in
     order, 0, 1, 2, ..., to the end of the run.
 
     Args:
-        draws: how many draws the run takes.
+        draws: how many draws are taken.
+        first: the first of them, in a run that is continued.
         instance_images: the subject's pictures.
         class_images: pictures of its class; none without prior preservation.
         prompts: of each of these pictures.
@@ -142,8 +167,9 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
         center_crop: bool = False,
         random_flip: bool = False,
         background_color: str = "white",
+        first: int = 0,
     ) -> None:
-        self.draws = draws
+        self.draws, self.first = draws, first
         self.images = {"instance": instance_images} | ({"class": class_images} if class_images else {})
         self.prompts, self.resolution, self.seed = prompts, resolution, seed
         self.center_crop, self.random_flip, self.background_color = center_crop, random_flip, background_color
@@ -151,9 +177,9 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.draws
 
-    def __getitem__(self, draw: int) -> dict[str, Any]:
-        """`"instance"` and `"class"`: (pixels, seed of the noise that is added to them, prompt)."""
-        return {kind: self._example(kind, draw) for kind in self.images}
+    def __getitem__(self, draw: int) -> list[Example]:
+        """Of the subject, and of the class if there are class pictures."""
+        return [self._example(kind, draw + self.first) for kind in self.images]
 
     def path(self, kind: str, draw: int) -> Path:
         """Which picture a draw shows."""
@@ -163,19 +189,29 @@ class DreamBoothDataset(Dataset[dict[str, Any]]):
         random.Random(seed_of(self.seed, kind, "order", epoch)).shuffle(order)
         return order[place]
 
-    def _example(self, kind: str, draw: int) -> tuple[Tensor, int, str]:
-        path = self.path(kind, draw)
-        image = load_image(path, path.stat().st_mtime_ns, self.resolution, self.background_color)
+    def _example(self, kind: str, draw: int) -> Example:
+        path, side = self.path(kind, draw), self.resolution
+        image, size = load_image(path, path.stat().st_mtime_ns, side, self.background_color)
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
-        pixels = to_tensor(image, self.resolution, self.center_crop, self.random_flip, generator)
-        return pixels, seed_of(self.seed, kind, "noise", draw), self.prompts[path]
+        pixels, (top, left) = crop(image, side, self.center_crop, self.random_flip, generator)
+        return Example(
+            kind=kind,
+            path=str(path),
+            prompt=self.prompts[path],
+            pixels=pixels,
+            sizes=(*size, top, left, side, side),
+            seed=seed_of(self.seed, kind, "noise", draw),
+        )
 
 
-def collate(draws: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks a batch: the subject's pictures first, then as many of the class, as the loss expects them."""
-    examples = [draw[kind] for kind in draws[0] for draw in draws]
+def collate(draws: list[list[Example]]) -> dict[str, Any]:
+    """A batch, the subject's pictures first, then as many of the class."""
+    examples = [example for kind in zip(*draws) for example in kind]
     return {
-        "pixels": torch.stack([pixels for pixels, _, _ in examples]),  # (B, 3, side, side)
-        "seeds": torch.tensor([seed for _, seed, _ in examples]),  # (B,)
-        "prompts": [prompt for _, _, prompt in examples],
+        "kinds": [example.kind for example in examples],
+        "paths": [example.path for example in examples],
+        "prompts": [example.prompt for example in examples],
+        "pixels": torch.stack([example.pixels for example in examples]),  # (B, 3, height, width)
+        "sizes": torch.tensor([example.sizes for example in examples]),  # (B, 6)
+        "seeds": torch.tensor([example.seed for example in examples]),  # (B,)
     }

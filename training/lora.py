@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
+from families import Family
 from torch import nn
 
 
@@ -34,17 +34,20 @@ def add_lora(model: Any, rank: int, alpha: float | None, targets: Sequence[str])
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def save_lora(model: Any, folder: Path) -> Path:
+def save_lora(family: Family, folder: Path) -> Path:
     """Writes `folder / pytorch_lora_weights.safetensors`, whole or not at all, with rank and alpha in its header."""
     from peft.utils import get_peft_model_state_dict
 
+    model, part = family.denoiser, family.denoiser_name
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
     path = folder / LORA_WEIGHT_NAME_SAFE
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
-        StableDiffusionPipeline.save_lora_weights(
+        family.pipeline.save_lora_weights(
             temporary,
-            unet_lora_layers=layers,
-            unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+            **{
+                f"{part}_lora_layers": layers,
+                f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
+            },
         )
         os.replace(Path(temporary) / LORA_WEIGHT_NAME_SAFE, path)
     return path

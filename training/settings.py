@@ -15,6 +15,7 @@ from PIL import ImageColor
 
 # diffusers' schedulers but for piecewise_constant, whose rules have no flag here
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
 DEFAULT_STEPS = 500
 
 
@@ -100,13 +101,23 @@ class DreamBoothSettings:
     lora_weight_decay: float = flag("AdamW's weight decay of the LoRA.", 1e-2)
     adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
     max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
-    snr_gamma: float | None = flag("Weigh timesteps by min-SNR with this gamma (5 is usual).", None)
+    snr_gamma: float | None = flag(
+        "Weigh timesteps by min-SNR with this gamma (5 is usual); of models with a noise schedule.", None
+    )
+    weighting_scheme: str = flag(
+        "How timesteps are drawn and weighed; of models trained by flow matching.", "none", WEIGHTING_SCHEMES
+    )
+    logit_mean: float = flag("Mean of the timesteps' logits, of --weighting_scheme logit_normal.", 0.0)
+    logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
+    mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
 
     validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
     num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
     validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
     validation_num_inference_steps: int = flag("Denoising steps of a validation picture.", 25)
-    validation_guidance_scale: float = flag("Guidance scale of validation pictures.", 7.5)
+    validation_guidance_scale: float | None = flag(
+        "Guidance scale of validation pictures; the pipeline's own default if not given.", None
+    )
     report_to: str = flag(
         "Where losses, learning rates and validation pictures are logged.", "tensorboard", ("tensorboard", "none")
     )
@@ -174,7 +185,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         ),
         "above 0": (
             lambda value: 0 < value < float("inf"),
-            "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma",
+            "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma logit_std",
         ),
         "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2"),
     }

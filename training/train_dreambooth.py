@@ -3,8 +3,8 @@
     accelerate launch training/train_dreambooth.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir PICTURES --instance_prompt "a sks dog" --output_dir RESULT
 
-Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, pictures in data.py, the loss in
-stable_diffusion.py.
+Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, pictures in data.py, the loop in
+loop.py, and what is particular to a family of models in families/.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -24,17 +25,14 @@ from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from card import write_card
 from class_images import check_class_folder, complete_class_images
-from data import DreamBoothDataset, collate, find_images, read_captions
-from diffusers.optimization import get_scheduler
+from data import find_images, read_captions
 from diffusers.utils import is_peft_available
+from families import Family, find_family, load_family
+from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
-from stable_diffusion import StableDiffusion
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from validation import validation_images
 
 import coeff_diffusers
@@ -85,49 +83,43 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         FloatingPointError: if the loss is no longer finite.
     """
     check_output_folder(settings)
-    instance_images = find_images(settings.instance_data_dir, "instance_data_dir")
-    captions = dict.fromkeys(instance_images, settings.instance_prompt)
-    if settings.caption_column:
-        captions = read_captions(settings.instance_data_dir, instance_images, settings.caption_column)
+    captions = read_pictures(settings)
     if settings.with_prior_preservation:
         check_class_folder(settings)
-    check_family(settings)
+    kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
-    family = StableDiffusion.load(settings, accelerator.device, DTYPES[accelerator.mixed_precision])
+    family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts([*captions.values(), *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
-    settings = with_defaults_of_run(settings, family, len(instance_images), accelerator)
+    settings = family.settings = with_defaults_of_run(settings, family, len(captions), accelerator)
     class_images = []
     if settings.with_prior_preservation:
         class_images = complete_class_images(family.pipeline, settings, accelerator)
+    pictures = Pictures(captions, dict.fromkeys(class_images, settings.class_prompt or ""))
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
 
-    losses = train(family, parameters, settings, accelerator, captions, class_images)
+    start_trackers(settings, accelerator)
+    show = partial(validate, family, settings, accelerator)
+    losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
     weights = write_weights(family, settings) if accelerator.is_main_process else {}
-    images = validate(family, settings, accelerator, len(losses))
+    images = show(len(losses))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    return write_results(parameters, settings, losses, weights, images)
+    return write_results(family, parameters, settings, losses, weights, images)
 
 
-def check_family(settings: DreamBoothSettings) -> None:
-    """Raises InputError if the base model is not there, or of a family that cannot be trained."""
-    name = settings.pretrained_model_name_or_path
-    try:
-        config = diffusers.DiffusionPipeline.load_config(name, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
-    if config.get("_class_name") not in StableDiffusion.supported:
-        raise InputError(
-            f"--pretrained_model_name_or_path: {name} is a {config.get('_class_name')}; supported are Stable "
-            f"Diffusion 1.x and 2.x ({', '.join(StableDiffusion.supported)})"
-        )
+def read_pictures(settings: DreamBoothSettings) -> dict[Path, str]:
+    """The subject's pictures, with the prompt of each."""
+    images = find_images(settings.instance_data_dir, "instance_data_dir")
+    if settings.caption_column:
+        return read_captions(settings.instance_data_dir, images, settings.caption_column)
+    return dict.fromkeys(images, settings.instance_prompt)
 
 
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
@@ -154,7 +146,7 @@ def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
 
 
 def with_defaults_of_run(
-    settings: DreamBoothSettings, family: StableDiffusion, pictures: int, accelerator: Accelerator
+    settings: DreamBoothSettings, family: Family, pictures: int, accelerator: Accelerator
 ) -> DreamBoothSettings:
     """Fills in seed, resolution, steps and learning rates. The result, given as flags, is the same run again."""
     seed = [secrets.randbelow(2**31) if settings.seed is None else settings.seed]
@@ -167,7 +159,7 @@ def with_defaults_of_run(
     return replace(
         settings,
         seed=seed[0],
-        resolution=family.resolution(settings.resolution),
+        resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
         learning_rate=settings.learning_rate * scale,
@@ -177,7 +169,7 @@ def with_defaults_of_run(
     )
 
 
-def check_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> None:
+def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
     """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
@@ -197,7 +189,7 @@ def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
     )
 
 
-def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
+def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
     """Puts on what is trained: `"coefficients"` and `"lora"` -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
@@ -208,7 +200,7 @@ def add_adapters(family: StableDiffusion, settings: DreamBoothSettings) -> dict[
     return parameters
 
 
-def check_trainable(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]]) -> None:
+def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -> None:
     """Raises RuntimeError unless exactly these parameters require a gradient, in float32."""
     expected = {id(p) for group in parameters.values() for p in group}
     problems = []
@@ -222,7 +214,7 @@ def check_trainable(family: StableDiffusion, parameters: dict[str, list[nn.Param
         raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
 
 
-def count_text(family: StableDiffusion, parameters: dict[str, list[nn.Parameter]]) -> str:
+def count_text(family: Family, parameters: dict[str, list[nn.Parameter]]) -> str:
     parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
     trained = numbers(parameters)
     frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
@@ -234,116 +226,6 @@ def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
     return {what: sum(p.numel() for p in group) for what, group in parameters.items()}
 
 
-def train(
-    family: StableDiffusion,
-    parameters: dict[str, list[nn.Parameter]],
-    settings: DreamBoothSettings,
-    accelerator: Accelerator,
-    captions: dict[Path, str],
-    class_images: list[Path],
-) -> list[float]:
-    """The loop, over the subject's pictures, each with its prompt. Returns the loss of each optimizer step."""
-    optimizer = make_optimizer(parameters, settings)
-    # not prepared by accelerate, so that it counts optimizer steps whatever the number of processes
-    lr_scheduler = make_lr_scheduler(optimizer, settings)
-    if settings.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()
-    prompts = captions | dict.fromkeys(class_images, settings.class_prompt or "")
-    embeddings = {prompt: family.encode_prompts([prompt])[0] for prompt in dict.fromkeys(prompts.values())}
-    batches = make_batches(settings, accelerator, list(captions), class_images, prompts)
-    denoiser, optimizer, batches = accelerator.prepare(family.denoiser, optimizer, batches)
-    start_trackers(settings, accelerator)
-    set_seed(settings.seed, device_specific=True)  # of the coefficients' dropout, another in each process
-    denoiser.train()
-
-    losses: list[float] = []
-    step_loss = torch.zeros((), device=accelerator.device)
-    progress = tqdm(total=settings.max_train_steps, desc="training", disable=not accelerator.is_main_process)
-    for batch in batches:
-        with accelerator.accumulate(denoiser):
-            loss = family.loss(
-                denoiser,
-                batch["pixels"],
-                torch.stack([embeddings[prompt] for prompt in batch["prompts"]]),
-                batch["seeds"].tolist(),
-                settings.prior_loss_weight if class_images else None,
-                settings.snr_gamma,
-            )
-            check_finite(loss, len(losses) + 1, settings)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(
-                    [p for group in parameters.values() for p in group], settings.max_grad_norm
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-        step_loss += loss.detach() / settings.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        rates = dict(zip(parameters, lr_scheduler.get_last_lr()))
-        if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
-            lr_scheduler.step()
-        losses.append(accelerator.reduce(step_loss, "mean").item())
-        step_loss.zero_()
-        report(progress, losses, rates, accelerator)
-        if len(losses) % settings.validation_steps == 0 and len(losses) < settings.max_train_steps:
-            validate(family, settings, accelerator, len(losses))
-    progress.close()
-    return losses
-
-
-def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> torch.optim.AdamW:
-    """A parameter group each for coefficients and LoRA, in the order of `parameters`."""
-    rates = {
-        "coefficients": {"lr": settings.learning_rate, "weight_decay": settings.adam_weight_decay},
-        "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
-    }
-    return torch.optim.AdamW(
-        [{"params": group, **rates[what]} for what, group in parameters.items()],
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
-
-
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
-    return get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-        num_cycles=settings.lr_num_cycles,
-        power=settings.lr_power,
-    )
-
-
-def make_batches(
-    settings: DreamBoothSettings,
-    accelerator: Accelerator,
-    instance_images: list[Path],
-    class_images: list[Path],
-    prompts: dict[Path, str],
-) -> DataLoader:
-    """All batches of the run, in order."""
-    batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
-    dataset = DreamBoothDataset(
-        batches * settings.train_batch_size,
-        instance_images,
-        class_images,
-        prompts,
-        resolution=settings.resolution,
-        seed=settings.seed,
-        center_crop=settings.center_crop,
-        random_flip=settings.random_flip,
-        background_color=settings.background_color,
-    )
-    return DataLoader(
-        dataset,
-        batch_size=settings.train_batch_size,
-        collate_fn=collate,
-        num_workers=settings.dataloader_num_workers,
-    )
-
-
 def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> None:
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -352,27 +234,11 @@ def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> No
     accelerator.init_trackers("dreambooth", config=plain)
 
 
-def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
-            "were written. Try lower learning rates, or --mixed_precision bf16 or no"
-        )
-
-
-def report(progress: tqdm, losses: list[float], rates: dict[str, float], accelerator: Accelerator) -> None:
-    """Shows and logs the step that is through, with the learning rates that it used."""
-    values = {"loss": losses[-1]} | {f"learning_rate/{what}": rate for what, rate in rates.items()}
-    accelerator.log(values, step=len(losses))
-    progress.set_postfix(loss=f"{losses[-1]:.4f}", lr=", ".join(f"{rate:.2g}" for rate in rates.values()))
-    progress.update()
-
-
-def validate(family: StableDiffusion, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
+def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
     """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
     files: list[Path] = []
     if settings.validation_prompt and accelerator.is_main_process:
-        rows = validation_images(family.pipeline, settings, accelerator)
+        rows = validation_images(family, settings, accelerator)
         files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
         for tracker in accelerator.trackers:
             for prompt, row in zip(settings.validation_prompt, rows):
@@ -381,13 +247,13 @@ def validate(family: StableDiffusion, settings: DreamBoothSettings, accelerator:
     return files
 
 
-def write_weights(family: StableDiffusion, settings: DreamBoothSettings) -> dict[str, Path]:
+def write_weights(family: Family, settings: DreamBoothSettings) -> dict[str, Path]:
     """Writes what was trained: `"coefficients"` and `"lora"` -> the file."""
     files, folder = {}, Path(settings.output_dir)
     if settings.coeff:
         files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
     if settings.lora_rank:
-        files["lora"] = save_lora(family.denoiser, folder)
+        files["lora"] = save_lora(family, folder)
     return files
 
 
@@ -414,6 +280,7 @@ def metadata(settings: DreamBoothSettings) -> dict[str, str]:
 
 
 def write_results(
+    family: Family,
     parameters: dict[str, list[nn.Parameter]],
     settings: DreamBoothSettings,
     losses: list[float],
@@ -423,7 +290,7 @@ def write_results(
     """Writes settings and model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
     settings_file = write_text(settings.to_json(), folder / "settings.json")
-    model_card = write_card(folder, settings, numbers(parameters), weights, images)
+    model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
         print(f"  {file} ({size_text(file)})")

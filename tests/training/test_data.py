@@ -12,11 +12,11 @@ import torch
 from data import (
     DreamBoothDataset,
     collate,
+    crop,
     find_images,
     fit_shorter_side,
     read_captions,
     seed_of,
-    to_tensor,
     upright_rgb,
 )
 from PIL import Image
@@ -79,10 +79,10 @@ def test_pictures_without_a_caption_and_broken_lines_are_named(tmp_path: Path) -
 
 def test_a_picture_that_changed_is_read_anew(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", color=RED)
-    before = dataset([path])[0]["instance"][0]
+    before = dataset([path])[0][0].pixels
     saved(path, color=BLUE)
     os.utime(path, ns=(1, 1))
-    after = dataset([path])[0]["instance"][0]
+    after = dataset([path])[0][0].pixels
     assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
 
 
@@ -169,22 +169,22 @@ def values(pixels: torch.Tensor) -> list[int]:
 
 def test_tensors_span_minus_one_to_one() -> None:
     image = Image.new("RGB", (4, 4), RED)
-    pixels = to_tensor(image, 4, False, False, generator())
+    pixels, _ = crop(image, 4, False, False, generator())
     assert pixels.shape == (3, 4, 4)
     assert [pixels[c].unique().tolist() for c in range(3)] == [[1.0], [-1.0], [-1.0]]
 
 
 def test_centre_crops_are_in_the_middle_and_random_ones_everywhere() -> None:
     image = columns(8)
-    assert values(to_tensor(image, 4, True, False, generator())) == [20, 30, 40, 50]
-    firsts = {values(to_tensor(image, 4, False, False, generator(seed)))[0] for seed in range(50)}
+    assert values(crop(image, 4, True, False, generator())[0]) == [20, 30, 40, 50]
+    firsts = {values(crop(image, 4, False, False, generator(seed))[0])[0] for seed in range(50)}
     assert firsts == {0, 10, 20, 30, 40}
 
 
 def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
     image = columns(4)
-    plain = [values(to_tensor(image, 4, False, False, generator(seed))) for seed in range(100)]
-    flipped = [values(to_tensor(image, 4, False, True, generator(seed))) for seed in range(100)]
+    plain = [values(crop(image, 4, False, False, generator(seed))[0]) for seed in range(100)]
+    flipped = [values(crop(image, 4, False, True, generator(seed))[0]) for seed in range(100)]
     assert all(row == [0, 10, 20, 30] for row in plain)
     assert 35 < sum(row == [30, 20, 10, 0] for row in flipped) < 65  # of 100; 3 standard deviations
 
@@ -203,18 +203,37 @@ def test_every_picture_is_shown_once_before_any_is_shown_again(tmp_path: Path) -
 def test_a_draw_follows_from_the_seed_and_its_number_alone(tmp_path: Path) -> None:
     paths = [saved(tmp_path / f"{i}.png", (8, 4), (i, i, i)) for i in range(3)]
     data, again, other = (dataset(paths, random_flip=True, seed=seed) for seed in (0, 0, 1))
-    forwards = [data[draw]["instance"] for draw in range(6)]
-    backwards = [again[draw]["instance"] for draw in reversed(range(6))][::-1]
-    for (pixels, seed, _), (same_pixels, same_seed, _) in zip(forwards, backwards):
-        assert seed == same_seed
-        torch.testing.assert_close(pixels, same_pixels, rtol=0, atol=0)
-    assert not {seed for _, seed, _ in forwards} & {other[draw]["instance"][1] for draw in range(20)}
+    forwards = [data[draw][0] for draw in range(6)]
+    backwards = [again[draw][0] for draw in reversed(range(6))][::-1]
+    for example, same in zip(forwards, backwards):
+        assert (example.seed, example.path, example.sizes) == (same.seed, same.path, same.sizes)
+        torch.testing.assert_close(example.pixels, same.pixels, rtol=0, atol=0)
+    assert not {example.seed for example in forwards} & {other[draw][0].seed for draw in range(20)}
+
+
+def test_a_run_that_is_continued_draws_what_would_have_come(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / f"{i}.png", (8, 4), (i, i, i)) for i in range(3)]
+    whole, rest = dataset(paths), dataset(paths, first=4)
+    for n in range(3):
+        expected, got = whole[4 + n][0], rest[n][0]
+        assert (got.path, got.seed, got.sizes) == (expected.path, expected.seed, expected.sizes)
+        torch.testing.assert_close(got.pixels, expected.pixels, rtol=0, atol=0)
+
+
+def test_an_example_says_how_it_was_cut_out_of_the_file(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 10))
+    image.putdata([(x, x, x) for _ in range(10) for x in range(40)])
+    image.save(tmp_path / "a.png")
+    example = dataset([tmp_path / "a.png"], resolution=10)[0][0]
+    height, width, top, left, *target = example.sizes
+    assert (height, width, top, target) == (10, 40, 0, [10, 10])
+    assert left == values(example.pixels)[0] > 0
 
 
 def test_subject_and_class_differ_in_all_that_is_random(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png")
     draws = [dataset([path], [path])[n] for n in range(4)]
-    assert len({draw[kind][1] for draw in draws for kind in ("instance", "class")}) == 8
+    assert len({example.seed for draw in draws for example in draw}) == 8
 
 
 def test_a_batch_holds_the_subjects_pictures_first_then_those_of_the_class(tmp_path: Path) -> None:
@@ -223,7 +242,8 @@ def test_a_batch_holds_the_subjects_pictures_first_then_those_of_the_class(tmp_p
     assert batch["pixels"].shape == (6, 3, 4, 4)
     assert batch["pixels"][:, 0, 0, 0].tolist() == [1.0] * 3 + [-1.0] * 3
     assert batch["prompts"] == ["a a"] * 3 + ["a b"] * 3
-    assert batch["seeds"].tolist() == [data[n][kind][1] for kind in ("instance", "class") for n in range(3)]
+    assert batch["kinds"] == ["instance"] * 3 + ["class"] * 3
+    assert batch["seeds"].tolist() == [data[n][kind].seed for kind in (0, 1) for n in range(3)]
 
 
 def test_seeds_fit_a_generator_and_do_not_repeat() -> None:

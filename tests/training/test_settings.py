@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import train_dreambooth
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from settings import DreamBoothSettings, InputError, parse_settings
 from train_dreambooth import main
 
@@ -33,7 +33,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was loaded before the input was checked")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
 
 
 # Flags
@@ -187,10 +187,10 @@ def test_an_output_folder_on_a_full_disk_is_an_error_before_anything_is_loaded(
 
 @pytest.mark.usefixtures("nothing_loaded")
 def test_a_pipeline_of_another_family_is_refused_with_those_supported(argv: Argv, tmp_path: Path) -> None:
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match=r"flux is a FluxPipeline; supported are Stable Diffusion 1\.x and 2\.x"):
-        main(argv(pretrained_model_name_or_path=tmp_path / "flux"))
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    with pytest.raises(InputError, match="wan is a WanPipeline; supported are .*StableDiffusionPipeline"):
+        main(argv(pretrained_model_name_or_path=tmp_path / "wan"))
 
 
 @pytest.mark.usefixtures("nothing_loaded")

@@ -17,10 +17,11 @@ import torch
 import train_dreambooth
 import validation
 from diffusers import StableDiffusionPipeline
+from families.stable_diffusion import StableDiffusion
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from settings import InputError
+from settings import InputError, parse_settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from train_dreambooth import TrainingResult, check_trainable
@@ -60,7 +61,7 @@ def picture(loaded: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The model as it stands at the end of training, and what stood in it before, by name."""
     kept: dict[str, Any] = {}
-    original_train, original_load = train_dreambooth.train, train_dreambooth.StableDiffusion.load
+    original_train, original_load = train_dreambooth.train, train_dreambooth.load_family
 
     def load(*args: Any) -> Any:
         kept["family"] = original_load(*args)
@@ -73,7 +74,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return losses
 
     monkeypatch.setattr(train_dreambooth, "train", train)
-    monkeypatch.setattr(train_dreambooth.StableDiffusion, "load", load)
+    monkeypatch.setattr(train_dreambooth, "load_family", load)
     return kept
 
 
@@ -231,8 +232,8 @@ def test_kinds_and_patterns_choose_the_layers(train: Train) -> None:
     assert all(key.startswith("unet.down_blocks") and key.endswith("attn2.coeff") for key in chosen)
 
 
-def test_a_parameter_that_trains_by_mistake_is_named(base: Path) -> None:
-    family = train_dreambooth.StableDiffusion(pipeline(base).to("cpu"))
+def test_a_parameter_that_trains_by_mistake_is_named(base: Path, argv: Callable[..., list[str]]) -> None:
+    family = StableDiffusion(pipeline(base), parse_settings(argv()))
     for part in (family.pipeline.unet, family.pipeline.vae, family.pipeline.text_encoder):
         part.requires_grad_(False)
     add_coeff_adapter(family.pipeline, CoeffConfig())
@@ -411,23 +412,33 @@ def test_each_picture_of_a_batch_has_the_prompt_of_its_kind(
     for kind, color in (("instance", "red"), ("class", "blue")):
         (tmp_path / kind).mkdir()
         Image.new("RGB", (16, 16), color).save(tmp_path / kind / "a.png")
-    original = train_dreambooth.StableDiffusion.loss
-    batches = []
-
-    def loss(family: Any, denoiser: Any, pixels: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
-        expected = family.encode_prompts(["a sks fox", "a fox"])
-        batches.append(
-            [
-                (pixels[b, 0].mean().item(), embeddings[b].equal(expected[0]), embeddings[b].equal(expected[1]))
-                for b in range(4)
-            ]
-        )
-        return original(family, denoiser, pixels, embeddings, *rest)
-
-    monkeypatch.setattr(train_dreambooth.StableDiffusion, "loss", loss)
+    batches = seen_batches(monkeypatch)
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     train(instance_data_dir=tmp_path / "instance", num_class_images=1, train_batch_size=2, max_train_steps=2, **prior)
-    assert batches == [[(1.0, True, False)] * 2 + [(-1.0, False, True)] * 2] * 2  # red first, then blue
+    for pixels, embeddings, family in batches:
+        assert pixels[:, 0].mean((1, 2)).tolist() == [1.0, 1.0, -1.0, -1.0]  # red first, then blue
+        subject, fox = (each["prompt_embeds"] for each in family.encode_prompts(["a sks fox", "a fox"]))
+        assert not torch.equal(subject, fox)
+        torch.testing.assert_close(embeddings, torch.stack([subject, subject, fox, fox]), rtol=0, atol=0)
+    assert len(batches) == 2
+
+
+def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Any]]:
+    """Pixels, the embeddings that the denoiser gets with them, and the family, of each batch."""
+    batches: list[Any] = []
+    encode, predict = StableDiffusion.encode_images, StableDiffusion.predict
+
+    def encode_images(family: Any, pixels: Tensor) -> Tensor:
+        batches.append([pixels])
+        return encode(family, pixels)
+
+    def seen_predict(family: Any, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Any, *rest: Any) -> Any:
+        batches[-1] += [conditions["prompt_embeds"], family]
+        return predict(family, denoiser, noisy, timesteps, conditions, *rest)
+
+    monkeypatch.setattr(StableDiffusion, "encode_images", encode_images)
+    monkeypatch.setattr(StableDiffusion, "predict", seen_predict)
+    return batches
 
 
 def test_captions_take_the_place_of_the_instance_prompt(
@@ -439,18 +450,14 @@ def test_captions_take_the_place_of_the_instance_prompt(
         Image.new("RGB", (16, 16), color).save(folder / f"{color}.png")
     entries = [{"file_name": f"{color}.png", "text": f"a fox on {color}"} for color in ("red", "blue")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    original = train_dreambooth.StableDiffusion.loss
-    matches = []
-
-    def loss(family: Any, denoiser: Any, pixels: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
-        red, blue = family.encode_prompts(["a fox on red", "a fox on blue"])
-        expected = torch.stack([red if picture[0].mean() > 0 else blue for picture in pixels])
-        matches.append(torch.equal(embeddings, expected) and not torch.equal(red, blue))
-        return original(family, denoiser, pixels, embeddings, *rest)
-
-    monkeypatch.setattr(train_dreambooth.StableDiffusion, "loss", loss)
+    batches = seen_batches(monkeypatch)
     train(instance_data_dir=folder, caption_column="text", max_train_steps=2)
-    assert matches == [True, True]
+    assert len(batches) == 2
+    for pixels, embeddings, family in batches:
+        red, blue = (each["prompt_embeds"] for each in family.encode_prompts(["a fox on red", "a fox on blue"]))
+        assert not torch.equal(red, blue)
+        expected = torch.stack([red if picture[0].mean() > 0 else blue for picture in pixels])
+        torch.testing.assert_close(embeddings, expected, rtol=0, atol=0)
 
 
 def test_what_cannot_be_put_on_is_refused_before_class_pictures_are_made(
@@ -489,14 +496,14 @@ def test_a_class_folder_that_is_full_need_not_be_writable(
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_writes_no_weights(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_dreambooth.StableDiffusion.loss
+    original = StableDiffusion.errors
     calls = []
 
-    def loss(*args: Any) -> Tensor:
+    def errors(*args: Any) -> Tensor:
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(train_dreambooth.StableDiffusion, "loss", loss)
+    monkeypatch.setattr(StableDiffusion, "errors", errors)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2 of 3"):
         train(gradient_accumulation_steps=2)
     assert files_in(tmp_path / "out") == set()

@@ -1,0 +1,51 @@
+"""The families of models that can be trained, found by the class of the pipeline."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from settings import DreamBoothSettings, InputError
+from torch import nn
+
+from .base import Conditions, DiffusionFamily, Family, FlowFamily
+from .stable_diffusion import StableDiffusion
+
+__all__ = ["FAMILIES", "Conditions", "DiffusionFamily", "Family", "FlowFamily", "find_family", "load_family"]
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+
+
+def find_family(settings: DreamBoothSettings) -> type[Family]:
+    """Reads which pipeline the base model is.
+
+    Raises:
+        InputError: if the base model is not there, or of a family that cannot be trained.
+    """
+    name = settings.pretrained_model_name_or_path
+    try:
+        config = diffusers.DiffusionPipeline.load_config(name, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
+    families = {pipeline: family for family in FAMILIES for pipeline in family.supported}
+    if config.get("_class_name") not in families:
+        raise InputError(
+            f"--pretrained_model_name_or_path: {name} is a {config.get('_class_name')}; supported are "
+            + ", ".join(sorted(families))
+        )
+    return families[config["_class_name"]]
+
+
+def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.device, dtype: torch.dtype) -> Family:
+    """Loads and freezes everything. Safety checkers take no part in training."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        settings.pretrained_model_name_or_path,
+        revision=settings.revision,
+        variant=settings.variant,
+        dtype=dtype,
+        **kind.load_arguments,
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return kind(pipeline, settings)

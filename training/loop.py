@@ -1,0 +1,177 @@
+"""The training loop, one for all families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from data import DreamBoothDataset, collate, seed_of
+from diffusers.optimization import get_scheduler
+from families import Family
+from losses import dreambooth_loss
+from settings import DreamBoothSettings
+from step import DenoisingStep
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on.
+
+    Args:
+        instance: the subject's pictures, with the prompt of each.
+        classes: pictures of its class, with the prompt of each; none without prior preservation.
+    """
+
+    instance: dict[Path, str]
+    classes: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> dict[Path, str]:
+        return self.instance | self.classes
+
+
+@dataclass
+class Trainee:
+    """What trains, and how.
+
+    Args:
+        parameters: `"coefficients"`, `"lora"` -> parameters, where they train.
+        optimizer: with a parameter group for each of them, in this order.
+        lr_scheduler: of the same groups. Not prepared by accelerate, so that it counts optimizer steps whatever the
+            number of processes.
+    """
+
+    parameters: dict[str, list[nn.Parameter]]
+    optimizer: Any
+    lr_scheduler: LRScheduler
+
+    @classmethod
+    def of(cls, parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> Trainee:
+        optimizer = make_optimizer(parameters, settings)
+        return cls(parameters, optimizer, make_lr_scheduler(optimizer, settings))
+
+    @property
+    def all_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.parameters.values() for parameter in group]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return dict(zip(self.parameters, self.lr_scheduler.get_last_lr()))
+
+
+def train(
+    family: Family,
+    trainee: Trainee,
+    pictures: Pictures,
+    settings: DreamBoothSettings,
+    accelerator: Accelerator,
+    validate: Callable[[int], object],
+) -> list[float]:
+    """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step."""
+    if settings.gradient_checkpointing:
+        family.denoiser.enable_gradient_checkpointing()
+    family.remember_prompts(list(pictures.prompts.values()))
+    step = DenoisingStep(family, [])
+    batches = make_batches(settings, accelerator, pictures)
+    step, trainee.optimizer, batches = accelerator.prepare(step, trainee.optimizer, batches)
+    step.train()
+
+    losses: list[float] = []
+    step_loss = torch.zeros((), device=accelerator.device)
+    progress = tqdm(total=settings.max_train_steps, desc="training", disable=not accelerator.is_main_process)
+    for number, batch in enumerate(batches):
+        # of the coefficients' dropout, another in each process; from the place in the run, so that it can be continued
+        torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
+        with accelerator.accumulate(step):
+            moments = family.encode_images(batch["pixels"])
+            errors = step(moments, batch["prompts"], batch["sizes"], batch["seeds"])
+            loss = dreambooth_loss(errors, batch["kinds"], settings.prior_loss_weight)
+            check_finite(loss, len(losses) + 1, settings)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainee.all_parameters, settings.max_grad_norm)
+            trainee.optimizer.step()
+            trainee.optimizer.zero_grad()
+        step_loss += loss.detach() / settings.gradient_accumulation_steps
+        if not accelerator.sync_gradients:
+            continue
+        rates = trainee.rates
+        if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
+            trainee.lr_scheduler.step()
+        losses.append(accelerator.reduce(step_loss, "mean").item())
+        step_loss.zero_()
+        report(progress, losses, rates, accelerator)
+        if len(losses) % settings.validation_steps == 0 and len(losses) < settings.max_train_steps:
+            validate(len(losses))
+    progress.close()
+    return losses
+
+
+def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> torch.optim.AdamW:
+    """A parameter group for each kind of parameters, in their order."""
+    rates = {
+        "coefficients": {"lr": settings.learning_rate, "weight_decay": settings.adam_weight_decay},
+        "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
+    }
+    return torch.optim.AdamW(
+        [{"params": group, **rates[what]} for what, group in parameters.items()],
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+
+
+def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures) -> DataLoader:
+    """All batches of the run, in order."""
+    batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
+    dataset = DreamBoothDataset(
+        batches * settings.train_batch_size,
+        list(pictures.instance),
+        list(pictures.classes),
+        pictures.prompts,
+        resolution=settings.resolution,
+        seed=settings.seed,
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        background_color=settings.background_color,
+    )
+    return DataLoader(
+        dataset,
+        batch_size=settings.train_batch_size,
+        collate_fn=collate,
+        num_workers=settings.dataloader_num_workers,
+    )
+
+
+def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
+            "were written. Try lower learning rates, or --mixed_precision bf16 or no"
+        )
+
+
+def report(progress: tqdm, losses: list[float], rates: dict[str, float], accelerator: Accelerator) -> None:
+    """Shows and logs the step that is through, with the learning rates that it used."""
+    values = {"loss": losses[-1]} | {f"learning_rate/{what}": rate for what, rate in rates.items()}
+    accelerator.log(values, step=len(losses))
+    progress.set_postfix(loss=f"{losses[-1]:.4f}", lr=", ".join(f"{rate:.2g}" for rate in rates.values()))
+    progress.update()

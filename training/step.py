@@ -1,0 +1,27 @@
+"""One module for all that takes part in a training step, so that accelerate wraps it once."""
+
+from __future__ import annotations
+
+import torch
+from families import Family
+from torch import Tensor, nn
+
+
+class DenoisingStep(nn.Module):
+    """From latents and prompts to the error of each picture, through all that trains.
+
+    What wraps models for several processes synchronises gradients in the forward pass of what it wraps: the denoiser,
+    and text encoders that train, must all lie in there.
+    """
+
+    def __init__(self, family: Family, text_encoders: list[nn.Module]) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = family.denoiser
+        self.text_encoders = nn.ModuleList(text_encoders)
+
+    def forward(self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor) -> Tensor:
+        """Weighted squared errors (B,) of moments (B, 2, ...), prompts, sizes (B, 6) and the seeds (B,) of noise."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        latents = self.family.sample_latents(moments, generators)
+        return self.family.errors(self.denoiser, latents, self.family.conditions(prompts), sizes, generators)
