@@ -54,9 +54,8 @@ def test_a_perfect_answer_of_each_prediction_type_has_no_loss(kind: str) -> None
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     seen["latents"] = family.sample_latents(family.encode_images(pixels), generators)
-    assert (
-        errors(family, perfect, pixels, ["a", "b"], [7, 8]).max() < 1e-6
-    )  # noise is got back by a division by sqrt(1 - a_t) >= 0.03, in float32
+    loss = errors(family, perfect, pixels, ["a", "b"], [7, 8]).max()
+    assert loss < 1e-6  # noise is got back by a division by sqrt(1 - a_t) >= 0.03, in float32
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
