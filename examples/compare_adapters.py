@@ -48,10 +48,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)
         pipe.set_progress_bar_config(disable=True)
         trained = 0 if flags is None else train_and_load(pipe, args, name, flags)
-        results[name] = {
-            "numbers trained": trained,
-            "loss": round(subject_loss(pipe, args.subject, demo.training_flags(args, args.output_dir)), 4),
-        }
+        run = demo.training_flags(args, args.output_dir / "instance_images")
+        results[name] = {"numbers trained": trained, "loss": round(subject_loss(pipe, args.subject, run), 4)}
         images = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
         rows.append((f"{name}: {trained:,} numbers", list(images.values()), [f"{p}, seed {s}" for p, s in images]))
     sheet(rows, title=f"{args.subject}, {args.max_train_steps} steps").save(args.output_dir / "compare.png")
