@@ -78,7 +78,6 @@ def train(
     """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step."""
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
-    family.remember_prompts(list(pictures.prompts.values()))
     step = DenoisingStep(family, [])
     batches = make_batches(settings, accelerator, pictures)
     step, trainee.optimizer, batches = accelerator.prepare(step, trainee.optimizer, batches)

@@ -30,10 +30,11 @@ from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
 from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
+from memory import peak_memory_text, release_text_encoders
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
 from torch import nn
-from validation import validation_images
+from validation import validation_calls, validation_images
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
@@ -103,11 +104,16 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
 
+    family.remember_prompts(list(pictures.prompts.values()))
+    with accelerator.autocast():
+        release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+
     start_trackers(settings, accelerator)
     show = partial(validate, family, settings, accelerator)
     losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
     weights = write_weights(family, settings) if accelerator.is_main_process else {}
     images = show(len(losses))
+    accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None

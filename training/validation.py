@@ -5,6 +5,8 @@ The pipeline runs the live denoiser where it is and in the precision it trains i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,27 +22,33 @@ def validation_images(
     """A row of pictures a prompt. Picture i has the same first noise in every row and at every step of training."""
     denoiser, device = family.denoiser, accelerator.device
     was_training = denoiser.training
-    seeds = [int(settings.seed or 0) + i for i in range(settings.num_validation_images)]
     denoiser.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
-            return [_row(family.pipeline, prompt, seeds, settings) for prompt in settings.validation_prompt]
+            return [[image for call in row for image in call()] for row in validation_calls(family, settings)]
     finally:
         denoiser.train(was_training)
 
 
-def _row(pipeline: Any, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
-    images: list[Image.Image] = []
+def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[Callable[[], list[Image.Image]]]]:
+    """The pipeline's calls of each row, each for a batch of pictures."""
+    seeds = [int(settings.seed or 0) + i for i in range(settings.num_validation_images)]
+    size = settings.sample_batch_size
+    batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    return [
+        [partial(_pictures, family.pipeline, prompt, batch, settings) for batch in batches]
+        for prompt in settings.validation_prompt
+    ]
+
+
+def _pictures(pipeline: Any, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
     scale = settings.validation_guidance_scale
-    guidance = {} if scale is None else {"guidance_scale": scale}
-    for start in range(0, len(seeds), settings.sample_batch_size):
-        batch = seeds[start : start + settings.sample_batch_size]
-        images += pipeline(
-            [prompt] * len(batch),
-            height=settings.resolution,
-            width=settings.resolution,
-            num_inference_steps=settings.validation_num_inference_steps,
-            **guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in batch],
-        ).images
+    images: list[Image.Image] = pipeline(
+        prompt=[prompt] * len(seeds),
+        height=settings.resolution,
+        width=settings.resolution,
+        num_inference_steps=settings.validation_num_inference_steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **({} if scale is None else {"guidance_scale": scale}),
+    ).images
     return images
