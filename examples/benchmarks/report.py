@@ -40,12 +40,17 @@ def peak_memory(call: Callable[[], Any]) -> tuple[float, Any]:
     before = current_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     result = call()
-    return _status("VmHWM") - before, result
+    return highest_memory() - before, result
 
 
 def current_memory() -> float:
     """MB of resident memory of this process."""
     return _status("VmRSS")
+
+
+def highest_memory() -> float:
+    """MB of resident memory at the peak since `peak_memory` was called last."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> float:
