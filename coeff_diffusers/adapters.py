@@ -16,7 +16,7 @@ from torch import nn
 
 from .call_scale import call_scale, remove_call_scale
 from .config import CoeffConfig
-from .layers import _matches, check_softmax, device_of, head_count, processor_name, select_layers
+from .layers import check_softmax, device_of, head_count, matches, processor_name, select_layers
 from .processor import CoeffAttnProcessor
 from .text import IMPLEMENTATION, SdpaAttention, is_text_encoder, use_coefficients
 
@@ -66,8 +66,7 @@ def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Par
         ValueError: if there is no such adapter.
     """
     names = list_coeff_adapters(model) if adapter_name is None else [adapter_name]
-    check_known(model, names)
-    return [p.coeff[name] for p in coeff_processors(model) for name in names if name in p.coeff]
+    return [p.coeff[name] for p in known_processors(model, names) for name in names if name in p.coeff]
 
 
 def set_coeff_adapters(
@@ -156,8 +155,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    check_known(model, names)
-    for processor in coeff_processors(model):
+    for processor in known_processors(model, names):
         for name in names:
             if name in processor.coeff:
                 processor.delete_adapter(name)
@@ -171,8 +169,7 @@ def coeff_disabled(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    check_known(model, [])
-    before = [(processor, processor.enabled) for processor in coeff_processors(model)]
+    before = [(processor, processor.enabled) for processor in known_processors(model)]
     try:
         for processor, _ in before:
             processor.enabled = False
@@ -188,8 +185,7 @@ def disable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    check_known(model, [])
-    for processor in coeff_processors(model):
+    for processor in known_processors(model):
         processor.enabled = False
 
 
@@ -199,8 +195,7 @@ def enable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    check_known(model, [])
-    for processor in coeff_processors(model):
+    for processor in known_processors(model):
         processor.enabled = True
 
 
@@ -214,7 +209,7 @@ def unload_coeff_weights(model: Any) -> None:
     """
     layers = [*_wrapped_layers(model), *replaced_layers(model).values()]
     if not layers:
-        check_known(model, [])
+        known_processors(model)
     _unwrap(model, layers)
 
 
@@ -445,7 +440,7 @@ def _by_layer(
 ) -> dict[CoeffAttnProcessor, float]:
     """Processor -> the weight that the last pattern matching its path says, 1 where none matches."""
     paths = {path: processor for path, processor in processors.items() if name in processor.coeff}
-    idle = [pattern for pattern in patterns if not any(_matches(path, pattern) for path in paths)]
+    idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
     if idle:
         raise ValueError(
             f"the patterns {idle} match none of the {len(paths)} layers of adapter {name!r}, of which the first is "
@@ -453,7 +448,7 @@ def _by_layer(
         )
     chosen: dict[CoeffAttnProcessor, float] = {}
     for path, processor in paths.items():
-        weight = [1.0, *(float(weight) for pattern, weight in patterns.items() if _matches(path, pattern))][-1]
+        weight = [1.0, *(float(weight) for pattern, weight in patterns.items() if matches(path, pattern))][-1]
         if chosen.setdefault(processor, weight) != weight:
             raise ValueError(f"{path} is tied to layers of weight {chosen[processor]}, and cannot have {weight}")
     return chosen
@@ -474,9 +469,15 @@ def _activate(
             }
 
 
-def check_known(model: Any, names: Sequence[str]) -> None:
-    """Raises ValueError for a name that is not on `model`, or if none is."""
-    _check_names(model, names, coeff_processors(model))
+def known_processors(model: Any, names: Sequence[str] = ()) -> list[CoeffAttnProcessor]:
+    """As [`coeff_processors`], of a model that has these adapters, and at least one.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    processors = coeff_processors(model)
+    _check_names(model, names, processors)
+    return processors
 
 
 def _check_names(model: Any, names: Sequence[str], processors: Iterable[CoeffAttnProcessor]) -> None:

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from .adapters import (
     DEFAULT_ADAPTER,
-    check_known,
     check_new_adapter_name,
     coeff_processors,
     components,
+    known_processors,
     list_coeff_adapters,
     set_coeff_adapters,
     wrap_layers,
@@ -131,7 +131,7 @@ def load_coeff_weights(
     if hotswap and not strict:
         raise ValueError("hotswap=True replaces a whole adapter or nothing; strict=False cannot be had with it")
     if hotswap:
-        check_known(model, [adapter_name])
+        known_processors(model, [adapter_name])
     else:
         check_new_adapter_name(model, adapter_name)
     source = pretrained_model_name_or_path_or_dict

@@ -138,17 +138,17 @@ def check_softmax(layers: dict[str, Any]) -> None:
 def _is_selected(config: CoeffConfig, path: str, module: nn.Module) -> bool:
     if attention_kind(path, module) not in config.kinds:
         return False
-    included = config.include is None or any(_matches(path, pattern) for pattern in config.include)
-    return included and not any(_matches(path, pattern) for pattern in config.exclude or ())
+    included = config.include is None or any(matches(path, pattern) for pattern in config.include)
+    return included and not any(matches(path, pattern) for pattern in config.exclude or ())
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
 def _check_patterns(config: CoeffConfig, layers: dict[str, nn.Module]) -> None:
     patterns = [*(config.include or ()), *(config.exclude or ())]
-    idle = [pattern for pattern in patterns if not any(_matches(path, pattern) for path in layers)]
+    idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in layers)]
     if idle:
         raise ValueError(
             f"the patterns {idle} match none of the {len(layers)} attention layers, of which the first is "

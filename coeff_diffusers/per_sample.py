@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import check_known, coeff_processors, components, denoisers
+from .adapters import coeff_processors, components, denoisers, known_processors
 from .processor import CoeffAttnProcessor
 
 Pictures = list[tuple[str, float]]  # adapter, "" for none, and weight of each
@@ -52,7 +52,7 @@ def coeff_per_sample(
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each picture, got {adapter_names!r}")
     names = list(adapter_names)
-    check_known(model, [name for name in dict.fromkeys(names) if name is not None])
+    known_processors(model, [name for name in dict.fromkeys(names) if name is not None])
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):
         raise ValueError(f"{len(names)} names need as many finite weights, and at least one, got {weights}")
@@ -64,10 +64,8 @@ def coeff_per_sample(
 
     pictures = [(name or "", weight) for name, weight in zip(names, weights)]
     with ExitStack() as undo:
-        for processor in processors:
-            processor.per_sample = torch.empty(
-                0, processor.num_heads, processor.num_heads
-            )  # until the model is called
+        for processor in processors:  # no samples, until the model is called
+            processor.per_sample = torch.empty(0, processor.num_heads, processor.num_heads)
         undo.callback(_reset, processors)
         for called, part in _called_objects(model):
             undo.callback(_before_calls(called, _Samples(model, part, pictures)))
