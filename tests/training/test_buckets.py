@@ -23,12 +23,6 @@ from train_dreambooth import TrainingResult
 
 WIDE, TALL, SQUARE = (4, 8), (8, 4), (6, 6)  # height and width
 SIZES = [(16, 8), (18, 8), (15, 8), (10, 10), (8, 15)]  # width and height: three wide, a square, a tall one
-    (16, 8),
-    (18, 8),
-    (15, 8),
-    (10, 10),
-    (8, 15),
-]  # width and height of pictures: three wide, one square, one tall
 
 
 @pytest.fixture
