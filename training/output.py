@@ -34,7 +34,7 @@ def check_output_folder(settings: DreamBoothSettings) -> None:
         InputError: if it cannot be written, or the model card would overwrite somebody's README.md.
     """
     folder = make_writable(settings.output_dir, "output_dir")
-    if (folder / "README.md").exists() and not (folder / "settings.json").exists():
+    if (folder / "README.md").exists() and not (folder / "config.yaml").exists():
         raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
 
 

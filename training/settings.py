@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -11,16 +10,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from config_file import read_config, write_config
+from errors import InputError
 from PIL import ImageColor
+
+__all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 
 # diffusers' schedulers but for piecewise_constant, whose rules have no flag here
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
 DEFAULT_STEPS = 500
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The command line shows the message alone, without a traceback."""
+EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
 
 def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
@@ -125,33 +125,57 @@ class DreamBoothSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, list):  # as from the command line and from JSON
+            if isinstance(value, list):  # as from the command line
                 object.__setattr__(self, name, tuple(value))
         problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_yaml(self) -> str:
+        """The file that `--config` reads."""
+        return write_config(asdict(self))
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
-    """The command line's settings; `None` is this process's own."""
+    """The settings of the command line and of its `--config`; `None` is this process's own."""
     parser = argparse.ArgumentParser(
-        description="Trains attention coefficients for a subject, on a few pictures of it.", allow_abbrev=False
+        description="Trains attention coefficients for a subject, on a few pictures of it.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given may stand in the file
     )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings. Flags given beside it win over it.")
     hints = typing.get_type_hints(DreamBoothSettings)
     for setting in fields(DreamBoothSettings):
         _add_flag(parser, setting, hints[setting.name])
-    return DreamBoothSettings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    config = given.pop("config", None)
+    values = _under(read_config(config, hints) if config else {}, given)
+    missing = [f"--{s.name}" for s in fields(DreamBoothSettings) if s.default is MISSING and s.name not in values]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return DreamBoothSettings(**values)
+
+
+def _under(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's values where the command line has none, and nothing that excludes what it has."""
+    for name, excluded in EXCLUSIVE.items():
+        if name in given:
+            of_file.pop(excluded, None)
+    return of_file | given
+
+
+class _Switch(argparse.Action):
+    """`--name` and `--no_name`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
 def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -> None:
     name, help_text = setting.name, setting.metadata["help"].replace("%", "%%")
     if hint is bool:
-        prefix, action = ("--no_", "store_false") if setting.default else ("--", "store_true")
-        help_text = f"Not: {help_text}" if setting.default else help_text
-        parser.add_argument(prefix + name, dest=name, action=action, help=help_text)
+        shown = " Default: on." if setting.default else ""
+        parser.add_argument(f"--{name}", f"--no_{name}", nargs=0, action=_Switch, help=help_text + shown)
         return
     alternatives = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
     several = hint if typing.get_origin(hint) is tuple else alternatives[0]
@@ -162,8 +186,6 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
         f"--{name}",
         type=str if many else alternatives[0],
         nargs="+" if many else None,
-        required=required,
-        default=None if required else setting.default,
         choices=setting.metadata["choices"],
         help=help_text + shown,
     )

@@ -55,7 +55,7 @@ class TrainingResult:
         lora_file: the LoRA; `None` without `--lora_rank`.
         images: the last validation's grid, then its single pictures row by row; empty without prompts.
         model_card: README.md.
-        settings_file: settings.json.
+        settings_file: config.yaml, to run again by `--config`.
     """
 
     settings: DreamBoothSettings
@@ -295,7 +295,7 @@ def write_results(
 ) -> TrainingResult:
     """Writes settings and model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
-    settings_file = write_text(settings.to_json(), folder / "settings.json")
+    settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
     model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
