@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from data import find_images, seed_of
+from data import seed_of
 from output import make_writable, write_image
 from settings import DreamBoothSettings
+from sources import Picture, file_pictures, find_images
 from tqdm import tqdm
 
 
@@ -20,11 +21,12 @@ def check_class_folder(settings: DreamBoothSettings) -> None:
     if not folder.exists():
         make_writable(folder, "class_data_dir")
     found = find_images(folder, "class_data_dir", empty_allowed=True)
+    file_pictures(dict.fromkeys(found, ""), "class_data_dir")
     if len(found) < settings.num_class_images:
         make_writable(folder, "class_data_dir")
 
 
-def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Path]:
+def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Picture]:
     """Fills `class_data_dir` up to `num_class_images`, shared out over the processes, and returns that many."""
     folder = Path(str(settings.class_data_dir))
     found = find_images(folder, "class_data_dir", empty_allowed=True)
@@ -36,7 +38,8 @@ def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerat
         with accelerator.split_between_processes(numbers) as share:
             _generate(pipeline, settings, list(share), silent=not accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    return find_images(folder, "class_data_dir")[: settings.num_class_images]
+    files = find_images(folder, "class_data_dir")[: settings.num_class_images]
+    return file_pictures(dict.fromkeys(files, settings.class_prompt or ""), "class_data_dir")
 
 
 def _generate(pipeline: Any, settings: DreamBoothSettings, numbers: list[int], silent: bool) -> None:

@@ -1,4 +1,4 @@
-"""Pictures from folders, made into the square tensors that the model trains on.
+"""Pictures, made into the square tensors that the model trains on.
 
 What is random about a training picture follows from the run's seed and the picture's place in the run alone. So a run
 is the same whatever the number of workers and processes, and however a batch is divided by gradient accumulation.
@@ -6,74 +6,17 @@ is the same whatever the number of workers and processes, and however a batch is
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
-from settings import InputError
+from sources import Picture
 from torch import Tensor
 from torch.utils.data import Dataset
-
-# What tools leave beside pictures. Any other file is meant to be a picture, and is an error if it is none.
-SIDECAR_SUFFIXES = (".txt", ".caption", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".md", ".ini", ".db")
-
-
-def find_images(folder: str | Path, setting: str, empty_allowed: bool = False) -> list[Path]:
-    """The pictures of a folder by name, each of which can be read.
-
-    Folders within, hidden files and files with one of `SIDECAR_SUFFIXES` are passed over.
-
-    Raises:
-        InputError: if there is no such folder, no picture in it, or files are no pictures, which are named.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--{setting}: {folder} " + ("is no folder" if folder.exists() else "does not exist"))
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    files = [path for path in files if path.suffix.lower() not in SIDECAR_SUFFIXES]
-    if not files and not empty_allowed:
-        raise InputError(f"--{setting}: there are no pictures in {folder}")
-    problems = [f"{path}: {problem}" for path in files if (problem := _read_problem(path))]
-    if problems:
-        raise InputError(f"--{setting}: these files cannot be read as pictures:\n  " + "\n  ".join(problems))
-    return files
-
-
-def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[Path, str]:
-    """What `column` of `folder / metadata.jsonl` says of each picture, as the datasets library's imagefolder has it.
-
-    Raises:
-        InputError: if there is no such file, a line of it cannot be read, or a picture has no caption, which is named.
-    """
-    path = Path(folder) / "metadata.jsonl"
-    if not path.is_file():
-        raise InputError(f"--caption_column: there is no {path}")
-    captions, problems = {}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line) if line.strip() else {"file_name": "", column: ""}
-            captions[entry["file_name"]] = str(entry[column]).strip()
-        except (ValueError, TypeError, KeyError) as error:
-            problems.append(f"line {number} has no file_name and {column}: {error!r}")
-    problems += [f"{image.name} has no caption" for image in images if not captions.get(image.name)]
-    if problems:
-        raise InputError(f"--caption_column: {path}:\n  " + "\n  ".join(problems))
-    return {image: captions[image.name] for image in images}
-
-
-def _read_problem(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()  # opening reads the header only, and does not see a file that breaks off
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def upright_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -95,11 +38,10 @@ def fit_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 @lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
-def load_image(path: Path, modified: int, side: int, background: str) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture, its shorter side `side` pixels, and height and width that it has in the file."""
-    with Image.open(path) as image:
-        upright = upright_rgb(image, background)
-    return fit_shorter_side(upright, side), (upright.height, upright.width)
+def load_image(picture: Picture, side: int, background: str) -> Image.Image:
+    """The picture, its shorter side `side` pixels."""
+    with picture.read() as image:
+        return fit_shorter_side(upright_rgb(image, background), side)
 
 
 def crop(
@@ -126,7 +68,7 @@ class Example:
 
     Args:
         kind: `"instance"` or `"class"`.
-        path: the file.
+        name: of the picture, for messages.
         prompt: the prompt that it is trained with.
         pixels: (3, height, width) in [-1, 1].
         sizes: height and width of the file, top and left of the crop, height and width of it.
@@ -134,7 +76,7 @@ class Example:
     """
 
     kind: str
-    path: str
+    name: str
     prompt: str
     pixels: Tensor
     sizes: tuple[int, ...]
@@ -152,15 +94,13 @@ class DreamBoothDataset(Dataset[list[Example]]):
         first: the first of them, in a run that is continued.
         instance_images: the subject's pictures.
         class_images: pictures of its class; none without prior preservation.
-        prompts: of each of these pictures.
     """
 
     def __init__(
         self,
         draws: int,
-        instance_images: list[Path],
-        class_images: list[Path],
-        prompts: dict[Path, str],
+        instance_images: list[Picture],
+        class_images: list[Picture],
         *,
         resolution: int,
         seed: int,
@@ -171,7 +111,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
     ) -> None:
         self.draws, self.first = draws, first
         self.images = {"instance": instance_images} | ({"class": class_images} if class_images else {})
-        self.prompts, self.resolution, self.seed = prompts, resolution, seed
+        self.resolution, self.seed = resolution, seed
         self.center_crop, self.random_flip, self.background_color = center_crop, random_flip, background_color
 
     def __len__(self) -> int:
@@ -181,25 +121,24 @@ class DreamBoothDataset(Dataset[list[Example]]):
         """Of the subject, and of the class if there are class pictures."""
         return [self._example(kind, draw + self.first) for kind in self.images]
 
-    def path(self, kind: str, draw: int) -> Path:
-        """Which picture a draw shows."""
-        paths = self.images[kind]
-        epoch, place = divmod(draw, len(paths))
-        order = list(paths)
+    def picture(self, kind: str, draw: int) -> Picture:
+        """Which one a draw shows."""
+        epoch, place = divmod(draw, len(self.images[kind]))
+        order = list(self.images[kind])
         random.Random(seed_of(self.seed, kind, "order", epoch)).shuffle(order)
         return order[place]
 
     def _example(self, kind: str, draw: int) -> Example:
-        path, side = self.path(kind, draw), self.resolution
-        image, size = load_image(path, path.stat().st_mtime_ns, side, self.background_color)
+        picture, side = self.picture(kind, draw), self.resolution
+        image = load_image(picture, side, self.background_color)
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
         pixels, (top, left) = crop(image, side, self.center_crop, self.random_flip, generator)
         return Example(
             kind=kind,
-            path=str(path),
-            prompt=self.prompts[path],
+            name=picture.name,
+            prompt=picture.prompt,
             pixels=pixels,
-            sizes=(*size, top, left, side, side),
+            sizes=(picture.height, picture.width, top, left, side, side),
             seed=seed_of(self.seed, kind, "noise", draw),
         )
 
@@ -209,7 +148,7 @@ def collate(draws: list[list[Example]]) -> dict[str, Any]:
     examples = [example for kind in zip(*draws) for example in kind]
     return {
         "kinds": [example.kind for example in examples],
-        "paths": [example.path for example in examples],
+        "names": [example.name for example in examples],
         "prompts": [example.prompt for example in examples],
         "pixels": torch.stack([example.pixels for example in examples]),  # (B, 3, height, width)
         "sizes": torch.tensor([example.sizes for example in examples]),  # (B, 6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from families import Family
 from losses import dreambooth_loss
 from settings import DreamBoothSettings
+from sources import Picture
 from step import DenoisingStep
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -26,16 +26,16 @@ class Pictures:
     """What is trained on.
 
     Args:
-        instance: the subject's pictures, with the prompt of each.
-        classes: pictures of its class, with the prompt of each; none without prior preservation.
+        instance: the subject's pictures.
+        classes: pictures of its class; none without prior preservation.
     """
 
-    instance: dict[Path, str]
-    classes: dict[Path, str] = field(default_factory=dict)
+    instance: list[Picture]
+    classes: list[Picture] = field(default_factory=list)
 
     @property
-    def prompts(self) -> dict[Path, str]:
-        return self.instance | self.classes
+    def prompts(self) -> list[str]:
+        return [picture.prompt for picture in self.instance + self.classes]
 
 
 @dataclass
@@ -143,9 +143,8 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
     batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
     dataset = DreamBoothDataset(
         batches * settings.train_batch_size,
-        list(pictures.instance),
-        list(pictures.classes),
-        pictures.prompts,
+        pictures.instance,
+        pictures.classes,
         resolution=settings.resolution,
         seed=settings.seed,
         center_crop=settings.center_crop,

@@ -36,13 +36,25 @@ class DreamBoothSettings:
     """
 
     pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
-    instance_data_dir: str = flag("Folder with the pictures of the subject.")
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.")
-    caption_column: str | None = flag(
-        "Column of instance_data_dir/metadata.jsonl (a line a picture, with file_name and this) that holds the "
-        "prompt of each, to train with instead of instance_prompt.",
+    instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
+    dataset_name: str | None = flag(
+        "Instead of a folder, a data set for the datasets library: a name on the Hub, a folder, or a Parquet file.",
         None,
     )
+    dataset_config_name: str | None = flag("Configuration of the data set, where it has several.", None)
+    image_column: str = flag("Column of the data set that holds the pictures.", "image")
+    caption_column: str | None = flag(
+        "Column that holds the prompt of each picture, to train with instead of instance_prompt: of the data set, or "
+        "of metadata.jsonl or metadata.csv in instance_data_dir, which name the picture in file_name.",
+        None,
+    )
+    caption_extension: str | None = flag(
+        "Ending of the text files beside the pictures of instance_data_dir that hold the prompt of each, such as txt.",
+        None,
+    )
+    repeats: int = flag("How often a pass over the subject's pictures (an epoch) shows each of them.", 1)
+    cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
@@ -197,7 +209,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         "at least 1": (
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
-            "gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps "
+            "repeats gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps "
             "validation_num_inference_steps",
         ),
         "0 or more": (
@@ -251,7 +263,23 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--max_train_steps and --num_train_epochs exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
-    return problems + _folder_problems(settings)
+    return problems + _source_problems(settings) + _folder_problems(settings)
+
+
+def _source_problems(settings: DreamBoothSettings) -> list[str]:
+    problems = []
+    if bool(settings.instance_data_dir) == bool(settings.dataset_name):
+        problems.append("give either --instance_data_dir or --dataset_name, for the subject's pictures")
+    of_dataset = ("dataset_config_name", "cache_dir", "image_column")
+    if not settings.dataset_name:
+        defaults = {setting.name: setting.default for setting in fields(settings)}
+        given = [name for name in of_dataset if getattr(settings, name) != defaults[name]]
+        problems += [f"--{name} needs --dataset_name" for name in given]
+    elif settings.caption_extension:
+        problems.append("--caption_extension is of files beside pictures; a data set has a --caption_column")
+    if settings.caption_column and settings.caption_extension:
+        problems.append("--caption_column and --caption_extension exclude each other")
+    return problems
 
 
 def _folder_problems(settings: DreamBoothSettings) -> list[str]:

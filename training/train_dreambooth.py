@@ -25,14 +25,15 @@ from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from card import write_card
 from class_images import check_class_folder, complete_class_images
-from data import find_images, read_captions
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
+from hub_data import dataset_pictures
 from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
 from memory import peak_memory_text, release_text_encoders
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
+from sources import Picture, folder_pictures
 from torch import nn
 from validation import validation_calls, validation_images
 
@@ -84,27 +85,25 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         FloatingPointError: if the loss is no longer finite.
     """
     check_output_folder(settings)
-    captions = read_pictures(settings)
+    pictures = Pictures(read_pictures(settings))
     if settings.with_prior_preservation:
         check_class_folder(settings)
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts([*captions.values(), *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
-    settings = family.settings = with_defaults_of_run(settings, family, len(captions), accelerator)
-    class_images = []
+    settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
-        class_images = complete_class_images(family.pipeline, settings, accelerator)
-    pictures = Pictures(captions, dict.fromkeys(class_images, settings.class_prompt or ""))
+        pictures = replace(pictures, classes=complete_class_images(family.pipeline, settings, accelerator))
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
 
-    family.remember_prompts(list(pictures.prompts.values()))
+    family.remember_prompts(pictures.prompts)
     with accelerator.autocast():
         release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
 
@@ -120,12 +119,18 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     return write_results(family, parameters, settings, losses, weights, images)
 
 
-def read_pictures(settings: DreamBoothSettings) -> dict[Path, str]:
-    """The subject's pictures, with the prompt of each."""
-    images = find_images(settings.instance_data_dir, "instance_data_dir")
-    if settings.caption_column:
-        return read_captions(settings.instance_data_dir, images, settings.caption_column)
-    return dict.fromkeys(images, settings.instance_prompt)
+def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
+    """The subject's pictures, as often as a pass shows each."""
+    if settings.dataset_name is not None:
+        return dataset_pictures(settings) * settings.repeats
+    pictures = folder_pictures(
+        settings.instance_data_dir or "",
+        "instance_data_dir",
+        settings.instance_prompt,
+        settings.caption_column,
+        settings.caption_extension,
+    )
+    return pictures * settings.repeats
 
 
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:

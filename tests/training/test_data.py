@@ -1,33 +1,16 @@
-"""Pictures: which files are taken, how they become tensors, and in which order they are shown."""
+"""How pictures become tensors, and in which order they are shown."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data import (
-    DreamBoothDataset,
-    collate,
-    crop,
-    find_images,
-    fit_shorter_side,
-    read_captions,
-    seed_of,
-    upright_rgb,
-)
+from data import DreamBoothDataset, collate, crop, fit_shorter_side, seed_of, upright_rgb
+from picture_files import BLUE, RED, opened, saved
 from PIL import Image
-from settings import InputError
-
-RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-
-
-def saved(path: Path, size: tuple[int, int] = (6, 4), color: tuple[int, int, int] = RED) -> Path:
-    Image.new("RGB", size, color).save(path)
-    return path
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,86 +19,18 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def dataset(paths: list[Path], class_paths: list[Path] | None = None, **changes: object) -> DreamBoothDataset:
     settings = {"resolution": 4, "seed": 0, **changes}
-    prompts = {path: f"a {path.stem}" for path in [*paths, *(class_paths or [])]}
-    return DreamBoothDataset(20, paths, class_paths or [], prompts, **settings)
-
-
-# Files
-
-
-def test_pictures_are_taken_by_name_and_sidecars_hidden_files_and_folders_passed_over(tmp_path: Path) -> None:
-    paths = [saved(tmp_path / name) for name in ("b.png", "A.JPG", "c.webp")]
-    for name in (".DS_Store", "b.txt", "metadata.jsonl", "notes.MD"):
-        (tmp_path / name).write_text("no picture")
-    (tmp_path / "folder").mkdir()
-    assert find_images(tmp_path, "instance_data_dir") == sorted(paths)
-
-
-def test_captions_are_the_column_of_each_picture(tmp_path: Path) -> None:
-    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
-    lines = [
-        '{"file_name": "b.png", "text": " a sks fox on blue "}',
-        "",
-        '{"file_name": "a.png", "text": "a sks fox"}',
-    ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "gone.png", "text": "x"}']))
-    expected = {images[0]: "a sks fox", images[1]: "a sks fox on blue"}
-    assert read_captions(tmp_path, images, "text") == expected
-
-
-def test_pictures_without_a_caption_and_broken_lines_are_named(tmp_path: Path) -> None:
-    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
-    with pytest.raises(InputError, match="--caption_column: there is no .*metadata.jsonl"):
-        read_captions(tmp_path, images, "text")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n[]\n{"file_name": "b.png",')
-    with pytest.raises(InputError) as error:
-        read_captions(tmp_path, images, "text")
-    lines = str(error.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines[:3]] == [
-        f"line {number} has no file_name and text" for number in (1, 2, 3)
-    ]
-    assert [line.strip() for line in lines[3:]] == ["a.png has no caption", "b.png has no caption"]
-
-
-def test_a_picture_that_changed_is_read_anew(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", color=RED)
-    before = dataset([path])[0][0].pixels
-    saved(path, color=BLUE)
-    os.utime(path, ns=(1, 1))
-    after = dataset([path])[0][0].pixels
-    assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
-
-
-def test_every_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
-    whole = saved(tmp_path / "a.png", (64, 64))
-    (tmp_path / "text.png").write_text("no picture")
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "torn.jpg")
-    (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:-500])
-    (tmp_path / "empty.jpg").touch()
-    with pytest.raises(InputError, match="--instance_data_dir: these files cannot be read as pictures") as error:
-        find_images(tmp_path, "instance_data_dir")
-    named = [Path(line.strip().partition(": ")[0]).name for line in str(error.value).splitlines()[1:]]
-    assert named == ["empty.jpg", "text.png", "torn.jpg"]
-    assert str(whole) not in str(error.value)
-
-
-def test_a_missing_an_empty_and_a_false_folder_are_told_apart(tmp_path: Path) -> None:
-    file = saved(tmp_path / "a.png")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.txt").write_text("a caption alone")
-    for folder, problem in (
-        ("none", "does not exist"),
-        ("a.png", "is no folder"),
-        ("empty", "there are no pictures in"),
-    ):
-        with pytest.raises(InputError, match=f"--class_data_dir: .*{problem}"):
-            find_images(tmp_path / folder, "class_data_dir")
-    assert find_images(tmp_path / "empty", "class_data_dir", empty_allowed=True) == []
-    assert file.exists()
+    return DreamBoothDataset(20, opened(paths), opened(class_paths or []), **settings)
 
 
 # Pictures
+
+
+def test_another_run_in_the_process_reads_a_changed_picture_anew(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", color=RED)
+    before = dataset([path])[0][0].pixels
+    saved(path, color=BLUE)
+    after = dataset([path])[0][0].pixels
+    assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
 
 
 def test_a_picture_is_turned_as_its_exif_entry_says() -> None:
@@ -193,10 +108,10 @@ def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
 
 
 def test_every_picture_is_shown_once_before_any_is_shown_again(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{i}.png" for i in range(5)]
-    data = dataset(paths)
-    passes = [[data.path("instance", draw) for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
-    assert all(Counter(shown) == Counter(paths) for shown in passes)
+    pictures = opened([saved(tmp_path / f"{i}.png") for i in range(5)])
+    data = DreamBoothDataset(20, pictures, [], resolution=4, seed=0)
+    passes = [[data.picture("instance", draw) for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
+    assert all(Counter(shown) == Counter(pictures) for shown in passes)
     assert len({tuple(shown) for shown in passes}) > 1
 
 
@@ -206,7 +121,7 @@ def test_a_draw_follows_from_the_seed_and_its_number_alone(tmp_path: Path) -> No
     forwards = [data[draw][0] for draw in range(6)]
     backwards = [again[draw][0] for draw in reversed(range(6))][::-1]
     for example, same in zip(forwards, backwards):
-        assert (example.seed, example.path, example.sizes) == (same.seed, same.path, same.sizes)
+        assert (example.seed, example.name, example.sizes) == (same.seed, same.name, same.sizes)
         torch.testing.assert_close(example.pixels, same.pixels, rtol=0, atol=0)
     assert not {example.seed for example in forwards} & {other[draw][0].seed for draw in range(20)}
 
@@ -216,7 +131,7 @@ def test_a_run_that_is_continued_draws_what_would_have_come(tmp_path: Path) -> N
     whole, rest = dataset(paths), dataset(paths, first=4)
     for n in range(3):
         expected, got = whole[4 + n][0], rest[n][0]
-        assert (got.path, got.seed, got.sizes) == (expected.path, expected.seed, expected.sizes)
+        assert (got.name, got.seed, got.sizes) == (expected.name, expected.seed, expected.sizes)
         torch.testing.assert_close(got.pixels, expected.pixels, rtol=0, atol=0)
 
 

@@ -225,7 +225,7 @@ def test_a_class_file_that_is_no_picture_is_an_error_before_anything_is_loaded(a
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "a.png").write_text("no picture")
     flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
-    with pytest.raises(InputError, match=r"--class_data_dir: these files(.|\n)*class/a\.png: UnidentifiedImageError"):
+    with pytest.raises(InputError, match=r"--class_data_dir: these(.|\n)*class/a\.png: UnidentifiedImageError"):
         main(argv(**flags))
 
 

@@ -1,0 +1,21 @@
+"""Pictures in files, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from sources import Picture, file_pictures
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def saved(path: Path, size: tuple[int, int] = (6, 4), color: tuple[int, int, int] = RED) -> Path:
+    """A picture of one colour; `size` is width and height."""
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def opened(paths: list[Path]) -> list[Picture]:
+    """Each with a prompt of its own: `"a <file's name>"`."""
+    return file_pictures({path: f"a {path.stem}" for path in paths}, "instance_data_dir")

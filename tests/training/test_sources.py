@@ -1,0 +1,323 @@
+"""Which pictures are taken from folders and data sets, and which prompts they have."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from data import DreamBoothDataset
+from hub_data import dataset_pictures
+from picture_files import BLUE, RED, saved
+from PIL import Image
+from settings import DreamBoothSettings, InputError
+from sources import find_images, folder_pictures, read_captions, read_sidecars
+from train_dreambooth import TrainingResult
+
+# Folders
+
+
+def test_pictures_are_taken_by_name_and_sidecars_hidden_files_and_folders_passed_over(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / name) for name in ("b.png", "A.JPG", "c.webp")]
+    for name in (".DS_Store", "b.txt", "metadata.jsonl", "notes.MD"):
+        (tmp_path / name).write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    assert find_images(tmp_path, "instance_data_dir") == sorted(paths)
+
+
+def test_captions_are_the_column_of_each_picture(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    lines = [
+        '{"file_name": "b.png", "text": " a sks fox on blue "}',
+        "",
+        '{"file_name": "a.png", "text": "a sks fox"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "gone.png", "text": "x"}']))
+    expected = {images[0]: "a sks fox", images[1]: "a sks fox on blue"}
+    assert read_captions(tmp_path, images, "text") == expected
+
+
+def test_pictures_without_a_caption_and_broken_lines_are_named(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    with pytest.raises(InputError, match="--caption_column: .* has neither metadata.jsonl nor metadata.csv"):
+        read_captions(tmp_path, images, "text")
+    lines = ['{"file_name": "a.png", "text": 5}', "[]", '{"file_name": "b.png",', '{"text": "a fox"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError) as error:
+        read_captions(tmp_path, images, "text")
+    problems = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(problems) == [
+        "a.png has no caption",
+        "b.png has no caption",
+        "line 1 has no file_name and text",
+        "line 2 is no JSON object",
+        "line 3 is no JSON",
+        "line 4 has no file_name and text",
+    ]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_column_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path, ending: str) -> None:
+    texts = {"jsonl": '{"file_name": "a.png", "text": "x", "label": 1}', "csv": "file_name,text,label\na.png,x,1\n"}
+    (tmp_path / f"metadata.{ending}").write_text(texts[ending])
+    with pytest.raises(InputError, match=r"--caption_column: .* no column 'prompt'; it has text, label"):
+        read_captions(tmp_path, [saved(tmp_path / "a.png")], "prompt")
+
+
+def test_captions_are_read_from_csv_as_excel_writes_it(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    text = 'file_name,text\r\nb.png,"a sks fox, ""on"" blue"\r\na.png,ein Föxchen\r\n'
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
+    assert read_captions(tmp_path, images, "text") == {images[0]: "ein Föxchen", images[1]: 'a sks fox, "on" blue'}
+    (tmp_path / "metadata.csv").write_bytes(text.encode("utf-16"))
+    with pytest.raises(InputError, match="--caption_column: .*metadata.csv cannot be read as text in UTF-8"):
+        read_captions(tmp_path, images, "text")
+
+
+def test_captions_in_two_metadata_files_are_refused(tmp_path: Path) -> None:
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="has both metadata.jsonl and metadata.csv"):
+        read_captions(tmp_path, [saved(tmp_path / "a.png")], "text")
+
+
+@pytest.mark.parametrize("extension", ["txt", ".txt"])
+def test_captions_are_the_text_beside_each_picture(tmp_path: Path, extension: str) -> None:
+    images = [saved(tmp_path / name) for name in ("a.1.png", "b.jpg")]
+    for name, text in {"a.1.txt": "a sks fox\n", "b.txt": "a sks fox on blue", "b.caption": "another"}.items():
+        (tmp_path / name).write_text(text)
+    pictures = folder_pictures(tmp_path, "instance_data_dir", "a sks", caption_extension=extension)
+    assert {picture.name: picture.prompt for picture in pictures} == {
+        str(images[0]): "a sks fox",
+        str(images[1]): "a sks fox on blue",
+    }
+
+
+def test_pictures_without_text_beside_them_are_named(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    (tmp_path / "a.txt").write_text("a sks fox")
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(InputError, match="--caption_extension: ") as error:
+        read_sidecars(images, "txt")
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "b.png has no caption",
+        "c.png has no caption",
+    ]
+
+
+def test_height_and_width_are_those_of_the_picture_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (6, 4))
+    image.getexif()[0x0112] = 8
+    image.save(tmp_path / "a.jpg", exif=image.getexif())
+    (picture,) = folder_pictures(tmp_path, "instance_data_dir", "a sks fox")
+    assert (picture.height, picture.width, picture.prompt) == (6, 4, "a sks fox")
+
+
+def test_every_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "a.png", (64, 64))
+    (tmp_path / "text.png").write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "torn.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "torn.jpg").read_bytes()[:-500])
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(InputError, match="--instance_data_dir: these cannot be read as pictures") as error:
+        folder_pictures(tmp_path, "instance_data_dir", "a sks fox")
+    named = [Path(line.strip().partition(": ")[0]).name for line in str(error.value).splitlines()[1:]]
+    assert named == ["empty.jpg", "text.png", "torn.jpg"]
+    assert str(whole) not in str(error.value)
+
+
+def test_a_missing_an_empty_and_a_false_folder_are_told_apart(tmp_path: Path) -> None:
+    file = saved(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("a caption alone")
+    for folder, problem in (
+        ("none", "does not exist"),
+        ("a.png", "is no folder"),
+        ("empty", "there are no pictures in"),
+    ):
+        with pytest.raises(InputError, match=f"--class_data_dir: .*{problem}"):
+            find_images(tmp_path / folder, "class_data_dir")
+    assert find_images(tmp_path / "empty", "class_data_dir", empty_allowed=True) == []
+    assert file.exists()
+
+
+# Data sets
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For what the datasets library writes; nothing is looked for on the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def settings(name: Path | str, cache: Path, **changes: Any) -> DreamBoothSettings:
+    given = {"pretrained_model_name_or_path": "base", "instance_prompt": "a sks fox", "cache_dir": str(cache)}
+    return DreamBoothSettings(**given, dataset_name=str(name), **changes)
+
+
+def rows(folder: Path, column: str = "image") -> datasets.Dataset:
+    """A red and a blue picture with captions."""
+    folder.mkdir()
+    files = [str(saved(folder / f"{i}.png", (8, 4), color)) for i, color in enumerate((RED, BLUE))]
+    made = datasets.Dataset.from_dict({column: files, "text": ["a red fox", " a blue fox "], "label": [0, 1]})
+    return made.cast_column(column, datasets.Image())
+
+
+def seen(pictures: list[Any]) -> list[tuple[str, Any, int, int]]:
+    """Prompt, first pixel, height and width of each."""
+    return [(p.prompt, p.read().convert("RGB").getpixel((0, 0)), p.height, p.width) for p in pictures]
+
+
+EXPECTED = [("a red fox", RED, 4, 8), ("a blue fox", BLUE, 4, 8)]
+
+
+def test_pictures_and_captions_come_from_parquet_in_a_file_and_in_a_folder(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.parquet"
+    rows(tmp_path / "files").to_parquet(file)
+    for name in (file, file.parent):
+        pictures = dataset_pictures(settings(name, cache, caption_column="text"))
+        assert seen(pictures) == EXPECTED
+        assert pictures[1].name == f"{name}, row 1"
+
+
+def test_pictures_and_captions_come_from_an_imagefolder(tmp_path: Path, cache: Path) -> None:
+    saved(tmp_path / "a.png", (8, 4), RED)
+    saved(tmp_path / "b.png", (8, 4), BLUE)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red fox\nb.png, a blue fox \n")
+    assert seen(dataset_pictures(settings(tmp_path, cache, caption_column="text"))) == EXPECTED
+    assert {p.prompt for p in dataset_pictures(settings(tmp_path, cache))} == {"a sks fox"}
+
+
+def test_pictures_come_from_what_save_to_disk_wrote_in_its_only_split(tmp_path: Path, cache: Path) -> None:
+    made = rows(tmp_path / "files", "picture")
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": made}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"test": made, "dev": made}).save_to_disk(tmp_path / "none")
+    for name in ("saved", "splits"):
+        chosen = settings(tmp_path / name, cache, image_column="picture", caption_column="text")
+        assert seen(dataset_pictures(chosen)) == EXPECTED
+    with pytest.raises(InputError, match="--dataset_name: .* has no split train, but test, dev"):
+        dataset_pictures(settings(tmp_path / "none", cache))
+
+
+def test_encoded_bytes_without_a_type_are_pictures(tmp_path: Path, cache: Path) -> None:
+    encoded = [{"bytes": saved(tmp_path / "a.png", (8, 4)).read_bytes(), "path": None}]
+    datasets.Dataset.from_dict({"image": encoded}).to_parquet(tmp_path / "train.parquet")
+    assert seen(dataset_pictures(settings(tmp_path / "train.parquet", cache))) == [("a sks fox", RED, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"image_column": "img"}, "--image_column: .* has no column 'img'; it has image, text, label"),
+        ({"caption_column": "prompt"}, "--caption_column: .* has no column 'prompt'; it has image, text, label"),
+        ({"image_column": "label"}, "--image_column: 'label' holds no pictures but Value"),
+        ({"caption_column": "label"}, "--caption_column: these rows of .* have no text in 'label':\n  row 0\n  row 1"),
+        ({"dataset_config_name": "en"}, "--dataset_config_name: .* has no configurations"),
+    ],
+)
+def test_columns_and_configurations_that_do_not_fit_are_told(
+    tmp_path: Path, cache: Path, changes: dict[str, str], problem: str
+) -> None:
+    rows(tmp_path / "files").save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=problem):
+        dataset_pictures(settings(tmp_path / "saved", cache, **changes))
+
+
+def test_rows_that_hold_no_picture_are_named(tmp_path: Path, cache: Path) -> None:
+    whole = saved(tmp_path / "a.png", (64, 64)).read_bytes()
+    column = [{"bytes": data, "path": None} for data in (whole, b"no picture", whole)] + [None]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": column}, features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="--dataset_name: these cannot be read as pictures") as error:
+        dataset_pictures(settings(tmp_path / "saved", cache))
+    lines = str(error.value).splitlines()[1:]
+    assert [line.partition(": ")[0].rpartition(", ")[2] for line in lines] == ["row 1", "row 3"]
+
+
+def test_a_data_set_that_is_not_there_is_told(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "pictures.zip").touch()
+    with pytest.raises(InputError, match=r"--dataset_name: .*none that ends in .parquet"):
+        dataset_pictures(settings(tmp_path / "pictures.zip", cache))
+    with pytest.raises(InputError, match="--dataset_name: .*none cannot be loaded: "):
+        dataset_pictures(settings(tmp_path / "none", cache))
+
+
+def test_without_the_datasets_library_its_installation_is_named(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"--dataset_name needs datasets: pip install 'coeff_diffusers\[datasets\]'"):
+        dataset_pictures(settings(tmp_path, cache))
+
+
+def test_a_data_sets_pictures_are_turned_and_laid_on_the_stated_colour(tmp_path: Path, cache: Path) -> None:
+    turned = Image.new("RGB", (8, 4), RED)
+    turned.getexif()[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    turned.save(tmp_path / "pictures" / "a.jpg", exif=turned.getexif())
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "pictures" / "b.png")
+    pictures = dataset_pictures(settings(tmp_path / "pictures", cache))
+    assert [(picture.height, picture.width) for picture in pictures] == [(8, 4), (4, 4)]
+    data = DreamBoothDataset(2, pictures, [], resolution=4, seed=0, background_color="#0000ff")
+    transparent = next(example for (example,) in (data[0], data[1]) if example.name.endswith("row 1"))
+    assert transparent.pixels[:, 0, 0].tolist() == [-1.0, -1.0, 1.0]
+
+
+def test_a_run_on_a_data_set_is_the_run_on_its_files(
+    train: Callable[..., TrainingResult], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    files = sorted(pictures.iterdir())
+    made = datasets.Dataset.from_dict({"image": [str(path) for path in files], "text": ["a fox", "b", "c"]})
+    made.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "folder").mkdir()
+    for path, text in zip(files, ["a fox", "b", "c"]):
+        (tmp_path / "folder" / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "folder" / f"{path.stem}.caption").write_text(text)
+    of_files = train(
+        instance_data_dir=tmp_path / "folder", caption_extension="caption", num_train_epochs=1, max_train_steps=None
+    )
+    of_rows = train(
+        instance_data_dir=None,
+        dataset_name=tmp_path / "train.parquet",
+        caption_column="text",
+        cache_dir=cache,
+        output_dir=tmp_path / "rows",
+    )
+    assert len(of_files.losses) == 2
+    assert of_rows.losses[:2] == of_files.losses
+
+
+def test_an_epoch_shows_each_picture_as_often_as_repeats_say(train: Callable[..., TrainingResult]) -> None:
+    result = train(num_train_epochs=1, max_train_steps=None, repeats=4, train_batch_size=3)
+    assert result.settings.max_train_steps == 4  # of 3 pictures each, with 3 pictures 4 times
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "give either --instance_data_dir or --dataset_name, for the subject's pictures"),
+        ({"instance_data_dir": "in", "dataset_name": "d"}, "give either --instance_data_dir or --dataset_name"),
+        ({"instance_data_dir": "in", "image_column": "img"}, "--image_column needs --dataset_name"),
+        ({"instance_data_dir": "in", "cache_dir": "c"}, "--cache_dir needs --dataset_name"),
+        ({"instance_data_dir": "in", "dataset_config_name": "c"}, "--dataset_config_name needs --dataset_name"),
+        ({"dataset_name": "d", "caption_extension": "txt"}, "--caption_extension is of files beside pictures"),
+        (
+            {"instance_data_dir": "in", "caption_extension": "txt", "caption_column": "text"},
+            "--caption_column and --caption_extension exclude each other",
+        ),
+        ({"dataset_name": "d", "repeats": 0}, "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_flags_of_sources_that_do_not_go_together_are_told(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        DreamBoothSettings(pretrained_model_name_or_path="base", instance_prompt="a sks fox", **changes)
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith(f"  {problem}")
