@@ -19,6 +19,7 @@ __all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 # diffusers' schedulers but for piecewise_constant, whose rules have no flag here
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
+OPTIMIZERS = ("adamw", "prodigy")
 DEFAULT_STEPS = 500
 EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
@@ -100,8 +101,23 @@ class DreamBoothSettings:
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
     dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
 
-    learning_rate: float = flag("Learning rate of the coefficients.", 1e-2)
-    lora_learning_rate: float = flag("Learning rate of the LoRA.", 1e-4)
+    optimizer: str = flag("What changes the weights. Prodigy finds the learning rate itself.", "adamw", OPTIMIZERS)
+    use_8bit_adam: bool = flag(
+        "AdamW with its state in 8 bits, by bitsandbytes, to save memory. For the LoRA: bitsandbytes keeps 32 bits "
+        "for less than 4,096 numbers, and a layer's coefficients are fewer.",
+        False,
+    )
+    prodigy_beta3: float | None = flag("Prodigy's decay of its estimate; the root of adam_beta2 if not given.", None)
+    prodigy_decouple: bool = flag("Prodigy decays weights as AdamW does, not as Adam.", True)
+    prodigy_use_bias_correction: bool = flag("Prodigy corrects the bias of the means, as Adam does.", True)
+    prodigy_safeguard_warmup: bool = flag("Prodigy's estimate leaves the rates of the warm-up out.", True)
+    learning_rate: float | None = flag(
+        "Learning rate of the coefficients; 0.01 if not given, or 1 for Prodigy, which has one for all that trains.",
+        None,
+    )
+    lora_learning_rate: float | None = flag(
+        "Learning rate of the LoRA; 0.0001 if not given, and learning_rate for Prodigy.", None
+    )
     scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
     lr_scheduler: str = flag("How the learning rates change over the run.", "constant", LR_SCHEDULERS)
     lr_warmup_steps: int = flag("Optimizer steps in which the learning rates rise from 0.", 0)
@@ -139,7 +155,16 @@ class DreamBoothSettings:
         for name, value in vars(self).items():
             if isinstance(value, list):  # as from the command line
                 object.__setattr__(self, name, tuple(value))
-        problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
+        object.__setattr__(self, "optimizer", self.optimizer.lower())  # diffusers' scripts spell it AdamW
+        for name, value in _default_rates(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        problems = [
+            *_range_problems(self),
+            *_choice_problems(self),
+            *_combination_problems(self),
+            *_optimizer_problems(self),
+        ]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
@@ -196,7 +221,7 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
     shown = "" if required or setting.default in (None, ()) else f" Default: {setting.default}."
     parser.add_argument(
         f"--{name}",
-        type=str if many else alternatives[0],
+        type=str.lower if setting.metadata["choices"] and not many else str if many else alternatives[0],
         nargs="+" if many else None,
         choices=setting.metadata["choices"],
         help=help_text + shown,
@@ -221,7 +246,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             lambda value: 0 < value < float("inf"),
             "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma logit_std",
         ),
-        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2"),
+        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3"),
     }
     return [
         f"--{name} must be {rule}, got {getattr(settings, name)}"
@@ -279,6 +304,45 @@ def _source_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--caption_extension is of files beside pictures; a data set has a --caption_column")
     if settings.caption_column and settings.caption_extension:
         problems.append("--caption_column and --caption_extension exclude each other")
+    return problems
+
+
+def _default_rates(settings: DreamBoothSettings) -> dict[str, float]:
+    """Of settings whose default follows from others."""
+    if settings.optimizer == "prodigy":
+        rate = 1.0 if settings.learning_rate is None else settings.learning_rate
+        return {"learning_rate": rate, "lora_learning_rate": rate}
+    return {"learning_rate": 1e-2, "lora_learning_rate": 1e-4}
+
+
+def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
+    if settings.optimizer == "prodigy":
+        return _prodigy_problems(settings)
+    problems = [
+        f"--{setting.name} needs --optimizer prodigy"
+        for setting in fields(settings)
+        if setting.name.startswith("prodigy_") and getattr(settings, setting.name) != setting.default
+    ]
+    if settings.use_8bit_adam and not settings.lora_rank:
+        problems.append(
+            "--use_8bit_adam would save nothing: bitsandbytes keeps 32 bits for layers of less than 4,096 numbers, as "
+            "coefficients are; it is for a LoRA (--lora_rank)"
+        )
+    return problems
+
+
+def _prodigy_problems(settings: DreamBoothSettings) -> list[str]:
+    """Prodigy multiplies an estimate of its own by the learning rate, of which it takes one."""
+    problems = []
+    if settings.use_8bit_adam:
+        problems.append("--use_8bit_adam is for --optimizer adamw, not for prodigy")
+    if settings.scale_lr:
+        problems.append("--scale_lr is for --optimizer adamw; prodigy finds the rate itself")
+    rate = settings.learning_rate
+    if 0 < rate < 0.1:
+        problems.append(f"--learning_rate should be about 1 for --optimizer prodigy, which finds the rate, got {rate}")
+    if settings.lora_learning_rate != rate and settings.lora_rank:
+        problems.append("--lora_learning_rate must be the --learning_rate for --optimizer prodigy, or left out")
     return problems
 
 

@@ -31,6 +31,7 @@ from hub_data import dataset_pictures
 from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
 from memory import peak_memory_text, release_text_encoders
+from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
@@ -84,6 +85,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
     """
+    check_optimizer(settings)
     check_output_folder(settings)
     pictures = Pictures(read_pictures(settings))
     if settings.with_prior_preservation:
