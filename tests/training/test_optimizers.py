@@ -89,14 +89,12 @@ def test_prodigy_finds_a_rate_and_reports_it() -> None:
 
 
 def test_prodigy_trains_coefficients_and_lora(train: Train) -> None:
-    flags = {"learning_rate": None, "lora_rank": 2, "max_train_steps": 6, "lr_scheduler": "cosine"}
-    result = train(**flags, optimizer="Prodigy")
+    result = train(learning_rate=None, lora_rank=2, max_train_steps=6, lr_scheduler="cosine", optimizer="Prodigy")
     assert (result.settings.learning_rate, result.settings.lora_learning_rate) == (1.0, 1.0)
-    adam = train(**flags)
-    for found, other in ((result.coeff_file, adam.coeff_file), (result.lora_file, adam.lora_file)):
-        values, others = load_file(found), load_file(other)
-        assert all(value.any() for value in values.values())
-        assert all(not torch.equal(value, others[key]) for key, value in values.items())
+    for file in (result.coeff_file, result.lora_file):
+        assert all(value.any() for value in load_file(file).values())
+    # it starts with steps of 1e-6, where AdamW would be at 0.01
+    assert max(value.abs().max() for value in load_file(result.coeff_file).values()) < 1e-4
 
 
 # 8 bits
@@ -113,9 +111,9 @@ def test_8_bits_are_for_the_lora_and_coefficients_keep_32() -> None:
     assert dtypes == [{torch.float32}, {torch.uint8}]
 
 
-def test_8_bit_adam_trains_coefficients_and_lora(train: Train) -> None:
+def test_8_bit_adam_trains_coefficients_and_lora(train: Train, tmp_path: Path) -> None:
     flags = {"lora_rank": 2, "lora_learning_rate": 0.01}
-    result, plain = train(**flags, use_8bit_adam=True), train(**flags)
+    result, plain = train(**flags, use_8bit_adam=True), train(**flags, output_dir=tmp_path / "plain")
     for found, other in ((result.coeff_file, plain.coeff_file), (result.lora_file, plain.lora_file)):
         # all tensors of this model are small, so that bitsandbytes computes in 32 bits as AdamW does
         torch.testing.assert_close(load_file(found), load_file(other), rtol=1e-3, atol=1e-4)
