@@ -61,7 +61,7 @@ def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: d
     return (
         f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained} beside the "
         f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
-        f"`{settings.instance_prompt}`. All settings are in `settings.json`."
+        f"`{settings.instance_prompt}`. All settings are in `config.yaml`."
     )
 
 

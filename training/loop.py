@@ -13,6 +13,7 @@ from data import DreamBoothDataset, collate, seed_of
 from diffusers.optimization import get_scheduler
 from families import Family
 from losses import dreambooth_loss
+from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
 from sources import Picture
 from step import DenoisingStep
@@ -65,7 +66,7 @@ class Trainee:
 
     @property
     def rates(self) -> dict[str, float]:
-        return dict(zip(self.parameters, self.lr_scheduler.get_last_lr()))
+        return dict(zip(self.parameters, rates_in_use(self.optimizer)))
 
 
 def train(
@@ -113,19 +114,6 @@ def train(
             validate(len(losses))
     progress.close()
     return losses
-
-
-def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> torch.optim.AdamW:
-    """A parameter group for each kind of parameters, in their order."""
-    rates = {
-        "coefficients": {"lr": settings.learning_rate, "weight_decay": settings.adam_weight_decay},
-        "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
-    }
-    return torch.optim.AdamW(
-        [{"params": group, **rates[what]} for what, group in parameters.items()],
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:

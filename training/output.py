@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL import Image
 from settings import DreamBoothSettings, InputError
+
+from coeff_diffusers.checkpoint import whole_file
 
 
 def make_writable(folder: str | Path, setting: str) -> Path:
@@ -34,25 +33,13 @@ def check_output_folder(settings: DreamBoothSettings) -> None:
         InputError: if it cannot be written, or the model card would overwrite somebody's README.md.
     """
     folder = make_writable(settings.output_dir, "output_dir")
-    if (folder / "README.md").exists() and not (folder / "settings.json").exists():
+    if (folder / "README.md").exists() and not (folder / "config.yaml").exists():
         raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A hidden path to write to, which takes the place of `path` once the block is through."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(text: str, path: Path) -> Path:
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        Path(temporary).write_text(text, encoding="utf-8")
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -12,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from buckets import parse_buckets
+from config_file import read_config, write_config
+from errors import InputError
 from PIL import ImageColor
+
+__all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 
 # diffusers' schedulers but for piecewise_constant, whose rules have no flag here
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
+OPTIMIZERS = ("adamw", "prodigy")
 DEFAULT_STEPS = 500
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The command line shows the message alone, without a traceback."""
+EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
 
 def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
@@ -106,8 +107,23 @@ class DreamBoothSettings:
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
     dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
 
-    learning_rate: float = flag("Learning rate of the coefficients.", 1e-2)
-    lora_learning_rate: float = flag("Learning rate of the LoRA.", 1e-4)
+    optimizer: str = flag("What changes the weights. Prodigy finds the learning rate itself.", "adamw", OPTIMIZERS)
+    use_8bit_adam: bool = flag(
+        "AdamW with its state in 8 bits, by bitsandbytes, to save memory. For the LoRA: bitsandbytes keeps 32 bits "
+        "for less than 4,096 numbers, and a layer's coefficients are fewer.",
+        False,
+    )
+    prodigy_beta3: float | None = flag("Prodigy's decay of its estimate; the root of adam_beta2 if not given.", None)
+    prodigy_decouple: bool = flag("Prodigy decays weights as AdamW does, not as Adam.", True)
+    prodigy_use_bias_correction: bool = flag("Prodigy corrects the bias of the means, as Adam does.", True)
+    prodigy_safeguard_warmup: bool = flag("Prodigy's estimate leaves the rates of the warm-up out.", True)
+    learning_rate: float | None = flag(
+        "Learning rate of the coefficients; 0.01 if not given, or 1 for Prodigy, which has one for all that trains.",
+        None,
+    )
+    lora_learning_rate: float | None = flag(
+        "Learning rate of the LoRA; 0.0001 if not given, and learning_rate for Prodigy.", None
+    )
     scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
     lr_scheduler: str = flag("How the learning rates change over the run.", "constant", LR_SCHEDULERS)
     lr_warmup_steps: int = flag("Optimizer steps in which the learning rates rise from 0.", 0)
@@ -143,33 +159,66 @@ class DreamBoothSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, list):  # as from the command line and from JSON
+            if isinstance(value, list):  # as from the command line
                 object.__setattr__(self, name, tuple(value))
-        problems = [*_range_problems(self), *_choice_problems(self), *_combination_problems(self)]
+        object.__setattr__(self, "optimizer", self.optimizer.lower())  # diffusers' scripts spell it AdamW
+        for name, value in _default_rates(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        problems = [
+            *_range_problems(self),
+            *_choice_problems(self),
+            *_combination_problems(self),
+            *_optimizer_problems(self),
+        ]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_yaml(self) -> str:
+        """The file that `--config` reads."""
+        return write_config(asdict(self))
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
-    """The command line's settings; `None` is this process's own."""
+    """The settings of the command line and of its `--config`; `None` is this process's own."""
     parser = argparse.ArgumentParser(
-        description="Trains attention coefficients for a subject, on a few pictures of it.", allow_abbrev=False
+        description="Trains attention coefficients for a subject, on a few pictures of it.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given may stand in the file
     )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings. Flags given beside it win over it.")
     hints = typing.get_type_hints(DreamBoothSettings)
     for setting in fields(DreamBoothSettings):
         _add_flag(parser, setting, hints[setting.name])
-    return DreamBoothSettings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    config = given.pop("config", None)
+    values = _under(read_config(config, hints) if config else {}, given)
+    missing = [f"--{s.name}" for s in fields(DreamBoothSettings) if s.default is MISSING and s.name not in values]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return DreamBoothSettings(**values)
+
+
+def _under(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's values where the command line has none, and nothing that excludes what it has."""
+    for name, excluded in EXCLUSIVE.items():
+        if name in given:
+            of_file.pop(excluded, None)
+    return of_file | given
+
+
+class _Switch(argparse.Action):
+    """`--name` and `--no_name`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
 def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -> None:
     name, help_text = setting.name, setting.metadata["help"].replace("%", "%%")
     if hint is bool:
-        prefix, action = ("--no_", "store_false") if setting.default else ("--", "store_true")
-        help_text = f"Not: {help_text}" if setting.default else help_text
-        parser.add_argument(prefix + name, dest=name, action=action, help=help_text)
+        shown = " Default: on." if setting.default else ""
+        parser.add_argument(f"--{name}", f"--no_{name}", nargs=0, action=_Switch, help=help_text + shown)
         return
     alternatives = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
     several = hint if typing.get_origin(hint) is tuple else alternatives[0]
@@ -178,10 +227,8 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
     shown = "" if required or setting.default in (None, ()) else f" Default: {setting.default}."
     parser.add_argument(
         f"--{name}",
-        type=str if many else alternatives[0],
+        type=str.lower if setting.metadata["choices"] and not many else str if many else alternatives[0],
         nargs="+" if many else None,
-        required=required,
-        default=None if required else setting.default,
         choices=setting.metadata["choices"],
         help=help_text + shown,
     )
@@ -205,7 +252,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             lambda value: 0 < value < float("inf"),
             "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma logit_std",
         ),
-        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2"),
+        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3"),
     }
     return [
         f"--{name} must be {rule}, got {getattr(settings, name)}"
@@ -267,6 +314,45 @@ def _source_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--caption_extension is of files beside pictures; a data set has a --caption_column")
     if settings.caption_column and settings.caption_extension:
         problems.append("--caption_column and --caption_extension exclude each other")
+    return problems
+
+
+def _default_rates(settings: DreamBoothSettings) -> dict[str, float]:
+    """Of settings whose default follows from others."""
+    if settings.optimizer == "prodigy":
+        rate = 1.0 if settings.learning_rate is None else settings.learning_rate
+        return {"learning_rate": rate, "lora_learning_rate": rate}
+    return {"learning_rate": 1e-2, "lora_learning_rate": 1e-4}
+
+
+def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
+    if settings.optimizer == "prodigy":
+        return _prodigy_problems(settings)
+    problems = [
+        f"--{setting.name} needs --optimizer prodigy"
+        for setting in fields(settings)
+        if setting.name.startswith("prodigy_") and getattr(settings, setting.name) != setting.default
+    ]
+    if settings.use_8bit_adam and not settings.lora_rank:
+        problems.append(
+            "--use_8bit_adam would save nothing: bitsandbytes keeps 32 bits for layers of less than 4,096 numbers, as "
+            "coefficients are; it is for a LoRA (--lora_rank)"
+        )
+    return problems
+
+
+def _prodigy_problems(settings: DreamBoothSettings) -> list[str]:
+    """Prodigy multiplies an estimate of its own by the learning rate, of which it takes one."""
+    problems = []
+    if settings.use_8bit_adam:
+        problems.append("--use_8bit_adam is for --optimizer adamw, not for prodigy")
+    if settings.scale_lr:
+        problems.append("--scale_lr is for --optimizer adamw; prodigy finds the rate itself")
+    rate = settings.learning_rate
+    if 0 < rate < 0.1:
+        problems.append(f"--learning_rate should be about 1 for --optimizer prodigy, which finds the rate, got {rate}")
+    if settings.lora_learning_rate != rate and settings.lora_rank:
+        problems.append("--lora_learning_rate must be the --learning_rate for --optimizer prodigy, or left out")
     return problems
 
 

@@ -32,6 +32,7 @@ from hub_data import dataset_pictures
 from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
 from memory import peak_memory_text, release_text_encoders
+from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
@@ -57,7 +58,7 @@ class TrainingResult:
         lora_file: the LoRA; `None` without `--lora_rank`.
         images: the last validation's grid, then its single pictures row by row; empty without prompts.
         model_card: README.md.
-        settings_file: settings.json.
+        settings_file: config.yaml, to run again by `--config`.
     """
 
     settings: DreamBoothSettings
@@ -85,6 +86,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
     """
+    check_optimizer(settings)
     check_output_folder(settings)
     pictures = Pictures(read_pictures(settings))
     if settings.with_prior_preservation:
@@ -313,7 +315,7 @@ def write_results(
 ) -> TrainingResult:
     """Writes settings and model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
-    settings_file = write_text(settings.to_json(), folder / "settings.json")
+    settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
     model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:

@@ -64,7 +64,7 @@ def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for setting in fields(DreamBoothSettings):
         assert setting.metadata["help"].endswith(".")
-        assert f"--{'no_' if setting.default is True else ''}{setting.name}" in shown
+        assert f"--{setting.name}" in shown
 
 
 def test_a_cut_off_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,9 +73,91 @@ def test_a_cut_off_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --learning" in capsys.readouterr().err
 
 
-def test_settings_are_saved_as_json_and_read_back() -> None:
-    given = settings(seed=0, validation_prompt=("ä",), coeff_include=("attn1",))
-    assert settings(**json.loads(given.to_json())) == given
+# The file
+
+
+def configured(folder: Path, text: str, *flags: str) -> DreamBoothSettings:
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    return parse_settings(["--config", str(folder / "run.yaml"), *flags])
+
+
+def test_settings_are_saved_as_yaml_and_read_back(tmp_path: Path) -> None:
+    given = settings(
+        seed=0, instance_prompt="a: 'ä' # \n", coeff_include=("attn1",), adam_epsilon=1e-12, mixed_precision="no"
+    )
+    assert configured(tmp_path, given.to_yaml()) == given
+
+
+def test_flags_win_over_the_file_and_defaults_do_not(tmp_path: Path) -> None:
+    text = settings(seed=3, center_crop=True, coeff=False, lora_rank=4, learning_rate=1.0).to_yaml()
+    found = configured(tmp_path, text, "--lora_rank", "2", "--no_center_crop", "--coeff", "--learning_rate", "0.01")
+    assert found == settings(seed=3, lora_rank=2)
+
+
+def test_a_file_need_not_hold_every_setting_and_may_lack_none_that_is_required(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "pretrained_model_name_or_path: model\ninstance_data_dir: in\n"
+    assert configured(tmp_path, text, "--instance_prompt", "a sks dog") == settings()
+    with pytest.raises(SystemExit):
+        configured(tmp_path, text)
+    assert "arguments are required: --instance_prompt" in capsys.readouterr().err
+
+
+def test_epochs_on_the_command_line_take_the_place_of_the_files_steps(tmp_path: Path) -> None:
+    saved = settings(max_train_steps=7).to_yaml()
+    assert configured(tmp_path, saved, "--num_train_epochs", "2") == settings(num_train_epochs=2)
+    saved = settings(num_train_epochs=2).to_yaml()
+    assert configured(tmp_path, saved, "--max_train_steps", "7") == settings(max_train_steps=7)
+
+
+def test_values_as_people_write_them_are_understood(tmp_path: Path) -> None:
+    required = "".join(f"{name}: {value}\n" for name, value in REQUIRED.items())
+    text = "learning_rate: 1e-4\nmixed_precision: no\nvalidation_prompt: a dog\nlr_power: 2\nreport_to: none\n"
+    assert configured(tmp_path, required + text) == settings(
+        learning_rate=1e-4, mixed_precision="no", validation_prompt=("a dog",), lr_power=2.0, report_to="none"
+    )
+
+
+def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Path) -> None:
+    text = (
+        "seed: 0\nlearning_rte: 1\ntrain_batch_size: '4'\nseed: 1\ncenter_crop: 1\nlearning_rate: high\n"
+        "coeff_kinds: [self, 3]\ninstance_prompt:\nmax_train_steps: 1.5\nlora_rank: true\n"
+        "lr_power: true\n"
+    )
+    with pytest.raises(InputError) as error:
+        configured(tmp_path, text)
+    assert str(error.value).splitlines() == [
+        f"--config: {tmp_path / 'run.yaml'}:",
+        "  seed: is given twice",
+        "  learning_rte: is no setting",
+        "  train_batch_size: must be a whole number, got '4'",
+        "  center_crop: must be true or false, got 1",
+        "  learning_rate: must be a number, got 'high'",
+        "  coeff_kinds: must be text, got 3",
+        "  instance_prompt: must be text, got None",
+        "  max_train_steps: must be a whole number, got 1.5",
+        "  lora_rank: must be a whole number, got True",
+        "  lr_power: must be a number, got True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("- seed: 0\n", "must be lines of 'setting: value'"),
+        ("seed: [0\n", "cannot be read: while parsing"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "cannot be read: could not determine a constructor"),
+    ],
+)
+def test_a_file_of_another_kind_is_an_input_error(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(InputError, match=f"--config: {tmp_path / 'run.yaml'} {problem}"):
+        configured(tmp_path, text)
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--config: .*none.yaml cannot be read: .*No such file"):
+        parse_settings(["--config", str(tmp_path / "none.yaml")])
 
 
 # Values

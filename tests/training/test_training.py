@@ -103,7 +103,7 @@ def _values(components: dict[str, Any]) -> dict[str, Tensor]:
 
 def test_a_run_writes_exactly_these_files(train: Train, tmp_path: Path) -> None:
     train()
-    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors", "README.md", "settings.json"}
+    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors", "README.md", "config.yaml"}
 
 
 def test_validation_lora_and_log_add_exactly_these_files(train: Train, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_validation_lora_and_log_add_exactly_these_files(train: Train, tmp_path:
         "pytorch_coeff_weights.safetensors",
         "pytorch_lora_weights.safetensors",
         "README.md",
-        "settings.json",
+        "config.yaml",
     } | {f"validation/step-00000{step}/{name}" for step in (2, 3) for name in pictures}
     assert {name.partition("/events")[0] for name in logs if "events" in name} > {"logs/dreambooth"}
     assert [path.name for path in result.images] == sorted(pictures)
@@ -136,13 +136,12 @@ def test_the_users_pictures_are_left_alone(train: Train, pictures: Path) -> None
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()} == before
 
 
-def test_the_saved_settings_given_as_flags_are_the_same_run(train: Train, tmp_path: Path) -> None:
+def test_the_saved_settings_given_as_config_are_the_same_run(train: Train, tmp_path: Path) -> None:
     first = train(max_train_steps=None, num_train_epochs=2, seed=None, scale_lr=True)
-    saved = json.loads(first.settings_file.read_text())
-    assert (saved["max_train_steps"], saved["resolution"], saved["learning_rate"]) == (3, 16, 0.1)
-    default = {"coeff", "coeff_kinds"}
-    flags = {k: v for k, v in saved.items() if v not in (None, []) and k not in default}
-    second = train(**flags | {"output_dir": tmp_path / "again"})
+    saved = parse_settings(["--config", str(first.settings_file)])
+    assert saved == first.settings
+    assert (saved.max_train_steps, saved.resolution, saved.learning_rate) == (3, 16, 0.1)
+    second = train_dreambooth.main(["--config", str(first.settings_file), "--output_dir", str(tmp_path / "again")])
     assert_equal(coefficients(first), coefficients(second))
 
 
@@ -281,7 +280,7 @@ def test_dropout_takes_part_in_training(train: Train) -> None:
 def test_a_second_run_into_the_same_folder_takes_its_place(train: Train, tmp_path: Path) -> None:
     train(seed=1)
     assert_equal(coefficients(train(seed=0)), coefficients(train(seed=0, output_dir=tmp_path / "other")))
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["seed"] == 0
+    assert "\nseed: 0\n" in (tmp_path / "out" / "config.yaml").read_text()
 
 
 def test_workers_change_nothing(train: Train) -> None:

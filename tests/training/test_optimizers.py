@@ -1,0 +1,174 @@
+"""Which optimizer a run gets, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from optimizers import make_optimizer, rates_in_use
+from prodigyopt import Prodigy
+from safetensors.torch import load_file
+from settings import DreamBoothSettings, InputError, parse_settings
+from torch import nn
+from train_dreambooth import TrainingResult, main
+
+Train = Callable[..., TrainingResult]
+REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
+
+
+def settings(**changes: Any) -> DreamBoothSettings:
+    return DreamBoothSettings(**{**REQUIRED, **changes})
+
+
+def parameters() -> dict[str, list[nn.Parameter]]:
+    """Coefficients of 8 heads, and a LoRA matrix of 4,096 numbers."""
+    return {"coefficients": [nn.Parameter(torch.zeros(8, 8))], "lora": [nn.Parameter(torch.ones(4, 1024))]}
+
+
+def step_towards(optimizer: torch.optim.Optimizer, target: float) -> float:
+    """One step on the sum of squared distances, which is returned."""
+    values = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = sum((p - target).square().sum() for p in values)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_each_kind_of_parameters_has_its_own_rate_and_decay() -> None:
+    changes = {"learning_rate": 0.3, "lora_learning_rate": 0.02, "adam_weight_decay": 0.1, "lora_weight_decay": 0.2}
+    given = parameters()
+    optimizer = make_optimizer(given, settings(**changes, lora_rank=4, adam_beta1=0.5, adam_epsilon=1e-3))
+    assert type(optimizer) is torch.optim.AdamW
+    assert [(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
+        (0.3, 0.1, (0.5, 0.999), 1e-3),
+        (0.02, 0.2, (0.5, 0.999), 1e-3),
+    ]
+    assert [group["params"] for group in optimizer.param_groups] == list(given.values())
+
+
+def test_a_lora_alone_has_the_loras_rate() -> None:
+    optimizer = make_optimizer({"lora": parameters()["lora"]}, settings(coeff=False, lora_rank=4))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-4]
+
+
+# Prodigy
+
+
+def test_prodigy_gets_its_options_and_one_rate() -> None:
+    chosen = settings(
+        optimizer="prodigy",
+        lora_rank=4,
+        prodigy_beta3=0.9,
+        prodigy_decouple=False,
+        prodigy_use_bias_correction=False,
+        prodigy_safeguard_warmup=False,
+        adam_beta1=0.8,
+        lora_weight_decay=0.2,
+    )
+    optimizer = make_optimizer(parameters(), chosen)
+    assert isinstance(optimizer, Prodigy)
+    names = ("lr", "beta3", "decouple", "use_bias_correction", "safeguard_warmup", "betas", "weight_decay")
+    first, second = ([group[name] for name in names] for group in optimizer.param_groups)
+    assert first == [1.0, 0.9, False, False, False, (0.8, 0.999), 0.0]
+    assert second == [*first[:-1], 0.2]
+
+
+def test_prodigy_finds_a_rate_and_reports_it() -> None:
+    optimizer = make_optimizer(parameters(), settings(optimizer="prodigy", lora_rank=4))
+    start = rates_in_use(optimizer)
+    losses = [step_towards(optimizer, 0.3) for _ in range(150)]
+    assert losses[-1] < 0.01 * losses[0]
+    assert start == [1e-6, 1e-6]
+    assert rates_in_use(optimizer)[0] > 1e-2
+
+
+def test_prodigy_trains_coefficients_and_lora(train: Train) -> None:
+    result = train(learning_rate=None, lora_rank=2, max_train_steps=6, lr_scheduler="cosine", optimizer="Prodigy")
+    assert (result.settings.learning_rate, result.settings.lora_learning_rate) == (1.0, 1.0)
+    for file in (result.coeff_file, result.lora_file):
+        assert all(value.any() for value in load_file(file).values())
+    # it starts with steps of 1e-6, where AdamW would be at 0.01
+    assert max(value.abs().max() for value in load_file(result.coeff_file).values()) < 1e-4
+
+
+# 8 bits
+
+
+def test_8_bits_are_for_the_lora_and_coefficients_keep_32() -> None:
+    optimizer = make_optimizer(parameters(), settings(use_8bit_adam=True, lora_rank=4))
+    losses = [step_towards(optimizer, 0.3) for _ in range(2)]
+    assert losses[1] < losses[0]
+    dtypes = [
+        {value.dtype for name, value in optimizer.state[group["params"][0]].items() if name in ("state1", "state2")}
+        for group in optimizer.param_groups
+    ]
+    assert dtypes == [{torch.float32}, {torch.uint8}]
+
+
+def test_8_bit_adam_trains_coefficients_and_lora(train: Train, tmp_path: Path) -> None:
+    flags = {"lora_rank": 2, "lora_learning_rate": 0.01}
+    result, plain = train(**flags, use_8bit_adam=True), train(**flags, output_dir=tmp_path / "plain")
+    for found, other in ((result.coeff_file, plain.coeff_file), (result.lora_file, plain.lora_file)):
+        # all tensors of this model are small, so that bitsandbytes computes in 32 bits as AdamW does
+        torch.testing.assert_close(load_file(found), load_file(other), rtol=1e-3, atol=1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("package", "flags"), [("prodigyopt", {"optimizer": "prodigy"}), ("bitsandbytes", {"use_8bit_adam": True})]
+)
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    argv: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    package: str,
+    flags: dict[str, Any],
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"needs {package}, which cannot be imported: .*; pip install {package}"):
+        main(argv(**{"lora_rank": 2, "learning_rate": None} | flags))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer must be of adamw, prodigy, got sgd"),
+        ({"use_8bit_adam": True}, "--use_8bit_adam would save nothing"),
+        ({"prodigy_beta3": 0.9}, "--prodigy_beta3 needs --optimizer prodigy"),
+        ({"prodigy_decouple": False}, "--prodigy_decouple needs --optimizer prodigy"),
+        ({"optimizer": "prodigy", "prodigy_beta3": 1.0}, "--prodigy_beta3 must be in [0, 1), got 1.0"),
+        ({"optimizer": "prodigy", "learning_rate": 1e-2}, "--learning_rate should be about 1 for --optimizer prodigy"),
+        ({"optimizer": "prodigy", "scale_lr": True}, "--scale_lr is for --optimizer adamw"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, "--use_8bit_adam is for --optimizer adamw"),
+        (
+            {"optimizer": "prodigy", "lora_rank": 2, "lora_learning_rate": 1e-4},
+            "--lora_learning_rate must be the --learning_rate for --optimizer prodigy",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_named(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        settings(**changes)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith(f"  {problem}")
+
+
+def test_names_may_be_spelled_as_in_diffusers(tmp_path: Path) -> None:
+    required = [f"--{name}={value}" for name, value in REQUIRED.items()]
+    assert parse_settings([*required, "--optimizer", "AdamW"]) == settings()
+    (tmp_path / "a.yaml").write_text("optimizer: AdamW\n")
+    assert parse_settings([*required, "--config", str(tmp_path / "a.yaml")]) == settings()
