@@ -38,16 +38,15 @@ def save_lora(family: Family, folder: Path) -> Path:
     """Writes `folder / pytorch_lora_weights.safetensors`, whole or not at all, with rank and alpha in its header."""
     from peft.utils import get_peft_model_state_dict
 
-    model, part = family.denoiser, family.denoiser_name
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    arguments = {}
+    for part in (family.denoiser_name, *family.text_encoder_names):
+        model = getattr(family.pipeline, part, None)
+        if model is not None and hasattr(model, "peft_config"):
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            arguments[f"{part}_lora_layers"] = layers
+            arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     path = folder / LORA_WEIGHT_NAME_SAFE
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
-        family.pipeline.save_lora_weights(
-            temporary,
-            **{
-                f"{part}_lora_layers": layers,
-                f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
-            },
-        )
+        family.pipeline.save_lora_weights(temporary, **arguments)
         os.replace(Path(temporary) / LORA_WEIGHT_NAME_SAFE, path)
     return path
