@@ -1,4 +1,4 @@
-"""Pictures, made into the square tensors that the model trains on.
+"""Pictures, made into the tensors that the model trains on.
 
 What is random about a training picture follows from the run's seed and the picture's place in the run alone. So a run
 is the same whatever the number of workers and processes, and however a batch is divided by gradient accumulation.
@@ -7,12 +7,14 @@ is the same whatever the number of workers and processes, and however a batch is
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from buckets import Size, bucket_of_step, nearest_bucket, shuffled
 from PIL import Image, ImageColor, ImageOps
 from sources import Picture
 from torch import Tensor
@@ -30,31 +32,55 @@ def upright_rgb(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
-def fit_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the shorter side has `side` pixels."""
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+def cover(image: Image.Image, size: Size) -> Image.Image:
+    """Scaled to cover `size`, so that one side fits and the other is as long or longer."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    fitted = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    return image.resize(fitted, Image.Resampling.LANCZOS)
 
 
 @lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
-def load_image(picture: Picture, side: int, background: str) -> Image.Image:
-    """The picture, its shorter side `side` pixels."""
+def load_image(picture: Picture, size: Size, background: str) -> Image.Image:
+    """The picture, covering `size`."""
     with picture.read() as image:
-        return fit_shorter_side(upright_rgb(image, background), side)
+        return cover(upright_rgb(image, background), size)
 
 
-def crop(
-    image: Image.Image, side: int, center_crop: bool, random_flip: bool, generator: torch.Generator
-) -> tuple[Tensor, tuple[int, int]]:
-    """(3, side, side) in [-1, 1] of a picture whose shorter side has `side` pixels, and top and left of the crop."""
-    # (3, height, width); drawn in any case, so that one option does not change what another one draws
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
-    where, mirror = torch.rand(2, generator=generator).tolist()
-    where = 0.5 if center_crop else where
-    top, left = (int(where * (length - side + 1)) for length in pixels.shape[1:])
-    pixels = pixels[:, top : top + side, left : left + side]
-    return (pixels.flip(-1) if random_flip and mirror < 0.5 else pixels), (top, left)
+@dataclass(frozen=True)
+class Cut:
+    """What of a picture is shown.
+
+    Args:
+        picture: which one.
+        size: height and width of the cut.
+        where: it lies along the side that is too long: from 0, its start, to 1, its end.
+        mirrored: left and right are exchanged.
+    """
+
+    picture: Picture
+    size: Size
+    where: float
+    mirrored: bool
+
+    @classmethod
+    def draw(
+        cls, picture: Picture, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
+    ) -> Cut:
+        # both are drawn in any case, so that one option does not change what another one draws
+        where, mirror = torch.rand(2, generator=generator).tolist()
+        nothing_is_cut = picture.height * size[1] == picture.width * size[0]
+        return cls(picture, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
+
+
+def cut_out(image: Image.Image, cut: Cut) -> tuple[Tensor, tuple[int, int]]:
+    """(3, height, width) in [-1, 1] of a picture that covers the cut's size, and top and left as they are shown."""
+    (height, width), rest = cut.size, (image.height - cut.size[0], image.width - cut.size[1])
+    top, left = (int(cut.where * (length + 1)) for length in rest)
+    box = image.crop((left, top, left + width, top + height))
+    if cut.mirrored:
+        box, left = ImageOps.mirror(box), rest[1] - left
+    return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0, (top, left)
 
 
 def seed_of(*parts: object) -> int:
@@ -71,7 +97,7 @@ class Example:
         name: of the picture, for messages.
         prompt: the prompt that it is trained with.
         pixels: (3, height, width) in [-1, 1].
-        sizes: height and width of the file, top and left of the crop, height and width of it.
+        sizes: height and width of the file, top and left of the cut, height and width of it.
         seed: of the noise that is added to it.
     """
 
@@ -86,14 +112,22 @@ class Example:
 class DreamBoothDataset(Dataset[list[Example]]):
     """Draw n of a run: a picture of the subject and, with prior preservation, one of its class.
 
-    Every picture is shown once in an order drawn anew before any is shown again, also across batches. It is read in
-    order, 0, 1, 2, ..., to the end of the run.
+    Every picture is shown once in an order drawn anew before any other of its bucket is shown again, also across
+    batches. It is read in order, 0, 1, 2, ..., to the end of the run.
 
     Args:
         draws: how many draws are taken.
-        first: the first of them, in a run that is continued.
         instance_images: the subject's pictures.
-        class_images: pictures of its class; none without prior preservation.
+        class_images: pictures of its class; none without prior preservation. They are cut to the bucket of the
+            subject's picture that they are shown with.
+        resolution: height and width of the cuts, if there are no buckets.
+        seed: of all that is random.
+        center_crop: cut in the middle, as is always done with buckets.
+        random_flip: mirror half of the pictures.
+        background_color: of what is transparent.
+        first: the first draw, in a run that is continued.
+        buckets: sizes, of which each picture of the subject has the one that is most like it.
+        step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
     """
 
     def __init__(
@@ -108,37 +142,50 @@ class DreamBoothDataset(Dataset[list[Example]]):
         random_flip: bool = False,
         background_color: str = "white",
         first: int = 0,
+        buckets: Sequence[Size] = (),
+        step_draws: int = 1,
     ) -> None:
-        self.draws, self.first = draws, first
-        self.images = {"instance": instance_images} | ({"class": class_images} if class_images else {})
-        self.resolution, self.seed = resolution, seed
-        self.center_crop, self.random_flip, self.background_color = center_crop, random_flip, background_color
+        self.draws, self.first, self.step_draws, self.seed = draws, first, step_draws, seed
+        self.center_crop, self.random_flip = center_crop or bool(buckets), random_flip
+        self.background_color = background_color
+        sizes = buckets or [(resolution, resolution)]
+        self.sizes = tuple(nearest_bucket(image.height, image.width, sizes) for image in instance_images)
+        self.instance_images = {
+            size: tuple(image for image, other in zip(instance_images, self.sizes) if other == size)
+            for size in dict.fromkeys(self.sizes)
+        }
+        self.class_images = tuple(class_images)
+        self.kinds = ("instance", "class") if class_images else ("instance",)
 
     def __len__(self) -> int:
         return self.draws
 
     def __getitem__(self, draw: int) -> list[Example]:
         """Of the subject, and of the class if there are class pictures."""
-        return [self._example(kind, draw + self.first) for kind in self.images]
+        return [self._example(kind, draw + self.first) for kind in self.kinds]
 
-    def picture(self, kind: str, draw: int) -> Picture:
-        """Which one a draw shows."""
-        epoch, place = divmod(draw, len(self.images[kind]))
-        order = list(self.images[kind])
-        random.Random(seed_of(self.seed, kind, "order", epoch)).shuffle(order)
-        return order[place]
+    def cut(self, kind: str, draw: int) -> Cut:
+        """Which picture a draw of the run shows, and what of it."""
+        step, place = divmod(draw, self.step_draws)
+        size, steps_before = bucket_of_step(self.sizes, step, f"{self.seed}/buckets")
+        images, shown = self.class_images, draw
+        if kind == "instance":
+            images, shown = self.instance_images[size], steps_before * self.step_draws + place
+        epoch, place = divmod(shown, len(images))
+        picture = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
+        return Cut.draw(picture, size, self.center_crop, self.random_flip, generator)
 
     def _example(self, kind: str, draw: int) -> Example:
-        picture, side = self.picture(kind, draw), self.resolution
-        image = load_image(picture, side, self.background_color)
-        generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
-        pixels, (top, left) = crop(image, side, self.center_crop, self.random_flip, generator)
+        cut = self.cut(kind, draw)
+        picture = cut.picture
+        pixels, (top, left) = cut_out(load_image(picture, cut.size, self.background_color), cut)
         return Example(
             kind=kind,
             name=picture.name,
             prompt=picture.prompt,
             pixels=pixels,
-            sizes=(picture.height, picture.width, top, left, side, side),
+            sizes=(picture.height, picture.width, top, left, *cut.size),
             seed=seed_of(self.seed, kind, "noise", draw),
         )
 

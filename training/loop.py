@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from buckets import parse_buckets
 from data import DreamBoothDataset, collate, seed_of
 from diffusers.optimization import get_scheduler
 from families import Family
@@ -128,9 +129,9 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSett
 
 def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures) -> DataLoader:
     """All batches of the run, in order."""
-    batches = settings.max_train_steps * settings.gradient_accumulation_steps * accelerator.num_processes
+    step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     dataset = DreamBoothDataset(
-        batches * settings.train_batch_size,
+        settings.max_train_steps * step_draws,
         pictures.instance,
         pictures.classes,
         resolution=settings.resolution,
@@ -138,6 +139,8 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         background_color=settings.background_color,
+        buckets=parse_buckets(settings.aspect_ratio_buckets),
+        step_draws=step_draws,
     )
     return DataLoader(
         dataset,

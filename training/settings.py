@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from buckets import parse_buckets
 from config_file import read_config, write_config
 from errors import InputError
 from PIL import ImageColor
@@ -71,6 +72,11 @@ class DreamBoothSettings:
     sample_batch_size: int = flag("How many class or validation pictures to generate at a time.", 4)
 
     resolution: int | None = flag("Side of the training pictures in pixels; the base model's own if not given.", None)
+    aspect_ratio_buckets: str | None = flag(
+        "Sizes of training pictures instead of the resolution, as 'height,width;height,width;...'. Each picture gets "
+        "the one of the nearest aspect ratio and is cropped at the centre.",
+        None,
+    )
     center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
     random_flip: bool = flag("Mirror every other picture, at random.", False)
     background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
@@ -269,6 +275,10 @@ def _choice_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append(
             f"--background_color must be a colour such as white or #ffffff, got {settings.background_color!r}"
         )
+    try:
+        parse_buckets(settings.aspect_ratio_buckets)
+    except ValueError as error:
+        problems.append(f"--aspect_ratio_buckets {error}")
     return problems
 
 

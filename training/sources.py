@@ -47,7 +47,7 @@ def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]],
     for name, prompt, read in sources:
         try:
             with read() as image:
-                image.load()  # opening reads the header only, and does not see a file that breaks off
+                # loads it: opening reads the header only, and does not see a file that breaks off
                 width, height = ImageOps.exif_transpose(image).size
             pictures.append(Picture(name, prompt, read, height, width))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
@@ -96,6 +97,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
+    check_buckets(family, settings)
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family.pipeline, settings, accelerator))
@@ -104,6 +106,9 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     parameters = add_adapters(family, settings)
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
+    if buckets := parse_buckets(settings.aspect_ratio_buckets):
+        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in pictures.instance]
+        accelerator.print(buckets_text(chosen, buckets))
 
     family.remember_prompts(pictures.prompts)
     with accelerator.autocast():
@@ -180,6 +185,13 @@ def with_defaults_of_run(
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
     )
+
+
+def check_buckets(family: Family, settings: DreamBoothSettings) -> None:
+    """Raises InputError if pictures of this model cannot have the size of a bucket."""
+    for bucket in parse_buckets(settings.aspect_ratio_buckets):
+        for side in bucket:
+            family.check_size(side, "aspect_ratio_buckets")
 
 
 def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
@@ -279,6 +291,7 @@ def metadata(settings: DreamBoothSettings) -> dict[str, str]:
         "batch_size": settings.train_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "resolution": settings.resolution,
+        "aspect_ratio_buckets": settings.aspect_ratio_buckets,
         "learning_rate": settings.learning_rate,
         "lr_scheduler": settings.lr_scheduler,
         "coeff_dropout": settings.coeff_dropout,

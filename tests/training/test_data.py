@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from data import DreamBoothDataset, collate, crop, fit_shorter_side, seed_of, upright_rgb
+from data import Cut, DreamBoothDataset, collate, cover, cut_out, seed_of, upright_rgb
 from picture_files import BLUE, RED, opened, saved
 from PIL import Image
+from sources import Picture
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -67,10 +69,20 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "fitted"), [((600, 400), (6, 4)), ((401, 400), (4, 4)), ((3, 9), (4, 12)), ((4, 4), (4, 4))]
+    ("size", "cut", "fitted"),
+    [
+        ((600, 400), (4, 4), (6, 4)),
+        ((401, 400), (4, 4), (4, 4)),
+        ((3, 9), (4, 4), (4, 12)),
+        ((4, 4), (4, 4), (4, 4)),
+        ((600, 400), (4, 8), (8, 5)),  # height and width of the cut
+        ((600, 400), (8, 4), (12, 8)),
+    ],
 )
-def test_the_shorter_side_gets_the_resolution(size: tuple[int, int], fitted: tuple[int, int]) -> None:
-    assert fit_shorter_side(Image.new("RGB", size), 4).size == fitted
+def test_a_picture_covers_what_is_cut_out_of_it(
+    size: tuple[int, int], cut: tuple[int, int], fitted: tuple[int, int]
+) -> None:
+    assert cover(Image.new("RGB", size), cut).size == fitted
 
 
 def columns(width: int) -> Image.Image:
@@ -82,26 +94,41 @@ def values(pixels: torch.Tensor) -> list[int]:
     return ((pixels[0, 0] + 1) * 127.5).round().int().tolist()
 
 
+def cut_of(image: Image.Image, seed: int = 0, center_crop: bool = False, random_flip: bool = False) -> Cut:
+    picture = Picture("a", "a fox", lambda: image, image.height, image.width)
+    return Cut.draw(picture, (4, 4), center_crop, random_flip, generator(seed))
+
+
+def drawn(image: Image.Image, *options: Any) -> list[int]:
+    """The first row of a cut."""
+    return values(cut_out(image, cut_of(image, *options))[0])
+
+
 def test_tensors_span_minus_one_to_one() -> None:
     image = Image.new("RGB", (4, 4), RED)
-    pixels, _ = crop(image, 4, False, False, generator())
+    pixels, _ = cut_out(image, cut_of(image))
     assert pixels.shape == (3, 4, 4)
     assert [pixels[c].unique().tolist() for c in range(3)] == [[1.0], [-1.0], [-1.0]]
 
 
 def test_centre_crops_are_in_the_middle_and_random_ones_everywhere() -> None:
     image = columns(8)
-    assert values(crop(image, 4, True, False, generator())[0]) == [20, 30, 40, 50]
-    firsts = {values(crop(image, 4, False, False, generator(seed))[0])[0] for seed in range(50)}
-    assert firsts == {0, 10, 20, 30, 40}
+    assert drawn(image, 0, True) == [20, 30, 40, 50]
+    assert {drawn(image, seed)[0] for seed in range(50)} == {0, 10, 20, 30, 40}
 
 
 def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
     image = columns(4)
-    plain = [values(crop(image, 4, False, False, generator(seed))[0]) for seed in range(100)]
-    flipped = [values(crop(image, 4, False, True, generator(seed))[0]) for seed in range(100)]
+    plain = [drawn(image, seed) for seed in range(100)]
+    flipped = [drawn(image, seed, False, True) for seed in range(100)]
     assert all(row == [0, 10, 20, 30] for row in plain)
     assert 35 < sum(row == [30, 20, 10, 0] for row in flipped) < 65  # of 100; 3 standard deviations
+
+
+def test_a_mirrored_cut_says_what_is_missing_on_its_own_left() -> None:
+    cut = Cut(cut_of(columns(8)).picture, (4, 4), 0.0, mirrored=True)
+    pixels, top_and_left = cut_out(columns(8), cut)
+    assert (values(pixels), top_and_left) == ([30, 20, 10, 0], (0, 4))
 
 
 # Draws
@@ -110,7 +137,7 @@ def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
 def test_every_picture_is_shown_once_before_any_is_shown_again(tmp_path: Path) -> None:
     pictures = opened([saved(tmp_path / f"{i}.png") for i in range(5)])
     data = DreamBoothDataset(20, pictures, [], resolution=4, seed=0)
-    passes = [[data.picture("instance", draw) for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
+    passes = [[data.cut("instance", draw).picture for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
     assert all(Counter(shown) == Counter(pictures) for shown in passes)
     assert len({tuple(shown) for shown in passes}) > 1
 

@@ -1,0 +1,39 @@
+"""docs/training.md names every flag of the training script, and none that is not there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from settings import DreamBoothSettings
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+FLAGS = {setting.name for setting in fields(DreamBoothSettings)} | {"config"}
+
+
+def flags_in(text: str) -> list[str]:
+    return re.findall(r"`--(\w+)`", text)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading."""
+    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `--")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_every_flag_stands_in_one_row_and_those_left_out_do_not_exist() -> None:
+    here, left_out = [], []
+    for theirs, ours, *_ in rows("diffusers' flags"):
+        assert ours in ("same", "no") or flags_in(ours), f"{theirs}: {ours}"
+        (left_out if ours == "no" else here).extend(flags_in(theirs) if ours in ("same", "no") else [])
+        here += [name for name in flags_in(ours) if name not in here]
+    own = [name for flag, _ in rows("Flags that diffusers' scripts do not have") for name in flags_in(flag)]
+    assert sorted(here + own) == sorted(FLAGS), "docs/training.md needs one row for each flag of settings.py"
+    assert not FLAGS & set(left_out)
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    text = "\n".join(line for line in PAGE.splitlines() if not line.startswith("|"))
+    assert {name.removeprefix("no_") for name in flags_in(text)} <= FLAGS

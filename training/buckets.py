@@ -1,0 +1,71 @@
+"""Aspect-ratio buckets: pictures keep about the shape that they have, and a step shows pictures of one shape."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+Size = tuple[int, int]  # height and width in pixels
+T = TypeVar("T")
+
+
+def parse_buckets(text: str | None) -> tuple[Size, ...]:
+    """`"512,768;768,512"`, of heights and widths; `None` has none. Raises ValueError."""
+    if text is None:
+        return ()
+    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", part) for part in text.split(";")]
+    sizes = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+    if len(sizes) < len(pairs) or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"must be heights and widths such as '512,768;768,512', got {text!r}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"must name each size once, got {text!r}")
+    return tuple(sizes)
+
+
+def nearest_bucket(height: int, width: int, buckets: Sequence[Size]) -> Size:
+    """The bucket of the nearest aspect ratio, and of these the one of the nearest area.
+
+    Distances are those of logarithms, so that twice as wide is as far as half as wide, whatever a bucket's area. (The
+    cross product that diffusers' `find_nearest_bucket` compares favours buckets of small area.)
+    """
+
+    def distance(bucket: Size) -> tuple[float, float]:
+        tall, wide = math.log(bucket[0] / height), math.log(bucket[1] / width)
+        return round(abs(tall - wide), 9), abs(tall + wide)  # rounded: equal ratios are to be equal
+
+    return min(buckets, key=distance)
+
+
+def bucket_of_step(buckets: Sequence[Size], step: int, seed: str) -> tuple[Size, int]:
+    """The bucket that an optimizer step shows, and how many steps have shown it before.
+
+    Of as many steps as there are pictures, each bucket has as many as it has pictures, in an order drawn anew each
+    time. All pictures of a step are of one bucket, so that it can be divided into batches for processes and for
+    gradient accumulation in any way.
+
+    Args:
+        buckets: of each of the subject's pictures.
+        step: counted from 0.
+        seed: of the order.
+    """
+    cycle, place = divmod(step, len(buckets))
+    order = shuffled(tuple(buckets), f"{seed}/{cycle}")
+    return order[place], cycle * buckets.count(order[place]) + order[:place].count(order[place])
+
+
+@lru_cache(maxsize=8)  # neighbouring draws are of the same pass
+def shuffled(items: tuple[T, ...], seed: int | str) -> list[T]:
+    """In an order that follows from the seed."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def buckets_text(chosen: Sequence[Size], buckets: Sequence[Size]) -> str:
+    """How many pictures have chosen each bucket, for people."""
+    counts = [f"{height} x {width}: {chosen.count((height, width))}" for height, width in buckets]
+    return f"Pictures by bucket (height x width): {', '.join(counts)}."
