@@ -246,7 +246,7 @@ class FlowFamily(Family):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        self.noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        self.noise_scheduler = self.training_scheduler()
         if settings.snr_gamma is not None:
             raise InputError("--snr_gamma: this model is trained by flow matching; see --weighting_scheme")
 
@@ -267,6 +267,13 @@ class FlowFamily(Family):
         prediction = self.predict(denoiser, noisy, timesteps, conditions, sizes)
         weights = compute_loss_weighting_for_sd3(self.settings.weighting_scheme, sigmas)
         return squared_errors(prediction, noise - latents, weights)
+
+    def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """At every timestep, shifted towards noise as the model was trained."""
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            self.pipeline.scheduler.config
+        )
+        return scheduler
 
     def _places(self, generators: list[torch.Generator]) -> Tensor:
         """Where in the scheduler's list of timesteps each picture is, (B,)."""

@@ -22,15 +22,16 @@ class Sana(FlowFamily):
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
         check_channels(pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels)
-        config = pipeline.scheduler.config
+        self.instruction: list[str] = call_default(pipeline, "complex_human_instruction")
+
+    def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The published scheduler is a DPM solver, which has the shift under another name."""
+        config = self.pipeline.scheduler.config
         kind = config.get("prediction_type", "flow_prediction")
         if kind != "flow_prediction":
             raise InputError(f"the scheduler's prediction_type must be flow_prediction, got {kind!r}")
-        # the published scheduler is a DPM solver, which has the shift of the model's training under another name
-        self.noise_scheduler = FlowMatchEulerDiscreteScheduler(
-            config.num_train_timesteps, shift=config.get("flow_shift", config.get("shift", 1.0))
-        )
-        self.instruction: list[str] = call_default(pipeline, "complex_human_instruction")
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift)
 
     @property
     def own_resolution(self) -> int:
