@@ -1,7 +1,7 @@
 """Latents encoded once before training, so that no step needs the VAE. It is then released as far as it can be.
 
 What is kept of a picture are moments, mean and deviation: a step draws its latents from them, as it does without the
-cache. Pictures are encoded one at a time with and without it, so that both give the same bits whatever the batches are.
+cache. Pictures are encoded one at a time with it and without, so that both give the same bits whatever a batch is.
 """
 
 from __future__ import annotations
