@@ -15,15 +15,16 @@ from sources import Picture, file_pictures, find_images
 from tqdm import tqdm
 
 
-def check_class_folder(settings: DreamBoothSettings) -> None:
-    """Raises InputError if `class_data_dir` holds files that are no pictures, or lacks some and cannot be written."""
+def check_class_folder(settings: DreamBoothSettings) -> list[Picture]:
+    """The pictures in `class_data_dir`; raises InputError if files are none, or some lack and it cannot be written."""
     folder = Path(str(settings.class_data_dir))
     if not folder.exists():
         make_writable(folder, "class_data_dir")
     found = find_images(folder, "class_data_dir", empty_allowed=True)
-    file_pictures(dict.fromkeys(found, ""), "class_data_dir")
+    pictures = file_pictures(dict.fromkeys(found, settings.class_prompt or ""), "class_data_dir")
     if len(found) < settings.num_class_images:
         make_writable(folder, "class_data_dir")
+    return pictures
 
 
 def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Picture]:

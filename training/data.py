@@ -32,19 +32,18 @@ def upright_rgb(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
-def cover(image: Image.Image, size: Size) -> Image.Image:
-    """Scaled to cover `size`, so that one side fits and the other is as long or longer."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    fitted = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    return image.resize(fitted, Image.Resampling.LANCZOS)
+def cover(height: int, width: int, size: Size) -> Size:
+    """The least size of a picture that covers `size` unstretched, so that one side fits."""
+    scale = max(size[0] / height, size[1] / width)
+    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
 
 
 @lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
 def load_image(picture: Picture, size: Size, background: str) -> Image.Image:
     """The picture, covering `size`."""
     with picture.read() as image:
-        return cover(upright_rgb(image, background), size)
+        upright = upright_rgb(image, background)
+    return upright.resize(cover(upright.height, upright.width, size)[::-1], Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,25 @@ class Cut:
         nothing_is_cut = picture.height * size[1] == picture.width * size[0]
         return cls(picture, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
 
+    @property
+    def covering(self) -> Size:
+        """Height and width that the picture is scaled to."""
+        return cover(self.picture.height, self.picture.width, self.size)
 
-def cut_out(image: Image.Image, cut: Cut) -> tuple[Tensor, tuple[int, int]]:
-    """(3, height, width) in [-1, 1] of a picture that covers the cut's size, and top and left as they are shown."""
-    (height, width), rest = cut.size, (image.height - cut.size[0], image.width - cut.size[1])
-    top, left = (int(cut.where * (length + 1)) for length in rest)
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Top and left in the scaled picture, which is mirrored already if it is to be."""
+        rest = [whole - part for whole, part in zip(self.covering, self.size)]
+        top, left = (int(self.where * (length + 1)) for length in rest)
+        return top, rest[1] - left if self.mirrored else left
+
+
+def cut_out(image: Image.Image, cut: Cut) -> Tensor:
+    """(3, height, width) in [-1, 1] of a scaled picture."""
+    (top, left), (height, width) = cut.corner, cut.size
+    image = ImageOps.mirror(image) if cut.mirrored else image
     box = image.crop((left, top, left + width, top + height))
-    if cut.mirrored:
-        box, left = ImageOps.mirror(box), rest[1] - left
-    return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0, (top, left)
+    return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def seed_of(*parts: object) -> int:
@@ -96,7 +105,8 @@ class Example:
         kind: `"instance"` or `"class"`.
         name: of the picture, for messages.
         prompt: the prompt that it is trained with.
-        pixels: (3, height, width) in [-1, 1].
+        pixels: (3, height, width) in [-1, 1]; `None` if the moments are there.
+        moments: (2, ...), mean and deviation of its latents, if they have been encoded before.
         sizes: height and width of the file, top and left of the cut, height and width of it.
         seed: of the noise that is added to it.
     """
@@ -104,7 +114,8 @@ class Example:
     kind: str
     name: str
     prompt: str
-    pixels: Tensor
+    pixels: Tensor | None
+    moments: Tensor | None
     sizes: tuple[int, ...]
     seed: int
 
@@ -128,6 +139,9 @@ class DreamBoothDataset(Dataset[list[Example]]):
         first: the first draw, in a run that is continued.
         buckets: sizes, of which each picture of the subject has the one that is most like it.
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
+
+    Attributes:
+        moments: of cuts that have been encoded before; their pictures are not read.
     """
 
     def __init__(
@@ -156,6 +170,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         }
         self.class_images = tuple(class_images)
         self.kinds = ("instance", "class") if class_images else ("instance",)
+        self.moments: dict[Cut, Tensor] = {}
 
     def __len__(self) -> int:
         return self.draws
@@ -176,28 +191,39 @@ class DreamBoothDataset(Dataset[list[Example]]):
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
         return Cut.draw(picture, size, self.center_crop, self.random_flip, generator)
 
+    def cuts(self) -> list[Cut]:
+        """All that will be shown, each once."""
+        draws = range(self.first, self.first + self.draws)
+        return list(dict.fromkeys(self.cut(kind, draw) for draw in draws for kind in self.kinds))
+
+    def pixels(self, cut: Cut) -> Tensor:
+        """(3, height, width) in [-1, 1]."""
+        return cut_out(load_image(cut.picture, cut.size, self.background_color), cut)
+
     def _example(self, kind: str, draw: int) -> Example:
         cut = self.cut(kind, draw)
-        picture = cut.picture
-        pixels, (top, left) = cut_out(load_image(picture, cut.size, self.background_color), cut)
+        moments = self.moments.get(cut)
         return Example(
             kind=kind,
-            name=picture.name,
-            prompt=picture.prompt,
-            pixels=pixels,
-            sizes=(picture.height, picture.width, top, left, *cut.size),
+            name=cut.picture.name,
+            prompt=cut.picture.prompt,
+            pixels=self.pixels(cut) if moments is None else None,
+            moments=moments,
+            sizes=(cut.picture.height, cut.picture.width, *cut.corner, *cut.size),
             seed=seed_of(self.seed, kind, "noise", draw),
         )
 
 
 def collate(draws: list[list[Example]]) -> dict[str, Any]:
-    """A batch, the subject's pictures first, then as many of the class."""
+    """A batch, the subject's pictures first, then as many of the class; with moments if all have them, or pixels."""
     examples = [example for kind in zip(*draws) for example in kind]
+    content = "pixels" if examples[0].moments is None else "moments"
     return {
         "kinds": [example.kind for example in examples],
         "names": [example.name for example in examples],
         "prompts": [example.prompt for example in examples],
-        "pixels": torch.stack([example.pixels for example in examples]),  # (B, 3, height, width)
+        # (B, 3, height, width) or (B, 2, ...)
+        content: torch.stack([getattr(example, content) for example in examples]),
         "sizes": torch.tensor([example.sizes for example in examples]),  # (B, 6)
         "seeds": torch.tensor([example.seed for example in examples]),  # (B,)
     }

@@ -12,6 +12,7 @@ from buckets import parse_buckets
 from data import DreamBoothDataset, collate, seed_of
 from diffusers.optimization import get_scheduler
 from families import Family
+from latents import encode_cuts, moments_of, release_vae
 from losses import dreambooth_loss
 from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
@@ -84,6 +85,9 @@ def train(
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step = DenoisingStep(family, family.trained_text_encoders)
     batches = make_batches(settings, accelerator, pictures)
+    if settings.cache_latents:
+        batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
+        release_vae(family, keep_decoder=bool(settings.validation_prompt))
     step, trainee.optimizer, batches = accelerator.prepare(step, trainee.optimizer, batches)
     step.train()
 
@@ -94,7 +98,7 @@ def train(
         # of the coefficients' dropout, another in each process; from the place in the run, so that it can be continued
         torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
         with accelerator.accumulate(step):
-            moments = family.encode_images(batch["pixels"])
+            moments = moments_of(family, batch)
             errors = step(moments, batch["prompts"], batch["sizes"], batch["seeds"])
             loss = dreambooth_loss(errors, batch["kinds"], settings.prior_loss_weight)
             check_finite(loss, len(losses) + 1, settings)

@@ -41,10 +41,13 @@ def save_lora(family: Family, folder: Path) -> Path:
     arguments = {}
     for part in (family.denoiser_name, *family.text_encoder_names):
         model = getattr(family.pipeline, part, None)
-        if model is not None and hasattr(model, "peft_config"):
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-            arguments[f"{part}_lora_layers"] = layers
-            arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        if model is None or not hasattr(model, "peft_config"):
+            continue
+        layers = get_peft_model_state_dict(model)
+        if family.denoiser_name == "unet":  # pipelines with a transformer read the names that peft gives
+            layers = convert_state_dict_to_diffusers(layers)
+        arguments[f"{part}_lora_layers"] = layers
+        arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     path = folder / LORA_WEIGHT_NAME_SAFE
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
         family.pipeline.save_lora_weights(temporary, **arguments)

@@ -82,6 +82,10 @@ class DreamBoothSettings:
     random_flip: bool = flag("Mirror every other picture, at random.", False)
     background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
 
+    cache_latents: bool = flag(
+        "Encode every picture once before training, and free the VAE. Not for crops at random.", False
+    )
+
     coeff: bool = flag("Train attention coefficients. Without them LoRA is trained alone.", True)
     coeff_kinds: tuple[str, ...] = flag(
         "Kinds of attention that get coefficients.", ("self", "cross", "joint"), ("self", "cross", "joint")

@@ -29,6 +29,7 @@ from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
 from hub_data import dataset_pictures
+from latents import check_cacheable
 from loop import Pictures, Trainee, train
 from lora import add_lora, save_lora
 from memory import peak_memory_text, release_text_encoders
@@ -91,8 +92,9 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_optimizer(settings)
     check_output_folder(settings)
     pictures = Pictures(read_pictures(settings))
+    check_cacheable(pictures.instance, settings)
     if settings.with_prior_preservation:
-        check_class_folder(settings)
+        check_cacheable(check_class_folder(settings), settings)
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)

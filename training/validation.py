@@ -1,6 +1,7 @@
 """Pictures from the model as it stands, which leave training exactly as it was.
 
-The pipeline runs the live denoiser where it is and in the precision it trains in: it is neither moved nor cast.
+The pipeline runs the live denoiser where it is and in the precision it trains in: it is neither moved nor cast. The
+VAE, which may wait in the CPU's memory meanwhile, comes and goes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from families import Family
+from latents import vae_on
 from PIL import Image
 from settings import DreamBoothSettings
 
@@ -25,7 +27,11 @@ def validation_images(
     for model, _ in modes:
         model.eval()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            accelerator.autocast(),
+            vae_on(family, device),
+        ):
             return [[image for call in row for image in call()] for row in validation_calls(family, settings)]
     finally:
         for model, was_training in modes:
