@@ -21,13 +21,15 @@ __all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
 OPTIMIZERS = ("adamw", "prodigy")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
 DEFAULT_STEPS = 500
 EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
 
-def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None, secret: bool = False) -> Any:
+    """A setting. What is secret is shown and saved nowhere."""
+    return field(default=default, repr=not secret, metadata={"help": help, "choices": choices, "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,19 @@ class DreamBoothSettings:
         "Guidance scale of validation pictures; the pipeline's own default if not given.", None
     )
     report_to: str = flag(
-        "Where losses, learning rates and validation pictures are logged.", "tensorboard", ("tensorboard", "none")
+        "Where losses, learning rates and validation pictures are logged; 'all' is every tracker that is installed.",
+        "tensorboard",
+        (*TRACKERS, "all", "none"),
     )
     logging_dir: str = flag("Folder of the log, in the output folder unless absolute.", "logs")
+
+    push_to_hub: bool = flag("Upload what the run wrote to the Hugging Face Hub.", False)
+    hub_model_id: str | None = flag(
+        "Repository to push to, such as 'me/my-dog'; named as the output folder if not given.", None
+    )
+    hub_token: str | None = flag(
+        "Token to push with; that of `hf auth login` if not given, which is safer.", None, secret=True
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -187,13 +199,19 @@ class DreamBoothSettings:
             *_choice_problems(self),
             *_combination_problems(self),
             *_optimizer_problems(self),
+            *_hub_problems(self),
         ]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
     def to_yaml(self) -> str:
         """The file that `--config` reads."""
-        return write_config(asdict(self))
+        return write_config(self.public())
+
+    def public(self) -> dict[str, Any]:
+        """All settings but those that are secret."""
+        secret = {setting.name for setting in fields(self) if setting.metadata["secret"]}
+        return {name: value for name, value in asdict(self).items() if name not in secret}
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
@@ -360,6 +378,17 @@ def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
             "--use_8bit_adam would save nothing: bitsandbytes keeps 32 bits for layers of less than 4,096 numbers, as "
             "coefficients are; it is for a LoRA (--lora_rank)"
         )
+    return problems
+
+
+def _hub_problems(settings: DreamBoothSettings) -> list[str]:
+    problems = [
+        f"--{name} needs --push_to_hub"
+        for name in ("hub_model_id", "hub_token")
+        if getattr(settings, name) is not None and not settings.push_to_hub
+    ]
+    if settings.report_to in ("wandb", "all") and settings.hub_token:
+        problems.append("--hub_token would be in wandb's log of the command line: use `hf auth login` instead")
     return problems
 
 
