@@ -50,6 +50,7 @@ class Family(ABC):
         self.pipeline, self.settings = pipeline, settings
         self._check_sequence_length()
         self._remembered: dict[str, Conditions] = {}
+        self.trained_text_encoders: list[nn.Module] = []
 
     @property
     def denoiser(self) -> nn.Module:
