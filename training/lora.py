@@ -39,7 +39,9 @@ def save_lora(family: Family, folder: Path) -> Path:
     from peft.utils import get_peft_model_state_dict
 
     model, part = family.denoiser, family.denoiser_name
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    layers = get_peft_model_state_dict(model)
+    if part == "unet":  # of transformers, pipelines read the names that peft gives
+        layers = convert_state_dict_to_diffusers(layers)
     path = folder / LORA_WEIGHT_NAME_SAFE
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
         family.pipeline.save_lora_weights(

@@ -7,6 +7,7 @@ denoiser is asked, and what it should answer. Two intermediate classes hold the 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from diffusers.training_utils import (
 from losses import squared_errors
 from settings import DreamBoothSettings, InputError
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 Conditions = dict[str, Tensor]
 
@@ -39,7 +41,7 @@ class Family(ABC):
     supported: ClassVar[tuple[str, ...]]  # names of pipeline classes
     denoiser_name: ClassVar[str] = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     load_arguments: ClassVar[dict[str, Any]] = {}  # of from_pretrained, beside the usual ones
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
@@ -83,6 +85,15 @@ class Family(ABC):
         Computes gradients where they are enabled.
         """
 
+    @property
+    def max_sequence_length(self) -> int:
+        """How many tokens of a prompt the pipeline's encode_prompt is to take."""
+        return int(call_default(self.pipeline, "max_sequence_length"))
+
+    def tokenized_text(self, prompt: str) -> str:
+        """What the tokenizer is given for a prompt, with the template or the instruction of models that have one."""
+        return prompt
+
     def token_limits(self) -> dict[str, int]:
         """Tokenizer's component name -> how many tokens its encoder takes, start and end included."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
@@ -93,7 +104,10 @@ class Family(ABC):
         limits = self.token_limits()
         name = max(limits, key=lambda name: limits[name])
         tokenizer = getattr(self.pipeline, name)
-        counts = {prompt: len(tokenizer(prompt, truncation=False, verbose=False).input_ids) for prompt in prompts}
+        texts = {prompt: self.tokenized_text(prompt) for prompt in prompts}
+        counts = {
+            prompt: len(tokenizer(text, truncation=False, verbose=False).input_ids) for prompt, text in texts.items()
+        }
         problems = [f"{prompt!r} has {count} tokens" for prompt, count in counts.items() if count > limits[name]]
         if problems:
             raise InputError(
@@ -232,7 +246,7 @@ class FlowFamily(Family):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        self.noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        self.noise_scheduler = self.training_scheduler()
         if settings.snr_gamma is not None:
             raise InputError("--snr_gamma: this model is trained by flow matching; see --weighting_scheme")
 
@@ -254,6 +268,13 @@ class FlowFamily(Family):
         weights = compute_loss_weighting_for_sd3(self.settings.weighting_scheme, sigmas)
         return squared_errors(prediction, noise - latents, weights)
 
+    def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """At every timestep, shifted towards noise as the model was trained."""
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            self.pipeline.scheduler.config
+        )
+        return scheduler
+
     def _places(self, generators: list[torch.Generator]) -> Tensor:
         """Where in the scheduler's list of timesteps each picture is, (B,)."""
         s, count = self.settings, self.noise_scheduler.config.num_train_timesteps
@@ -270,3 +291,35 @@ def randn(like: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Normal noise of the shape, dtype and device of `like`, sample b from generator b."""
     samples = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
     return torch.stack(samples).to(like.device, like.dtype)
+
+
+def pad_prompts(conditions: list[Conditions]) -> Conditions:
+    """Makes one of prompts that differ in length.
+
+    Args:
+        conditions: `prompt_embeds` (tokens, width) of each.
+
+    Returns:
+        `prompt_embeds` (B, tokens of the longest, width), zeros after a prompt's end, and `mask` (B, tokens of the
+        longest), true up to there.
+    """
+    embeddings = [each["prompt_embeds"] for each in conditions]
+    masks = [torch.ones(len(embedding), dtype=torch.bool, device=embedding.device) for embedding in embeddings]
+    return {
+        "prompt_embeds": pad_sequence(embeddings, batch_first=True),
+        "mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def check_channels(taken: int, given: int) -> None:
+    """Raises InputError if a denoiser takes other channels than latents have, as those of edited pictures do."""
+    if taken != given:
+        raise InputError(
+            f"the transformer takes {taken} channels and the latents have {given}: models that edit pictures and "
+            "others with more conditions than a prompt cannot be trained"
+        )
+
+
+def call_default(pipeline: Any, argument: str) -> Any:
+    """What the pipeline's call takes for an argument that it is not given."""
+    return inspect.signature(type(pipeline).__call__).parameters[argument].default
