@@ -226,7 +226,9 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
         for component, part in components(model).items()
         if component in saved
     }
-    config = next(p.configs[adapter_name] for p in coeff_processors(model) if adapter_name in p.configs)
+    parts = sorted(components(model).values(), key=is_text_encoder)  # the denoiser's config, where there are several
+    processors = (processor for part in parts for processor in coeff_processors(part))
+    config = next(p.configs[adapter_name] for p in processors if adapter_name in p.configs)
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from coeff_diffusers import (
+    CoeffConfig,
     add_coeff_adapter,
     check_coeff_adapters,
     coeff_disabled,
@@ -32,6 +33,7 @@ from coeff_diffusers import (
     delete_coeff_adapters,
     list_coeff_adapters,
     load_coeff_weights,
+    read_coeff_metadata,
     save_coeff_weights,
     set_coeff_adapters,
     unload_coeff_weights,
@@ -194,6 +196,22 @@ def test_all_components_go_into_one_file(pipe, tmp_path) -> None:
 
 def build_and_run_clip() -> torch.Tensor:
     return run(build(CLIPTextModel, CLIP))
+
+
+def test_a_file_for_several_components_has_the_denoisers_config(pipe, tmp_path) -> None:
+    pipe = StableDiffusionOrder(pipe.text_encoder, pipe.unet)
+    add_coeff_adapter(pipe.text_encoder, CoeffConfig(include="layers.0.*"))
+    add_coeff_adapter(pipe.unet, CoeffConfig(kinds=("cross",)))
+    config = read_coeff_metadata(save_coeff_weights(pipe, tmp_path))["coeff_diffusers"]["config"]
+    assert (config["include"], config["kinds"]) == (None, ["cross"])
+
+
+class StableDiffusionOrder(DiffusionPipeline):
+    """The text encoder first, as in most pipelines."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.register_modules(text_encoder=text_encoder, unet=unet)
 
 
 def test_a_text_encoder_alone(pipe) -> None:

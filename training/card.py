@@ -12,7 +12,12 @@ from settings import DreamBoothSettings
 
 from coeff_diffusers.checkpoint import public_name
 
-NAMES = {"coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)", "lora": "numbers of a LoRA"}
+NAMES = {
+    "coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)",
+    "lora": "numbers of a LoRA",
+    "text_encoder_coefficients": "attention coefficients of the text encoders",
+    "text_encoder_lora": "numbers of a LoRA on the text encoders",
+}
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 
 
@@ -32,8 +37,8 @@ def write_card(
         folder: the output folder.
         settings: of the run.
         pipeline_class: of the base model.
-        counts: `"coefficients"` or `"lora"` or both -> how many numbers were trained.
-        weights: the same -> the file.
+        counts: `"coefficients"`, `"lora"`, ... -> how many numbers were trained.
+        weights: `"coefficients"` or `"lora"` or both -> the file.
         images: the last validation's grid, and its single pictures row by row; empty if there was none.
     """
     base = public_name(settings.pretrained_model_name_or_path)
@@ -52,7 +57,7 @@ def write_card(
     ]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in counts)]
+    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in weights)]
     return write_text(str(populate_model_card(card, tags)), folder / "README.md")
 
 

@@ -46,7 +46,7 @@ class Trainee:
     """What trains, and how.
 
     Args:
-        parameters: `"coefficients"`, `"lora"` -> parameters, where they train.
+        parameters: `"coefficients"`, `"lora"`, and these with `"text_encoder_"` before them, where they train.
         optimizer: with a parameter group for each of them, in this order.
         lr_scheduler: of the same groups. Not prepared by accelerate, so that it counts optimizer steps whatever the
             number of processes.
@@ -81,7 +81,9 @@ def train(
     """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step."""
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
-    step = DenoisingStep(family, [])
+        for encoder in family.trained_text_encoders:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step = DenoisingStep(family, family.trained_text_encoders)
     batches = make_batches(settings, accelerator, pictures)
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)

@@ -38,18 +38,18 @@ def save_lora(family: Family, folder: Path) -> Path:
     """Writes `folder / pytorch_lora_weights.safetensors`, whole or not at all, with rank and alpha in its header."""
     from peft.utils import get_peft_model_state_dict
 
-    model, part = family.denoiser, family.denoiser_name
-    layers = get_peft_model_state_dict(model)
-    if part == "unet":  # of transformers, pipelines read the names that peft gives
-        layers = convert_state_dict_to_diffusers(layers)
+    arguments = {}
+    for part in (family.denoiser_name, *family.text_encoder_names):
+        model = getattr(family.pipeline, part, None)
+        if model is None or not hasattr(model, "peft_config"):
+            continue
+        layers = get_peft_model_state_dict(model)
+        if family.denoiser_name == "unet":  # pipelines with a transformer read the names that peft gives
+            layers = convert_state_dict_to_diffusers(layers)
+        arguments[f"{part}_lora_layers"] = layers
+        arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     path = folder / LORA_WEIGHT_NAME_SAFE
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
-        family.pipeline.save_lora_weights(
-            temporary,
-            **{
-                f"{part}_lora_layers": layers,
-                f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
-            },
-        )
+        family.pipeline.save_lora_weights(temporary, **arguments)
         os.replace(Path(temporary) / LORA_WEIGHT_NAME_SAFE, path)
     return path

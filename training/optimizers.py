@@ -20,9 +20,12 @@ def check_optimizer(settings: DreamBoothSettings) -> None:
 
 def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> torch.optim.Optimizer:
     """A parameter group for each kind of parameters, in their order."""
+    s = settings
     rates = {
-        "coefficients": {"lr": settings.learning_rate, "weight_decay": settings.adam_weight_decay},
-        "lora": {"lr": settings.lora_learning_rate, "weight_decay": settings.lora_weight_decay},
+        "coefficients": {"lr": s.learning_rate, "weight_decay": s.adam_weight_decay},
+        "lora": {"lr": s.lora_learning_rate, "weight_decay": s.lora_weight_decay},
+        "text_encoder_coefficients": {"lr": s.text_encoder_lr, "weight_decay": s.adam_weight_decay},
+        "text_encoder_lora": {"lr": s.text_encoder_lora_lr, "weight_decay": s.adam_weight_decay_text_encoder},
     }
     groups = [{"params": group, **rates[what]} for what, group in parameters.items()]
     shared: dict[str, Any] = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}

@@ -21,6 +21,7 @@ __all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
 OPTIMIZERS = ("adamw", "prodigy")
+RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
 DEFAULT_STEPS = 500
 EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
@@ -93,6 +94,11 @@ class DreamBoothSettings:
     coeff_exclude: tuple[str, ...] | None = flag("Patterns of attention layers to leave out.", None)
     coeff_dropout: float = flag("Probability with which a coefficient is dropped at a training step.", 0.0)
     lora_rank: int = flag("Rank of the LoRA trained beside the coefficients; 0 trains none.", 0)
+    train_text_encoder: bool = flag(
+        "Train coefficients (and the LoRA) on the text encoders as well: on CLIP's where there are any. Prompts are "
+        "then encoded in every step.",
+        False,
+    )
     lora_alpha: float | None = flag("LoRA is scaled by alpha / rank; the rank itself if not given.", None)
 
     train_batch_size: int = flag("Subject pictures a step and process.", 4)
@@ -128,6 +134,12 @@ class DreamBoothSettings:
     lora_learning_rate: float | None = flag(
         "Learning rate of the LoRA; 0.0001 if not given, and learning_rate for Prodigy.", None
     )
+    text_encoder_lr: float | None = flag(
+        "Learning rate of the text encoders' coefficients; 0.001 if not given, and learning_rate for Prodigy.", None
+    )
+    text_encoder_lora_lr: float | None = flag(
+        "Learning rate of the text encoders' LoRA; 0.000005 if not given, and learning_rate for Prodigy.", None
+    )
     scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
     lr_scheduler: str = flag("How the learning rates change over the run.", "constant", LR_SCHEDULERS)
     lr_warmup_steps: int = flag("Optimizer steps in which the learning rates rise from 0.", 0)
@@ -137,6 +149,7 @@ class DreamBoothSettings:
     adam_beta2: float = flag("AdamW's decay of the gradient's square.", 0.999)
     adam_weight_decay: float = flag("AdamW's weight decay of the coefficients.", 0.0)
     lora_weight_decay: float = flag("AdamW's weight decay of the LoRA.", 1e-2)
+    adam_weight_decay_text_encoder: float = flag("AdamW's weight decay of the text encoders' LoRA.", 1e-3)
     adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
     max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
     snr_gamma: float | None = flag(
@@ -250,11 +263,12 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         "0 or more": (
             lambda value: value >= 0,
             "seed lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
-            "lora_weight_decay validation_guidance_scale",
+            "lora_weight_decay adam_weight_decay_text_encoder validation_guidance_scale",
         ),
         "above 0": (
             lambda value: 0 < value < float("inf"),
-            "lora_alpha learning_rate lora_learning_rate lr_power adam_epsilon max_grad_norm snr_gamma logit_std",
+            "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
+            "max_grad_norm snr_gamma logit_std",
         ),
         "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3"),
     }
@@ -296,6 +310,10 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--instance_prompt must not be empty")
     if not settings.coeff and not settings.lora_rank:
         problems.append("--no_coeff leaves nothing to train: give a --lora_rank of 1 or more")
+    if not settings.train_text_encoder:
+        defaults = _default_rates(settings)
+        names = ("text_encoder_lr", "text_encoder_lora_lr")
+        problems += [f"--{n} needs --train_text_encoder" for n in names if getattr(settings, n) != defaults[n]]
     if settings.lora_alpha is not None and not settings.lora_rank:
         problems.append("--lora_alpha needs a --lora_rank of 1 or more")
     if settings.max_train_steps is not None and settings.num_train_epochs is not None:
@@ -325,8 +343,8 @@ def _default_rates(settings: DreamBoothSettings) -> dict[str, float]:
     """Of settings whose default follows from others."""
     if settings.optimizer == "prodigy":
         rate = 1.0 if settings.learning_rate is None else settings.learning_rate
-        return {"learning_rate": rate, "lora_learning_rate": rate}
-    return {"learning_rate": 1e-2, "lora_learning_rate": 1e-4}
+        return dict.fromkeys(RATES, rate)
+    return dict(zip(RATES, (1e-2, 1e-4, 1e-3, 5e-6)))
 
 
 def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
@@ -355,9 +373,8 @@ def _prodigy_problems(settings: DreamBoothSettings) -> list[str]:
     rate = settings.learning_rate
     if 0 < rate < 0.1:
         problems.append(f"--learning_rate should be about 1 for --optimizer prodigy, which finds the rate, got {rate}")
-    if settings.lora_learning_rate != rate and settings.lora_rank:
-        problems.append("--lora_learning_rate must be the --learning_rate for --optimizer prodigy, or left out")
-    return problems
+    others = [f"--{name}" for name in RATES if getattr(settings, name) != rate]
+    return problems + [f"{name} must be the --learning_rate for --optimizer prodigy, or left out" for name in others]
 
 
 def _folder_problems(settings: DreamBoothSettings) -> list[str]:

@@ -35,8 +35,9 @@ from lora import add_lora, save_lora
 from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
-from settings import DEFAULT_STEPS, DreamBoothSettings, InputError, parse_settings
+from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
+from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from validation import validation_calls, validation_images
 
@@ -53,7 +54,8 @@ class TrainingResult:
 
     Args:
         settings: of the run, with what was left open filled in.
-        trained: how many numbers were trained, of `"coefficients"` and of `"lora"`, where they were.
+        trained: how many numbers were trained, of `"coefficients"`, `"lora"`, and these with `"text_encoder_"` before
+            them, where they were.
         losses: of each optimizer step, the mean over its batches.
         coeff_file: the coefficients; `None` with `--no_coeff`.
         lora_file: the LoRA; `None` without `--lora_rank`.
@@ -112,9 +114,10 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in pictures.instance]
         accelerator.print(buckets_text(chosen, buckets))
 
-    family.remember_prompts(pictures.prompts)
-    with accelerator.autocast():
-        release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+    if not settings.train_text_encoder:
+        family.remember_prompts(pictures.prompts)
+        with accelerator.autocast():
+            release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
 
     start_trackers(settings, accelerator)
     show = partial(validate, family, settings, accelerator)
@@ -176,14 +179,14 @@ def with_defaults_of_run(
     if settings.num_train_epochs is not None:
         steps = math.ceil(settings.num_train_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
+    rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
         settings,
         seed=seed[0],
         resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
-        learning_rate=settings.learning_rate * scale,
-        lora_learning_rate=settings.lora_learning_rate * scale,
+        **{name: getattr(settings, name) * scale for name in rates},
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
     )
@@ -205,6 +208,8 @@ def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
             select_layers(family.denoiser, coeff_config(settings))
         except ValueError as error:  # a pattern or a kind that no layer has
             raise InputError(f"--coeff_kinds, --coeff_include, --coeff_exclude: {error}") from error
+    if settings.train_text_encoder:
+        check_text_encoders(family, settings)
 
 
 def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
@@ -217,13 +222,15 @@ def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
 
 
 def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
-    """Puts on what is trained: `"coefficients"` and `"lora"` -> their parameters, where they are asked for."""
+    """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
         parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
     if settings.coeff:
-        add_coeff_adapter(family.pipeline, coeff_config(settings))
-        parameters = {"coefficients": coeff_parameters(family.pipeline)} | parameters
+        add_coeff_adapter(family.denoiser, coeff_config(settings))
+        parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
+    if settings.train_text_encoder:
+        parameters |= add_text_encoder_adapters(family, settings)
     return parameters
 
 

@@ -22,9 +22,10 @@ def validation_images(
     family: Family, settings: DreamBoothSettings, accelerator: Accelerator
 ) -> list[list[Image.Image]]:
     """A row of pictures a prompt. Picture i has the same first noise in every row and at every step of training."""
-    denoiser, device = family.denoiser, accelerator.device
-    was_training = denoiser.training
-    denoiser.eval()
+    device = accelerator.device
+    modes = [(model, model.training) for model in (family.denoiser, *family.trained_text_encoders)]
+    for model, _ in modes:
+        model.eval()
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -33,7 +34,8 @@ def validation_images(
         ):
             return [[image for call in row for image in call()] for row in validation_calls(family, settings)]
     finally:
-        denoiser.train(was_training)
+        for model, was_training in modes:
+            model.train(was_training)
 
 
 def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[Callable[[], list[Image.Image]]]]:

@@ -47,6 +47,7 @@ class Family(ABC):
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         self.pipeline, self.settings = pipeline, settings
         self._remembered: dict[str, Conditions] = {}
+        self.trained_text_encoders: list[nn.Module] = []
 
     @property
     def denoiser(self) -> nn.Module:
