@@ -91,17 +91,22 @@ def noted(module: Any, attribute: str) -> Iterator[list[SimpleNamespace]]:
 
 @torch.no_grad()
 def test_the_velocity_is_the_one_that_the_pipeline_takes(name: str, family: Family) -> None:
-    """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got."""
+    """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got.
+
+    Of a wide picture, so that height and width are told apart.
+    """
+    width = 2 * SIDE
     with noted(family.pipeline.scheduler, "step") as steps:
-        call(family.pipeline, **unguided(name))
+        call(family.pipeline, width=width, **unguided(name))
     conditions = family.conditions(PROMPTS)
-    shape = family.sample_latents(family.encode_images(torch.zeros(2, 3, SIDE, SIDE)), [torch.Generator()] * 2).shape
+    shape = family.sample_latents(family.encode_images(torch.zeros(2, 3, SIDE, width)), [torch.Generator()] * 2).shape
     # where each number of the family's latents stands in the pipeline's
     places = packed(name, torch.arange(shape.numel()).view(shape)).flatten().argsort()
+    sizes = torch.tensor([[SIDE, width, 0, 0, SIDE, width]] * 2)
     assert len(steps) == 2
     for velocity, timestep, noisy in (step.args for step in steps):
         mine = noisy.flatten()[places].view(shape)
-        prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, SIZES)
+        prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, sizes)
         torch.testing.assert_close(packed(name, prediction), velocity)
 
 
