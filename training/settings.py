@@ -103,6 +103,12 @@ class DreamBoothSettings:
     )
     lora_alpha: float | None = flag("LoRA is scaled by alpha / rank; the rank itself if not given.", None)
 
+    max_sequence_length: int | None = flag(
+        "Tokens of a prompt that the text encoder takes, of models with T5 or a language model; the pipeline's own "
+        "default if not given.",
+        None,
+    )
+
     train_batch_size: int = flag("Subject pictures a step and process.", 4)
     max_train_steps: int | None = flag(
         f"Optimizer steps; {DEFAULT_STEPS} if num_train_epochs is not given either.", None
@@ -154,6 +160,11 @@ class DreamBoothSettings:
     adam_weight_decay_text_encoder: float = flag("AdamW's weight decay of the text encoders' LoRA.", 1e-3)
     adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
     max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
+    offset_noise: bool = flag(
+        "Add one random number to the noise of each channel, for darker and lighter pictures; of models with a noise "
+        "schedule.",
+        False,
+    )
     snr_gamma: float | None = flag(
         "Weigh timesteps by min-SNR with this gamma (5 is usual); of models with a noise schedule.", None
     )
@@ -275,8 +286,8 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         "at least 1": (
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
-            "repeats gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps "
-            "validation_num_inference_steps",
+            "repeats max_sequence_length gradient_accumulation_steps lr_num_cycles num_validation_images "
+            "validation_steps validation_num_inference_steps",
         ),
         "0 or more": (
             lambda value: value >= 0,

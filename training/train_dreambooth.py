@@ -107,7 +107,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_buckets(family, settings)
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
-        pictures = replace(pictures, classes=complete_class_images(family.pipeline, settings, accelerator))
+        pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
