@@ -145,6 +145,7 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         background_color=settings.background_color,
+        caption_dropout=settings.caption_dropout,
         buckets=parse_buckets(settings.aspect_ratio_buckets),
         step_draws=step_draws,
     )

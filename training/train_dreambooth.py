@@ -30,16 +30,16 @@ from hub import check_hub, open_repository, push
 from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
-from lora import add_lora, save_lora
+from lora import add_lora, lora_targets, save_lora
 from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
-from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, log_pictures, start_trackers
-from validation import validation_calls, validation_images
+from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
@@ -101,7 +101,9 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
 
     accelerator = start_accelerator(settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    family.check_prompts(
+        [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
+    )
     check_adapters(family, settings)
     repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
@@ -118,15 +120,16 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
-        family.remember_prompts(pictures.prompts)
+        family.remember_prompts([*pictures.prompts, *([""] if settings.caption_dropout else [])])
+        to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
         with accelerator.autocast():
-            release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+            release_text_encoders(family, [call for row in validation_calls(family, to_come) for call in row])
 
     start_trackers(settings, accelerator)
-    show = partial(validate, family, settings, accelerator)
+    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
     losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
     weights = write_weights(family, settings) if accelerator.is_main_process else {}
-    images = show(len(losses))
+    images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -182,6 +185,9 @@ def with_defaults_of_run(
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
         steps = math.ceil(settings.num_train_epochs * pictures / a_step)
+    validation_steps = settings.validation_steps or DEFAULT_VALIDATION_STEPS
+    if settings.validation_epochs is not None:
+        validation_steps = math.ceil(settings.validation_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
     rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
@@ -190,6 +196,8 @@ def with_defaults_of_run(
         resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
+        validation_steps=validation_steps,
+        validation_epochs=None,
         **{name: getattr(settings, name) * scale for name in rates},
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
@@ -207,6 +215,7 @@ def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
     """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
+    lora_targets(family, settings)
     if settings.coeff:
         try:
             select_layers(family.denoiser, coeff_config(settings))
@@ -229,7 +238,7 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
-        parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
+        parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
         parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
@@ -319,7 +328,9 @@ def write_results(
     """Writes settings and model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
     settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
-    model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
+    model_card = write_card(
+        folder, of_final_pictures(settings), type(family.pipeline).__name__, numbers(parameters), weights, images
+    )
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
         print(f"  {file} ({size_text(file)})")
