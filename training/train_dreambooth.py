@@ -25,6 +25,7 @@ from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
+from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -37,6 +38,7 @@ from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
+from stopping import Stopped
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from validation import validation_calls, validation_images
@@ -88,6 +90,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_optimizer(settings)
     check_output_folder(settings)
@@ -98,6 +101,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
@@ -105,6 +110,12 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family.pipeline, settings, accelerator))
+
+    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
@@ -121,9 +132,13 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
 
     start_trackers(settings, accelerator)
     show = partial(validate, family, settings, accelerator)
-    losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
-    weights = write_weights(family, settings) if accelerator.is_main_process else {}
-    images = show(len(losses))
+    write = partial(write_weights, family, settings)
+    trainee = Trainee.of(parameters, settings)
+    checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
+    losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
+        images = show(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -281,9 +296,9 @@ def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelera
     return files
 
 
-def write_weights(family: Family, settings: DreamBoothSettings) -> dict[str, Path]:
-    """Writes what was trained: `"coefficients"` and `"lora"` -> the file."""
-    files, folder = {}, Path(settings.output_dir)
+def write_weights(family: Family, settings: DreamBoothSettings, folder: Path) -> dict[str, Path]:
+    """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
+    files = {}
     if settings.coeff:
         files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
     if settings.lora_rank:
@@ -322,9 +337,9 @@ def write_results(
     weights: dict[str, Path],
     images: list[Path],
 ) -> TrainingResult:
-    """Writes settings and model card, and says what the run wrote."""
+    """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
-    settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
+    settings_file = folder / "config.yaml"
     model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
@@ -346,3 +361,6 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
