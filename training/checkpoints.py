@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from errors import InputError
+from safetensors import SafetensorError
 from settings import DreamBoothSettings
 from sources import Picture
 
@@ -262,7 +263,7 @@ class Checkpoints:
             try:
                 self.last = save_checkpoint(self.folder, state, write_weights)
                 keep_newest(self.folder, self.settings.checkpoints_total_limit)
-            except (OSError, RuntimeError) as error:  # torch.save wraps some of the system's errors
+            except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
                 print(
                     f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()} The run goes on.",
                     file=sys.stderr,

@@ -200,7 +200,9 @@ class Nothing(loop.Trainee):
     def __init__(self) -> None:
         parameter = nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.AdamW([parameter])
-        super().__init__({"coefficients": [parameter]}, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, float))
+        super().__init__(
+            {"coefficients": [parameter]}, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        )
 
 
 # The files
