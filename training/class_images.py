@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from data import seed_of
+from families import Family
 from output import make_writable, write_image
 from settings import DreamBoothSettings
 from sources import Picture, file_pictures, find_images
@@ -27,7 +27,7 @@ def check_class_folder(settings: DreamBoothSettings) -> list[Picture]:
     return pictures
 
 
-def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Picture]:
+def complete_class_images(family: Family, settings: DreamBoothSettings, accelerator: Accelerator) -> list[Picture]:
     """Fills `class_data_dir` up to `num_class_images`, shared out over the processes, and returns that many."""
     folder = Path(str(settings.class_data_dir))
     found = find_images(folder, "class_data_dir", empty_allowed=True)
@@ -37,20 +37,19 @@ def complete_class_images(pipeline: Any, settings: DreamBoothSettings, accelerat
     accelerator.wait_for_everyone()  # the free numbers are the same for all, so nobody writes before all have them
     if numbers:
         with accelerator.split_between_processes(numbers) as share:
-            _generate(pipeline, settings, list(share), silent=not accelerator.is_main_process)
+            _generate(family, settings, list(share), silent=not accelerator.is_main_process)
     accelerator.wait_for_everyone()
     files = find_images(folder, "class_data_dir")[: settings.num_class_images]
     return file_pictures(dict.fromkeys(files, settings.class_prompt or ""), "class_data_dir")
 
 
-def _generate(pipeline: Any, settings: DreamBoothSettings, numbers: list[int], silent: bool) -> None:
+def _generate(family: Family, settings: DreamBoothSettings, numbers: list[int], silent: bool) -> None:
     size, side = settings.sample_batch_size, settings.resolution
     for start in tqdm(range(0, len(numbers), size), desc="class pictures", disable=silent):
         batch = numbers[start : start + size]
         generators = [torch.Generator().manual_seed(seed_of(settings.seed, "class picture", n)) for n in batch]
-        images = pipeline(
-            prompt=[settings.class_prompt] * len(batch), height=side, width=side, generator=generators
-        ).images
+        arguments = family.call_arguments([settings.class_prompt or ""] * len(batch))
+        images = family.pipeline(height=side, width=side, generator=generators, **arguments).images
         for n, image in zip(batch, images):
             write_image(image, _class_image_path(Path(str(settings.class_data_dir)), n))
 

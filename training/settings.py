@@ -21,13 +21,15 @@ __all__ = ["DreamBoothSettings", "InputError", "parse_settings"]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")  # of diffusers.training_utils
 OPTIMIZERS = ("adamw", "prodigy")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
 DEFAULT_STEPS = 500
 EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
 
 
-def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None, secret: bool = False) -> Any:
+    """A setting. What is secret is shown and saved nowhere."""
+    return field(default=default, repr=not secret, metadata={"help": help, "choices": choices, "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ class DreamBoothSettings:
     )
     lora_alpha: float | None = flag("LoRA is scaled by alpha / rank; the rank itself if not given.", None)
 
+    max_sequence_length: int | None = flag(
+        "Tokens of a prompt that the text encoder takes, of models with T5 or a language model; the pipeline's own "
+        "default if not given.",
+        None,
+    )
+
     train_batch_size: int = flag("Subject pictures a step and process.", 4)
     max_train_steps: int | None = flag(
         f"Optimizer steps; {DEFAULT_STEPS} if num_train_epochs is not given either.", None
@@ -152,6 +160,11 @@ class DreamBoothSettings:
     adam_weight_decay_text_encoder: float = flag("AdamW's weight decay of the text encoders' LoRA.", 1e-3)
     adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
     max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
+    offset_noise: bool = flag(
+        "Add one random number to the noise of each channel, for darker and lighter pictures; of models with a noise "
+        "schedule.",
+        False,
+    )
     snr_gamma: float | None = flag(
         "Weigh timesteps by min-SNR with this gamma (5 is usual); of models with a noise schedule.", None
     )
@@ -180,9 +193,19 @@ class DreamBoothSettings:
         "Guidance scale of validation pictures; the pipeline's own default if not given.", None
     )
     report_to: str = flag(
-        "Where losses, learning rates and validation pictures are logged.", "tensorboard", ("tensorboard", "none")
+        "Where losses, learning rates and validation pictures are logged; 'all' is every tracker that is installed.",
+        "tensorboard",
+        (*TRACKERS, "all", "none"),
     )
     logging_dir: str = flag("Folder of the log, in the output folder unless absolute.", "logs")
+
+    push_to_hub: bool = flag("Upload what the run wrote to the Hugging Face Hub.", False)
+    hub_model_id: str | None = flag(
+        "Repository to push to, such as 'me/my-dog'; named as the output folder if not given.", None
+    )
+    hub_token: str | None = flag(
+        "Token to push with; that of `hf auth login` if not given, which is safer.", None, secret=True
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -197,13 +220,19 @@ class DreamBoothSettings:
             *_choice_problems(self),
             *_combination_problems(self),
             *_optimizer_problems(self),
+            *_hub_problems(self),
         ]
         if problems:
             raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
     def to_yaml(self) -> str:
         """The file that `--config` reads."""
-        return write_config(asdict(self))
+        return write_config(self.public())
+
+    def public(self) -> dict[str, Any]:
+        """All settings but those that are secret."""
+        secret = {setting.name for setting in fields(self) if setting.metadata["secret"]}
+        return {name: value for name, value in asdict(self).items() if name not in secret}
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
@@ -267,9 +296,8 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         "at least 1": (
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
-            "repeats gradient_accumulation_steps lr_num_cycles num_validation_images validation_steps "
-            "checkpointing_steps checkpoints_total_limit "
-            "validation_num_inference_steps",
+            "repeats max_sequence_length gradient_accumulation_steps lr_num_cycles num_validation_images "
+            "validation_steps validation_num_inference_steps checkpointing_steps checkpoints_total_limit",
         ),
         "0 or more": (
             lambda value: value >= 0,
@@ -371,6 +399,17 @@ def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
             "--use_8bit_adam would save nothing: bitsandbytes keeps 32 bits for layers of less than 4,096 numbers, as "
             "coefficients are; it is for a LoRA (--lora_rank)"
         )
+    return problems
+
+
+def _hub_problems(settings: DreamBoothSettings) -> list[str]:
+    problems = [
+        f"--{name} needs --push_to_hub"
+        for name in ("hub_model_id", "hub_token")
+        if getattr(settings, name) is not None and not settings.push_to_hub
+    ]
+    if settings.report_to in ("wandb", "all") and settings.hub_token:
+        problems.append("--hub_token would be in wandb's log of the command line: use `hf auth login` instead")
     return problems
 
 

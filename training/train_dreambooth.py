@@ -13,15 +13,13 @@ import math
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import is_tensorboard_available
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
@@ -29,6 +27,7 @@ from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoi
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
+from hub import check_hub, open_repository, push
 from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
@@ -41,6 +40,7 @@ from sources import Picture, folder_pictures
 from stopping import Stopped
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
+from trackers import check_trackers, log_pictures, start_trackers
 from validation import validation_calls, validation_images
 
 import coeff_diffusers
@@ -93,6 +93,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_optimizer(settings)
+    check_trackers(settings)
+    check_hub(settings)
     check_output_folder(settings)
     pictures = Pictures(read_pictures(settings))
     check_cacheable(pictures.instance, settings)
@@ -106,10 +108,11 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
+    repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
-        pictures = replace(pictures, classes=complete_class_images(family.pipeline, settings, accelerator))
+        pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
 
     facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
     if resumed is not None:
@@ -143,7 +146,10 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    return write_results(family, parameters, settings, losses, weights, images)
+    result = write_results(family, parameters, settings, losses, weights, images)
+    if repository:
+        print(f"Pushed: {push(settings, repository)}")
+    return result
 
 
 def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
@@ -161,9 +167,7 @@ def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
 
 
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
-    """Raises InputError if tensorboard is missing, or the device has not the precision asked for."""
-    if settings.report_to == "tensorboard" and not is_tensorboard_available():
-        raise InputError("--report_to tensorboard needs tensorboard: pip install tensorboard; or --report_to none")
+    """Raises InputError if the device has not the precision asked for."""
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     output_dir = Path(settings.output_dir)
     try:
@@ -275,23 +279,13 @@ def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
     return {what: sum(p.numel() for p in group) for what, group in parameters.items()}
 
 
-def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> None:
-    plain = {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in asdict(settings).items()
-    }
-    accelerator.init_trackers("dreambooth", config=plain)
-
-
 def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
     """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
     files: list[Path] = []
     if settings.validation_prompt and accelerator.is_main_process:
         rows = validation_images(family, settings, accelerator)
         files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
-        for tracker in accelerator.trackers:
-            for prompt, row in zip(settings.validation_prompt, rows):
-                tracker.log_images({prompt: np.stack([np.asarray(image) for image in row])}, step, dataformats="NHWC")
+        log_pictures(accelerator.trackers, dict(zip(settings.validation_prompt, rows)), step)
     accelerator.wait_for_everyone()
     return files
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,19 +43,17 @@ def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[
     size = settings.sample_batch_size
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
     return [
-        [partial(_pictures, family.pipeline, prompt, batch, settings) for batch in batches]
+        [partial(_pictures, family, prompt, batch, settings) for batch in batches]
         for prompt in settings.validation_prompt
     ]
 
 
-def _pictures(pipeline: Any, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
-    scale = settings.validation_guidance_scale
-    images: list[Image.Image] = pipeline(
-        prompt=[prompt] * len(seeds),
+def _pictures(family: Family, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
+    images: list[Image.Image] = family.pipeline(
         height=settings.resolution,
         width=settings.resolution,
         num_inference_steps=settings.validation_num_inference_steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **({} if scale is None else {"guidance_scale": scale}),
+        **family.call_arguments([prompt] * len(seeds), settings.validation_guidance_scale),
     ).images
     return images

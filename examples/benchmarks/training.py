@@ -28,7 +28,11 @@ from report import highest_memory, machine, peak_memory, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-KINDS = {"coefficients": [], "LoRA, rank 4": ["--no_coeff", "--lora_rank", "4"]}
+KINDS = {
+    "coefficients": [],
+    "coefficients, latents cached": ["--cache_latents"],
+    "LoRA, rank 4": ["--no_coeff", "--lora_rank", "4"],
+}
 PRECISIONS = ("no", "bf16")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from data import Cut, DreamBoothDataset, collate, cover, cut_out, seed_of, uprig
 from picture_files import BLUE, RED, opened, saved
 from PIL import Image
 from sources import Picture
+from train_dreambooth import TrainingResult
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -192,3 +194,30 @@ def test_seeds_fit_a_generator_and_do_not_repeat() -> None:
     assert len(set(seeds)) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(1, 23) != seed_of(12, 3)
+
+
+# Runs
+
+
+def test_a_run_on_turned_and_transparent_files_is_the_run_on_pictures_as_they_are_seen(
+    train: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    stored, shown = tmp_path / "stored", tmp_path / "shown"
+    stored.mkdir()
+    shown.mkdir()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8))
+    noise.save(shown / "a.png")
+    turned = noise.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be turned back
+    turned.save(stored / "a.png", exif=turned.getexif())
+    transparent = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    transparent.paste(noise.crop((0, 0, 8, 16)).convert("RGBA"), (0, 0))
+    transparent.save(stored / "b.png")
+    ground = Image.new("RGB", (16, 16), BLUE)
+    ground.paste(transparent, mask=transparent.getchannel("A"))
+    ground.save(shown / "b.png")
+    results = [
+        train(instance_data_dir=folder, background_color="blue", output_dir=tmp_path / f"out-{folder.name}")
+        for folder in (stored, shown)
+    ]
+    assert results[0].losses == results[1].losses

@@ -79,6 +79,27 @@ def test_min_snr_is_finite_where_no_signal_is_left() -> None:
         assert torch.isfinite(family.min_snr_weights(torch.tensor([999]), 5.0)).all()
 
 
+def test_offset_noise_adds_one_number_a_channel() -> None:
+    seen = []
+
+    def note(noisy: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor]:
+        seen.append(noisy)
+        return (noisy,)
+
+    pixels = torch.zeros(100, 3, 16, 16)
+    for each in (stable_diffusion(), stable_diffusion(offset_noise=True)):
+        each.noise_scheduler.alphas_cumprod = torch.zeros(1000)  # so that nothing but the noise is seen
+        errors(each, note, pixels, ["a"] * 100, list(range(100)))
+    added = seen[1] - seen[0]
+    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added))
+    assert added[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.15)  # of 400 numbers, +- 3.5 %
+
+
+def test_the_length_of_prompts_is_not_a_choice_here(family: StableDiffusion) -> None:
+    with pytest.raises(InputError, match="--max_sequence_length: the text encoders of this model take one number"):
+        stable_diffusion(family.pipeline, max_sequence_length=64)
+
+
 def test_the_loss_of_a_picture_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
     prompts, seeds = ["a", "b", "c"], [3, 4, 5]

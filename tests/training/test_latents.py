@@ -113,12 +113,23 @@ def test_each_cached_latent_is_of_its_picture_with_its_prompt(
     assert mirrored == {True, False}
 
 
-def test_only_what_will_be_shown_is_encoded_and_each_once(family: StableDiffusion, tmp_path: Path) -> None:
+def test_only_what_will_be_shown_is_encoded_and_each_once(
+    family: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, original = [], family.encode_images
+    monkeypatch.setattr(family, "encode_images", lambda pixels: encoded.append(len(pixels)) or original(pixels))
     subject, classes = opened(noise(tmp_path / "subject", SIZES)), opened(noise(tmp_path / "class", [(16, 16)] * 30))
-    data = dataset(subject * 3, classes, random_flip=False, center_crop=True)
-    assert len(encode_cuts(family, data, silent=True)) == 4 + 30
-    data = DreamBoothDataset(2, subject, classes, resolution=16, seed=0, center_crop=True, first=5)
-    assert len(encode_cuts(family, data, silent=True)) == 2 + 2
+    encode_cuts(family, dataset(subject * 3, classes, random_flip=False, center_crop=True), silent=True)
+    assert encoded == [1] * (4 + 30)
+    rest = DreamBoothDataset(2, subject, classes, resolution=16, seed=0, center_crop=True, first=5)
+    assert set(encode_cuts(family, rest, silent=True)) == {
+        rest.cut(k, n) for k in ("instance", "class") for n in (5, 6)
+    }
+
+
+def test_square_pictures_are_cached_whole_without_a_centre_crop(family: StableDiffusion, tmp_path: Path) -> None:
+    data = dataset(opened(noise(tmp_path / "subject", [(16, 16), (20, 20)])), [])
+    assert len(encode_cuts(family, data, silent=True)) == 4  # mirrored, too
 
 
 def test_cached_latents_are_float32_in_the_cpus_memory_and_nothing_is_read_again(

@@ -33,10 +33,10 @@ SIZES = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 2)
 PROMPTS = ["a fox", "two grey cats"]
 
 
-def make_family(pipeline: Any) -> Family:
+def make_family(pipeline: Any, **changes: Any) -> Family:
     kind = next(family for family in FAMILIES if type(pipeline).__name__ in family.supported)
     given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "a"}
-    return kind(pipeline, DreamBoothSettings(**given))
+    return kind(pipeline, DreamBoothSettings(**given, **changes))
 
 
 @pytest.fixture(params=NAMES)
@@ -91,17 +91,22 @@ def noted(module: Any, attribute: str) -> Iterator[list[SimpleNamespace]]:
 
 @torch.no_grad()
 def test_the_velocity_is_the_one_that_the_pipeline_takes(name: str, family: Family) -> None:
-    """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got."""
+    """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got.
+
+    Of a wide picture, so that height and width are told apart.
+    """
+    width = 2 * SIDE
     with noted(family.pipeline.scheduler, "step") as steps:
-        call(family.pipeline, **unguided(name))
+        call(family.pipeline, width=width, **unguided(name))
     conditions = family.conditions(PROMPTS)
-    shape = family.sample_latents(family.encode_images(torch.zeros(2, 3, SIDE, SIDE)), [torch.Generator()] * 2).shape
+    shape = family.sample_latents(family.encode_images(torch.zeros(2, 3, SIDE, width)), [torch.Generator()] * 2).shape
     # where each number of the family's latents stands in the pipeline's
     places = packed(name, torch.arange(shape.numel()).view(shape)).flatten().argsort()
+    sizes = torch.tensor([[SIDE, width, 0, 0, SIDE, width]] * 2)
     assert len(steps) == 2
     for velocity, timestep, noisy in (step.args for step in steps):
         mine = noisy.flatten()[places].view(shape)
-        prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, SIZES)
+        prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, sizes)
         torch.testing.assert_close(packed(name, prediction), velocity)
 
 
@@ -203,6 +208,33 @@ def test_prompts_that_lose_their_end_are_refused_and_others_are_not(name: str, f
         assert seen[1].shape == whole[0].shape
 
 
+def test_the_length_of_prompts_can_be_chosen(name: str) -> None:
+    pipeline: Any = tiny_pipeline(name)
+    default, chosen = make_family(pipeline), make_family(pipeline, max_sequence_length=240)
+    assert chosen.max_sequence_length == 240
+    assert chosen.call_arguments(PROMPTS)["max_sequence_length"] == 240
+    limits = [family.token_limits()["tokenizer"] - family.max_sequence_length for family in (default, chosen)]
+    assert limits[0] == limits[1]
+    long = "a" * (240 + limits[1])  # with its template, more than that
+    for family in (default, chosen):
+        with torch.no_grad():
+            conditions = family.encode_prompts([long])[0]
+        tokens = int(conditions["mask"].sum()) if "mask" in conditions else len(conditions["prompt_embeds"])
+        assert (tokens == 240) == (family is chosen)
+
+
+@pytest.mark.parametrize(("name", "most"), [("QwenImagePipeline", 1024), ("Lumina2Pipeline", 512)])
+def test_more_tokens_than_the_pipeline_takes_are_refused(name: str, most: int) -> None:
+    pipeline: Any = tiny_pipeline(name)
+    make_family(pipeline, max_sequence_length=most)
+    with pytest.raises(
+        InputError, match=f"--max_sequence_length must be {most} at most on this model, got {most + 1}"
+    ):
+        make_family(pipeline, max_sequence_length=most + 1)
+    with pytest.raises(ValueError, match=str(most)):
+        call(pipeline, max_sequence_length=most + 1)
+
+
 def test_encoding_leaves_the_prompts_as_they_are(family: Family) -> None:
     prompts = list(PROMPTS)
     family.encode_prompts(prompts)
@@ -246,6 +278,12 @@ def test_a_transformer_distilled_to_take_the_guidance_scale_is_refused() -> None
         make_family(pipeline)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("snr_gamma", 5.0), ("offset_noise", True)])
+def test_settings_of_noise_schedules_are_refused(setting: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"--{setting}: this model is trained by flow matching"):
+        make_family(tiny_pipeline("ZImagePipeline"), **{setting: value})
+
+
 def test_a_scheduler_of_another_prediction_is_refused() -> None:
     pipeline: Any = tiny_pipeline("SanaPipeline")
     pipeline.scheduler.register_to_config(prediction_type="epsilon")
@@ -274,13 +312,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return saved
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"SanaPipeline"}))  # which makes and shrinks a large picture
 def test_a_fresh_pipeline_with_the_files_of_a_run_paints_what_the_trained_one_did(
     name: str, folders: Callable[[str], Path], train: Callable[..., TrainingResult], tmp_path: Path
 ) -> None:
+    length = 64 if name == "Flux2KleinPipeline" else None
     result = train(
         pretrained_model_name_or_path=folders(name),
         resolution=SIDE,
+        max_sequence_length=length,
         lora_rank=2,
         lora_learning_rate=1e-2,
         with_prior_preservation=True,
@@ -298,11 +337,18 @@ def test_a_fresh_pipeline_with_the_files_of_a_run_paints_what_the_trained_one_di
 
     fresh: Any = DiffusionPipeline.from_pretrained(folders(name))
     fresh.set_progress_bar_config(disable=True)
-    base = call(fresh, ["two grey cats"] * 2)
+    changes: dict[str, Any] = {} if length is None else {"max_sequence_length": length}
+    if name == "QwenImagePipeline":
+        changes["negative_prompt"] = " "  # which turns guidance on
+
+    def paint() -> Any:
+        return call(fresh, ["two grey cats"] * 2, **changes)
+
+    base = paint()
     fresh.load_lora_weights(result.lora_file.parent)
-    with_lora = call(fresh, ["two grey cats"] * 2)
+    with_lora = paint()
     load_coeff_weights(fresh, result.coeff_file.parent)
-    both = call(fresh, ["two grey cats"] * 2)
+    both = paint()
     assert np.abs(with_lora - base).max() > 1e-2
     assert np.abs(both - with_lora).max() > 1e-2
     for picture, path in zip(both, result.images[1:], strict=True):

@@ -438,14 +438,16 @@ def embedded(base: Path, prompts: list[str]) -> Tensor:
 def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Pixels and the embeddings that the denoiser gets with them, of each batch."""
     batches: list[Any] = []
+    pending: list[Tensor] = []  # pictures are encoded one at a time
     encode, predict = StableDiffusion.encode_images, StableDiffusion.predict
 
     def encode_images(family: Any, pixels: Tensor) -> Tensor:
-        batches.append([pixels])
+        pending.append(pixels)
         return encode(family, pixels)
 
     def seen_predict(family: Any, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Any, *rest: Any) -> Any:
-        batches[-1].append(conditions["prompt_embeds"])
+        batches.append((torch.cat(pending), conditions["prompt_embeds"]))
+        pending.clear()
         return predict(family, denoiser, noisy, timesteps, conditions, *rest)
 
     monkeypatch.setattr(StableDiffusion, "encode_images", encode_images)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 Conditions = dict[str, Tensor]
+OFFSET = 0.1  # of --offset_noise, as in diffusers' scripts, from crosslabs.org/blog/diffusion-with-offset-noise
 
 
 class Family(ABC):
@@ -43,9 +44,11 @@ class Family(ABC):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     load_arguments: ClassVar[dict[str, Any]] = {}  # of from_pretrained, beside the usual ones
+    longest_sequence: ClassVar[int | None] = None  # the largest max_sequence_length that the pipeline's call accepts
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         self.pipeline, self.settings = pipeline, settings
+        self._check_sequence_length()
         self._remembered: dict[str, Conditions] = {}
         self.trained_text_encoders: list[nn.Module] = []
 
@@ -86,10 +89,20 @@ class Family(ABC):
         Computes gradients where they are enabled.
         """
 
+    def _check_sequence_length(self) -> None:
+        length = self.settings.max_sequence_length
+        if length is not None and "max_sequence_length" not in call_parameters(self.pipeline):
+            raise InputError("--max_sequence_length: the text encoders of this model take one number of tokens only")
+        if length is not None and self.longest_sequence is not None and length > self.longest_sequence:
+            raise InputError(
+                f"--max_sequence_length must be {self.longest_sequence} at most on this model, got {length}"
+            )
+
     @property
     def max_sequence_length(self) -> int:
         """How many tokens of a prompt the pipeline's encode_prompt is to take."""
-        return int(call_default(self.pipeline, "max_sequence_length"))
+        default = call_parameters(self.pipeline)["max_sequence_length"].default
+        return int(self.settings.max_sequence_length or default)
 
     def tokenized_text(self, prompt: str) -> str:
         """What the tokenizer is given for a prompt, with the template or the instruction of models that have one."""
@@ -155,6 +168,20 @@ class Family(ABC):
         shift = getattr(config, "shift_factor", None) or 0.0
         return (latents - shift) * float(config.scaling_factor)
 
+    def call_arguments(self, prompts: list[str], guidance_scale: float | None = None) -> dict[str, Any]:
+        """Arguments of the pipeline's call, beside size, steps and generators, for pictures of the model as it trains.
+
+        Args:
+            prompts: one a picture.
+            guidance_scale: `None` is the pipeline's own.
+        """
+        arguments: dict[str, Any] = {"prompt": list(prompts)}  # a copy, for there are pipelines that write into it
+        if "use_resolution_binning" in call_parameters(self.pipeline):
+            arguments["use_resolution_binning"] = False  # which makes pictures of other sizes and scales them
+        if self.settings.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.settings.max_sequence_length
+        return arguments if guidance_scale is None else arguments | {"guidance_scale": guidance_scale}
+
     # Errors
 
     @abstractmethod
@@ -186,7 +213,7 @@ class Family(ABC):
 class DiffusionFamily(Family):
     """Denoising with a noise schedule.
 
-    t uniform over the schedule, noise ~ N(0, 1)
+    t uniform over the schedule, noise ~ N(0, 1); with --offset_noise, one more number a channel is added all over it
     noisy = sqrt(a_t) latents + sqrt(1 - a_t) noise
     error = || denoiser(noisy, t, prompt) - target ||^2      target by the model's prediction type
     """
@@ -212,6 +239,8 @@ class DiffusionFamily(Family):
     ) -> Tensor:
         scheduler, last = self.noise_scheduler, self.noise_scheduler.config.num_train_timesteps
         noise = randn(latents, generators)
+        if self.settings.offset_noise:
+            noise = noise + OFFSET * randn(latents[..., :1, :1], generators)
         timesteps = torch.cat([torch.randint(last, (1,), generator=g) for g in generators]).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = self.predict(denoiser, noisy, timesteps, conditions, sizes)
@@ -250,6 +279,8 @@ class FlowFamily(Family):
         self.noise_scheduler = self.training_scheduler()
         if settings.snr_gamma is not None:
             raise InputError("--snr_gamma: this model is trained by flow matching; see --weighting_scheme")
+        if settings.offset_noise:
+            raise InputError("--offset_noise: this model is trained by flow matching, from noise without an offset")
 
     def errors(
         self,
@@ -321,6 +352,6 @@ def check_channels(taken: int, given: int) -> None:
         )
 
 
-def call_default(pipeline: Any, argument: str) -> Any:
-    """What the pipeline's call takes for an argument that it is not given."""
-    return inspect.signature(type(pipeline).__call__).parameters[argument].default
+def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """Those of the pipeline's call, with their defaults."""
+    return inspect.signature(type(pipeline).__call__).parameters

@@ -15,6 +15,7 @@ class Lumina2(FlowFamily):
 
     supported = ("Lumina2Pipeline",)
     lora_targets = ("to_q", "to_k", "to_v")
+    longest_sequence = 512
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)

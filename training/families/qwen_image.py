@@ -15,6 +15,7 @@ class QwenImage(FlowFamily):
     """Latents (B, C, height, width) are those of the VAE, which is one of videos, without its dimension of frames."""
 
     supported = ("QwenImagePipeline",)
+    longest_sequence = 1024
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
@@ -51,6 +52,15 @@ class QwenImage(FlowFamily):
 
     def collate(self, conditions: list[Conditions]) -> Conditions:
         return pad_prompts(conditions)
+
+    def call_arguments(self, prompts: list[str], guidance_scale: float | None = None) -> dict[str, Any]:
+        """The pipeline guides by `true_cfg_scale`, and only if it is given a negative prompt."""
+        arguments = super().call_arguments(prompts)
+        if guidance_scale is not None:
+            arguments["true_cfg_scale"] = guidance_scale
+        return (
+            arguments if guidance_scale is not None and guidance_scale <= 1 else arguments | {"negative_prompt": " "}
+        )
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         return super().encode_images(pixels.unsqueeze(2)).squeeze(3)

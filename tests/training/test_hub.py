@@ -1,0 +1,168 @@
+"""Pushing to the Hub, against a server of this test that answers as the Hub does."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import hub
+import pytest
+from diffusers import DiffusionPipeline
+from huggingface_hub import constants
+from settings import DreamBoothSettings, InputError, parse_settings
+from train_dreambooth import TrainingResult, main
+
+REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Creates repositories of the user `me`, and takes commits whose files stand in the request."""
+
+    requests: list[tuple[str, str | None]]
+    files: dict[str, bytes]
+    refuse: str
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.requests.append((self.path, self.headers["Authorization"]))
+        address = f"http://{self.headers['Host']}/me/fox"
+        if self.refuse and self.refuse in self.path:
+            return self.answer({"error": "You don't have the rights"}, status=403)
+        if self.path == "/api/repos/create":
+            return self.answer({"url": address, "name": json.loads(body)["name"]})
+        if "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return self.answer(
+                {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+            )
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer({"commitOid": "0" * 40, "commitUrl": f"{address}/commit/{'0' * 40}", "success": True})
+        return self.answer({"errors": [], "warnings": []})  # of the model card's first lines
+
+    def do_GET(self) -> None:
+        self.answer({"error": "Repository not found"}, status=404)
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    handler = type("Handler", (Hub,), {"requests": [], "files": {}, "refuse": ""})
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.server_port}")
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    yield handler
+    listening.shutdown()
+    listening.server_close()
+
+
+def settings(**changes: Any) -> DreamBoothSettings:
+    return DreamBoothSettings(**{**REQUIRED, **changes})
+
+
+def test_what_the_run_wrote_is_pushed_and_nothing_else(
+    train: Callable[..., TrainingResult], tmp_path: Path, server: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fox"
+    for other in ("mine/0.png", "checkpoint-2/model.safetensors", ".hidden.safetensors", "validation/.part"):
+        (out / other).parent.mkdir(parents=True, exist_ok=True)
+        (out / other).write_text("not for the Hub")
+    train(
+        output_dir=out,
+        push_to_hub=True,
+        hub_token="hf_secret",
+        report_to="tensorboard",
+        max_train_steps=1,
+        validation_prompt=["a fox"],
+        num_validation_images=1,
+        validation_num_inference_steps=1,
+    )
+    logs = {name for name in server.files if name.startswith("logs/dreambooth/")}
+    assert logs
+    assert set(server.files) - logs == {
+        "pytorch_coeff_weights.safetensors",
+        "README.md",
+        "config.yaml",
+        "validation/step-000001/grid.png",
+        "validation/step-000001/prompt0-image0.png",
+    }
+    for name, content in server.files.items():
+        assert content == (out / name).read_bytes()
+        assert b"hf_secret" not in content
+    assert server.requests[0][0] == "/api/repos/create"
+    assert {token for _, token in server.requests} == {"Bearer hf_secret"}
+    assert "Pushed: http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_a_repository_that_cannot_be_made_is_an_error_before_class_pictures_are_made(
+    argv: Callable[..., list[str]], tmp_path: Path, server: type[Hub]
+) -> None:
+    server.refuse = "/create"
+    prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
+    with pytest.raises(InputError, match=r"--push_to_hub: the repository you/fox cannot be .*(.|\n)*the rights"):
+        main(argv(**prior, push_to_hub=True, hub_token="hf_secret", hub_model_id="you/fox"))
+    assert not list((tmp_path / "class").iterdir())
+    with pytest.raises(InputError, match="the repository not/a/name cannot be"):
+        hub.open_repository(settings(push_to_hub=True, hub_token="hf_secret", hub_model_id="not/a/name"))
+
+
+def test_a_push_that_fails_says_how_to_push_later(
+    train: Callable[..., TrainingResult], tmp_path: Path, server: type[Hub]
+) -> None:
+    server.refuse = "/commit/"
+    with pytest.raises(RuntimeError, match="the run is complete and in .*(.|\n)*hf upload me/fox .*out --exclude"):
+        train(push_to_hub=True, hub_token="hf_secret", max_train_steps=1)
+    assert (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_missing_token_is_an_error_before_anything_is_loaded(
+    argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(InputError, match="--push_to_hub needs a token: log in by `hf auth login`, or set HF_TOKEN"):
+        main(argv(push_to_hub=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"hub_model_id": "me/fox"}, "--hub_model_id needs --push_to_hub"),
+        ({"hub_token": "hf_secret"}, "--hub_token needs --push_to_hub"),
+        ({"push_to_hub": True, "hub_token": "hf_secret", "report_to": "wandb"}, "--hub_token would be in wandb's log"),
+        ({"push_to_hub": True, "hub_token": "hf_secret", "report_to": "all"}, "--hub_token would be in wandb's log"),
+    ],
+)
+def test_what_does_not_go_together_is_named(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        settings(**changes)
+    assert [line.startswith(f"  {problem}") for line in str(error.value).splitlines()] == [False, True]
+    assert "hf_secret" not in str(error.value)
+
+
+def test_the_token_is_shown_and_saved_nowhere(tmp_path: Path) -> None:
+    given = settings(push_to_hub=True, hub_token="hf_secret")
+    assert "hf_secret" not in given.to_yaml() + repr(given) + str(given.public())
+    (tmp_path / "a.yaml").write_text(given.to_yaml())
+    assert parse_settings(["--config", str(tmp_path / "a.yaml"), "--hub_token", "hf_secret"]) == given
