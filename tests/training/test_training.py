@@ -532,7 +532,7 @@ def test_weights_are_written_before_the_last_validation(
     monkeypatch.setattr(train_dreambooth, "validation_images", fail)
     with pytest.raises(MemoryError):
         train(validation_prompt=["a"])
-    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors"}
+    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors", "config.yaml"}
 
 
 # From the command line
