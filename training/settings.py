@@ -150,6 +150,9 @@ class DreamBoothSettings:
         None,
         ("no", "fp16", "bf16"),
     )
+    fsdp: bool = flag(
+        "Share the frozen denoiser out over the processes, for models that are too large for each of them.", False
+    )
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
     dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
 
