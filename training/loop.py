@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from buckets import parse_buckets
+from checkpoints import Checkpoints
 from data import DreamBoothDataset, collate, seed_of
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from families import Family
 from latents import encode_cuts, moments_of, release_vae
 from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
 from sources import Picture
 from step import DenoisingStep
+from stopping import Stopped, stop_request
 from subjects import SubjectsDataset, clip_gradients, collate_subjects, losses_by_subject, own_coefficients
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -54,20 +60,25 @@ class Trainee:
         optimizer: with a parameter group for each of them, in this order.
         lr_scheduler: of the same groups. Not prepared by accelerate, so that it counts optimizer steps whatever the
             number of processes.
-        apart: parameters of each of several subjects, whose gradients have norms of their own.
-        losses_by_subject: of several subjects, subject -> the loss of each optimizer step.
+        ema: moving averages of the parameters, with `--use_ema`.
+        subjects: of several subjects, those that this process trains: subject -> its parameters.
+        losses_by_subject: of these, subject -> the loss of each optimizer step.
     """
 
     parameters: dict[str, list[nn.Parameter]]
     optimizer: Any
     lr_scheduler: LRScheduler
-    apart: list[list[nn.Parameter]] = field(default_factory=list)
+    ema: EMAModel | None = None
+    subjects: dict[str, list[nn.Parameter]] = field(default_factory=dict)
     losses_by_subject: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> Trainee:
         optimizer = make_optimizer(parameters, settings)
-        return cls(parameters, optimizer, make_lr_scheduler(optimizer, settings))
+        trainee = cls(parameters, optimizer, make_lr_scheduler(optimizer, settings))
+        if settings.use_ema:
+            trainee.ema = EMAModel(trainee.all_parameters, decay=settings.ema_decay)
+        return trainee
 
     @property
     def all_parameters(self) -> list[nn.Parameter]:
@@ -77,6 +88,43 @@ class Trainee:
     def rates(self) -> dict[str, float]:
         return dict(zip(self.parameters, rates_in_use(self.optimizer)))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the moving averages in the place of the parameters, where there are any, and puts those back."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.all_parameters)
+        self.ema.copy_to(self.all_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.all_parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """To be called in all processes; of several subjects, it holds what each process trains."""
+        state = {
+            "parameters": [parameter.detach().cpu().clone() for parameter in self.all_parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "losses_by_subject": self.losses_by_subject,
+        }
+        return {"processes": gather_object([state])} if self.subjects else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.subjects:
+            state = state["processes"][PartialState().process_index]
+        self.losses_by_subject = state["losses_by_subject"]
+        with torch.no_grad():
+            for parameter, value in zip(self.all_parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.all_parameters[0].device)
+
 
 def train(
     family: Family,
@@ -85,52 +133,92 @@ def train(
     settings: DreamBoothSettings,
     accelerator: Accelerator,
     validate: Callable[[int], object],
+    checkpoints: Checkpoints,
 ) -> list[float]:
-    """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step."""
+    """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite.
+        Stopped: after a signal to stop; a checkpoint has been saved.
+    """
+    losses = checkpoints.restore(trainee)
+    if len(losses) >= settings.max_train_steps:
+        return losses
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
         for encoder in family.trained_text_encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step = DenoisingStep(family, family.trained_text_encoders)
-    batches = make_batches(settings, accelerator, pictures)
+    batches = make_batches(settings, accelerator, pictures, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
         release_vae(family, keep_decoder=bool(settings.validation_prompt or settings.subjects))
     step, trainee.optimizer, batches = prepare(step, trainee.optimizer, batches, pictures, accelerator)
     step.train()
 
-    losses: list[float] = []
     step_losses = torch.zeros(max(1, len(pictures.subjects)), device=accelerator.device)
-    progress = tqdm(total=settings.max_train_steps, desc="training", disable=not accelerator.is_main_process)
-    for number, batch in enumerate(batches):
-        # of the coefficients' dropout, another in each process; from the place in the run, so that it can be continued
-        torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
-        with accelerator.accumulate(step), own_coefficients(family, batch):
-            moments = moments_of(family, batch)
-            errors = step(moments, batch["prompts"], batch["sizes"], batch["seeds"])
-            by_subject = losses_by_subject(errors, batch, settings.prior_loss_weight)
-            loss = torch.stack(list(by_subject.values())).sum()
-            check_finite(loss, len(losses) + 1, settings)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                clip_gradients(trainee.apart or [trainee.all_parameters], accelerator, settings.max_grad_norm)
-            trainee.optimizer.step()
-            trainee.optimizer.zero_grad()
-        step_losses += torch.stack(list(by_subject.values())).detach() / settings.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        rates = trainee.rates
-        if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
-            trainee.lr_scheduler.step()
-        losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
-        for subject, value in zip(pictures.subjects, step_losses.tolist()):
-            trainee.losses_by_subject.setdefault(subject, []).append(value)
-        step_losses.zero_()
-        report(progress, losses, rates, accelerator, trainee.losses_by_subject)
-        if len(losses) % settings.validation_steps == 0 and len(losses) < settings.max_train_steps:
-            validate(len(losses))
-    progress.close()
+    progress = tqdm(
+        total=settings.max_train_steps,
+        initial=len(losses),
+        desc="training",
+        disable=not accelerator.is_main_process,
+    )
+    with progress, stop_request() as request:
+        for number, batch in enumerate(batches, len(losses) * settings.gradient_accumulation_steps):
+            # of the coefficients' dropout, another in each process; from the place in the run, to be the same when it
+            # is continued
+            torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
+            with accelerator.accumulate(step), own_coefficients(family, batch):
+                errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
+                by_subject = losses_by_subject(errors, batch, settings.prior_loss_weight)
+                check_finite(by_subject.sum(), len(losses) + 1, batch, settings, checkpoints)
+                accelerator.backward(by_subject.sum())
+                if accelerator.sync_gradients:
+                    together = list(trainee.subjects.values()) or [trainee.all_parameters]
+                    clip_gradients(together, accelerator, settings.max_grad_norm)
+                trainee.optimizer.step()
+                trainee.optimizer.zero_grad()
+            step_losses += by_subject.detach() / settings.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            rates = trainee.rates
+            if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
+                trainee.lr_scheduler.step()
+                if trainee.ema is not None:
+                    trainee.ema.step(trainee.all_parameters)
+            losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
+            for subject, loss in zip(pictures.subjects, step_losses.tolist()):
+                trainee.losses_by_subject.setdefault(subject, []).append(loss)
+            step_losses.zero_()
+            report(progress, losses, rates, accelerator, trainee.losses_by_subject)
+            after_step(trainee, losses, request.signal_number, settings, accelerator, validate, checkpoints)
     return losses
+
+
+def after_step(
+    trainee: Trainee,
+    losses: list[float],
+    signal_number: int | None,
+    settings: DreamBoothSettings,
+    accelerator: Accelerator,
+    validate: Callable[[int], object],
+    checkpoints: Checkpoints,
+) -> None:
+    """Saves, stops and validates, where it is time to. Raises Stopped after a signal."""
+    done, last = len(losses), len(losses) == settings.max_train_steps
+    if signal_number is not None:
+        accelerator.set_trigger()
+    stop = accelerator.check_trigger() and not last  # in all processes, if one of them had the signal
+    if stop or done % settings.checkpointing_steps == 0:
+        checkpoints.save(trainee, losses)
+    if stop:
+        raise Stopped(
+            f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
+            signal_number or signal.SIGTERM,
+        )
+    if done % settings.validation_steps == 0 and not last:
+        with trainee.averaged():
+            validate(done)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
@@ -144,14 +232,16 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSett
     )
 
 
-def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures) -> DataLoader:
-    """All batches of the run, in order."""
+def make_batches(
+    settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures, steps_done: int = 0
+) -> DataLoader:
+    """All batches that the run still has to come, in order."""
     processes = 1 if pictures.subjects else accelerator.num_processes
     step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
     def dataset(instance: list[Picture]) -> DreamBoothDataset:
         return DreamBoothDataset(
-            settings.max_train_steps * step_draws,
+            (settings.max_train_steps - steps_done) * step_draws,
             instance,
             pictures.classes,
             resolution=settings.resolution,
@@ -161,6 +251,7 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
             background_color=settings.background_color,
             buckets=parse_buckets(settings.aspect_ratio_buckets),
             step_draws=step_draws,
+            first=steps_done * step_draws,
         )
 
     each = {name: dataset(instance) for name, instance in pictures.subjects.items()}
@@ -184,11 +275,15 @@ def prepare(
     return accelerator.prepare_model(step, evaluation_mode=True), accelerator.prepare_optimizer(optimizer), batches
 
 
-def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) -> None:
+def check_finite(
+    loss: torch.Tensor, step: int, batch: dict[str, Any], settings: DreamBoothSettings, checkpoints: Checkpoints
+) -> None:
     if not torch.isfinite(loss):
+        pictures = "\n  ".join(f"{name}: {prompt}" for name, prompt in zip(batch["names"], batch["prompts"]))
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
-            "were written. Try lower learning rates, or --mixed_precision bf16 or no"
+            f"were written. Try lower learning rates, or --mixed_precision bf16 or no. {checkpoints.safe_text()} "
+            f"The pictures of the batch:\n  {pictures}"
         )
 
 

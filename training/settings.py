@@ -180,6 +180,16 @@ class DreamBoothSettings:
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
 
+    use_ema: bool = flag(
+        "Average what is trained over the steps (exponentially); the averages are what is saved and shown.", False
+    )
+    ema_decay: float = flag("Largest decay of the averages; in step n it is at most (1 + n) / (10 + n).", 0.9999)
+    checkpointing_steps: int = flag("Optimizer steps from one saved state of the run to the next.", 500)
+    checkpoints_total_limit: int | None = flag("How many saved states are kept, the newest; all if not given.", None)
+    resume_from_checkpoint: str | None = flag(
+        "Go on with a run: 'latest', the newest whole state in output_dir, or the name or path of one.", None
+    )
+
     validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
     num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
     validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
@@ -292,7 +302,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
             "repeats max_sequence_length gradient_accumulation_steps lr_num_cycles num_validation_images "
-            "validation_steps validation_num_inference_steps",
+            "validation_steps validation_num_inference_steps checkpointing_steps checkpoints_total_limit",
         ),
         "0 or more": (
             lambda value: value >= 0,
@@ -304,7 +314,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
-        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3"),
+        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay"),
     }
     return [
         f"--{name} must be {rule}, got {getattr(settings, name)}"

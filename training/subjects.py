@@ -52,6 +52,7 @@ class Subject:
         return replace(
             settings,
             subjects=None,
+            resume_from_checkpoint=None,
             instance_data_dir=self.images,
             instance_prompt=self.prompt,
             caption_column=self.caption_column,
@@ -185,8 +186,8 @@ def own_coefficients(family: Family, batch: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def losses_by_subject(errors: Tensor, batch: dict[str, Any], prior_loss_weight: float) -> dict[str, Tensor]:
-    """Subject -> the loss of its rows; of a batch of one subject, under the name "".
+def losses_by_subject(errors: Tensor, batch: dict[str, Any], prior_loss_weight: float) -> Tensor:
+    """The loss of each subject's rows, (subjects,); of a batch without subjects, (1,).
 
     Args:
         errors: (B,), of each row.
@@ -194,11 +195,11 @@ def losses_by_subject(errors: Tensor, batch: dict[str, Any], prior_loss_weight: 
         prior_loss_weight: as of `dreambooth_loss`.
     """
     subjects = batch.get("subjects", [""] * len(errors))
-    losses = {}
+    losses = []
     for name in dict.fromkeys(subjects):
         rows = [row for row, other in enumerate(subjects) if other == name]
-        losses[name] = dreambooth_loss(errors[rows], [batch["kinds"][row] for row in rows], prior_loss_weight)
-    return losses
+        losses.append(dreambooth_loss(errors[rows], [batch["kinds"][row] for row in rows], prior_loss_weight))
+    return torch.stack(losses)
 
 
 def clip_gradients(groups: Sequence[list[torch.nn.Parameter]], accelerator: Any, max_norm: float) -> None:

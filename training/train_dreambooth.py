@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
+from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -37,6 +38,7 @@ from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
+from stopping import Stopped
 from subjects import check_subjects, read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
@@ -91,6 +93,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_optimizer(settings)
     check_trackers(settings)
@@ -103,6 +106,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
     check_adapters(family, settings)
@@ -111,6 +116,12 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
+
+    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
@@ -127,9 +138,13 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
 
     start_trackers(settings, accelerator)
     show = partial(validate, family, settings, accelerator)
-    losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
-    weights = write_weights(family, settings) if accelerator.is_main_process else {}
-    images = show(len(losses))
+    write = partial(write_weights, family, settings)
+    trainee = Trainee.of(parameters, settings)
+    checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
+    losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
+        images = show(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -162,15 +177,23 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     accelerator = start_accelerator(settings)
     if len(subjects) < accelerator.num_processes:
         raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = chain(*(subject.validation_prompt for subject in subjects))
     family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
     check_adapters(family, settings)
     check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
+
+    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+
     with accelerator.split_between_processes(subjects) as share:
         alone = {subject.name: subject.alone(settings) for subject in share}
-
     parameters = {name: add_subject(family, name, settings) for name in alone}
     together = {"coefficients": list(chain(*parameters.values()))}
     check_trainable(family, together)
@@ -184,15 +207,17 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     start_trackers(settings, accelerator)
     show = partial(validate_subjects, family, alone, accelerator)
     trainee = Trainee.of(together, settings)
-    trainee.apart = list(parameters.values())
+    trainee.subjects = parameters
     own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
-    losses = train(family, trainee, own_pictures, settings, accelerator, show)
-    weights = {name: write_subject(family, name, each) for name, each in alone.items()}
-    images = show(len(losses))
+    checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
+    losses = train(family, trainee, own_pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
+        images = show(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
-    if accelerator.is_main_process:
-        write_text(settings.to_yaml(), Path(settings.output_dir) / "config.yaml")
+    for each in alone.values():
+        write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
     return {
         name: write_results(
             family,
@@ -212,10 +237,11 @@ def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list
     return coeff_parameters(family.denoiser, name)
 
 
-def write_subject(family: Family, name: str, alone: DreamBoothSettings) -> dict[str, Path]:
-    """Writes a subject's coefficients into its folder: `"coefficients"` -> the file."""
-    folder = Path(alone.output_dir)
-    return {"coefficients": save_coeff_weights(family.pipeline, folder, adapter_name=name, metadata=metadata(alone))}
+def write_subjects(family: Family, alone: dict[str, DreamBoothSettings], folder: Path) -> None:
+    """Writes the coefficients of each subject into one folder, in files of their names."""
+    for name, settings in alone.items():
+        file = f"{name}.safetensors"
+        save_coeff_weights(family.pipeline, folder, weight_name=file, adapter_name=name, metadata=metadata(settings))
 
 
 def validate_subjects(
@@ -370,11 +396,15 @@ def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelera
     return files
 
 
-def write_weights(family: Family, settings: DreamBoothSettings) -> dict[str, Path]:
-    """Writes what was trained: `"coefficients"` and `"lora"` -> the file."""
-    files, folder = {}, Path(settings.output_dir)
+def write_weights(
+    family: Family, settings: DreamBoothSettings, folder: Path, adapter_name: str = "default"
+) -> dict[str, Path]:
+    """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
+    files = {}
     if settings.coeff:
-        files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
+        files["coefficients"] = save_coeff_weights(
+            family.pipeline, folder, adapter_name=adapter_name, metadata=metadata(settings)
+        )
     if settings.lora_rank:
         files["lora"] = save_lora(family, folder)
     return files
@@ -411,9 +441,9 @@ def write_results(
     weights: dict[str, Path],
     images: list[Path],
 ) -> TrainingResult:
-    """Writes settings and model card, and says what the run wrote."""
+    """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
-    settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
+    settings_file = folder / "config.yaml"
     model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
@@ -435,3 +465,6 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
