@@ -30,6 +30,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from validation import all_validation_prompts
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def train(
     batches = make_batches(settings, accelerator, pictures, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
-        release_vae(family, keep_decoder=bool(settings.validation_prompt or settings.subjects))
+        release_vae(family, keep_decoder=bool(all_validation_prompts(settings) or settings.subjects))
     step, trainee.optimizer, batches = prepare(step, trainee.optimizer, batches, pictures, accelerator)
     step.train()
 
@@ -249,6 +250,7 @@ def make_batches(
             center_crop=settings.center_crop,
             random_flip=settings.random_flip,
             background_color=settings.background_color,
+            caption_dropout=settings.caption_dropout,
             buckets=parse_buckets(settings.aspect_ratio_buckets),
             step_draws=step_draws,
             first=steps_done * step_draws,

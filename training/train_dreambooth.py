@@ -32,18 +32,18 @@ from hub import check_hub, open_repository, push
 from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
-from lora import add_lora, save_lora
+from lora import add_lora, lora_targets, save_lora
 from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
-from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
 from stopping import Stopped
 from subjects import check_subjects, read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, log_pictures, start_trackers
-from validation import validation_calls, validation_images
+from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coeff_parameters, save_coeff_weights
@@ -109,7 +109,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     resumed = find_checkpoint(settings, accelerator.print)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
+    family.check_prompts(prompts)
     check_adapters(family, settings)
     repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
@@ -132,19 +133,20 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
-        family.remember_prompts(pictures.prompts)
+        family.remember_prompts([*pictures.prompts, *([""] if settings.caption_dropout else [])])
+        to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
         with accelerator.autocast():
-            release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+            release_text_encoders(family, [call for row in validation_calls(family, to_come) for call in row])
 
     start_trackers(settings, accelerator)
-    show = partial(validate, family, settings, accelerator)
+    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
     write = partial(write_weights, family, settings)
     trainee = Trainee.of(parameters, settings)
     checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
     losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
     with trainee.averaged():
         weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
-        images = show(len(losses))
+        images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -199,21 +201,22 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_trainable(family, together)
     accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
 
-    family.remember_prompts([picture.prompt for name in alone for picture in pictures[name]])
+    own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
+    family.remember_prompts([*own_pictures.prompts, *([""] if settings.caption_dropout else [])])
     calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
     with accelerator.autocast():
         release_text_encoders(family, calls)
 
     start_trackers(settings, accelerator)
-    show = partial(validate_subjects, family, alone, accelerator)
+    last = {name: of_final_pictures(each) for name, each in alone.items()}
+    show, show_last = (partial(validate_subjects, family, each, accelerator) for each in (alone, last))
     trainee = Trainee.of(together, settings)
     trainee.subjects = parameters
-    own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
     checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
     losses = train(family, trainee, own_pictures, settings, accelerator, show, checkpoints)
     with trainee.averaged():
         weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
-        images = show(len(losses))
+        images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     for each in alone.values():
@@ -303,6 +306,9 @@ def with_defaults_of_run(
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
         steps = math.ceil(settings.num_train_epochs * pictures / a_step)
+    validation_steps = settings.validation_steps or DEFAULT_VALIDATION_STEPS
+    if settings.validation_epochs is not None:
+        validation_steps = math.ceil(settings.validation_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
     rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
@@ -311,6 +317,8 @@ def with_defaults_of_run(
         resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
+        validation_steps=validation_steps,
+        validation_epochs=None,
         **{name: getattr(settings, name) * scale for name in rates},
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
@@ -328,6 +336,7 @@ def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
     """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
+    lora_targets(family, settings)
     if settings.coeff:
         try:
             select_layers(family.denoiser, coeff_config(settings))
@@ -350,7 +359,7 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
-        parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
+        parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
         parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
@@ -444,7 +453,8 @@ def write_results(
     """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
     settings_file = folder / "config.yaml"
-    model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
+    pipeline_class, of_card = type(family.pipeline).__name__, of_final_pictures(settings)
+    model_card = write_card(folder, of_card, pipeline_class, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
         print(f"  {file} ({size_text(file)})")
