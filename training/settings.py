@@ -175,6 +175,14 @@ class DreamBoothSettings:
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
 
+    precondition_outputs: bool = flag(
+        "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
+    )
+    guidance_scale: float | None = flag(
+        "Guidance scale that training tells the model, of FLUX.1 [dev], where it is a condition; 3.5 if not given.",
+        None,
+    )
+
     validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
     num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
     validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
