@@ -73,7 +73,7 @@ def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: d
 
 def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
     if not images:
-        return "No pictures were generated in training (`--validation_prompt`)."
+        return "No pictures were generated after training (`--validation_prompt`)."
     rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
     grid = images[0].relative_to(folder).as_posix()
     return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"

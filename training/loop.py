@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from buckets import parse_buckets
+from checkpoints import Checkpoints
 from data import DreamBoothDataset, collate, seed_of
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from families import Family
 from latents import encode_cuts, moments_of, release_vae
 from losses import dreambooth_loss
@@ -18,6 +22,7 @@ from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
 from sources import Picture
 from step import DenoisingStep
+from stopping import Stopped, stop_request
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -50,16 +55,21 @@ class Trainee:
         optimizer: with a parameter group for each of them, in this order.
         lr_scheduler: of the same groups. Not prepared by accelerate, so that it counts optimizer steps whatever the
             number of processes.
+        ema: moving averages of the parameters, with `--use_ema`.
     """
 
     parameters: dict[str, list[nn.Parameter]]
     optimizer: Any
     lr_scheduler: LRScheduler
+    ema: EMAModel | None = None
 
     @classmethod
     def of(cls, parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> Trainee:
         optimizer = make_optimizer(parameters, settings)
-        return cls(parameters, optimizer, make_lr_scheduler(optimizer, settings))
+        trainee = cls(parameters, optimizer, make_lr_scheduler(optimizer, settings))
+        if settings.use_ema:
+            trainee.ema = EMAModel(trainee.all_parameters, decay=settings.ema_decay)
+        return trainee
 
     @property
     def all_parameters(self) -> list[nn.Parameter]:
@@ -69,6 +79,37 @@ class Trainee:
     def rates(self) -> dict[str, float]:
         return dict(zip(self.parameters, rates_in_use(self.optimizer)))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the moving averages in the place of the parameters, where there are any, and puts those back."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.all_parameters)
+        self.ema.copy_to(self.all_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.all_parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": [parameter.detach().cpu().clone() for parameter in self.all_parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.all_parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.all_parameters[0].device)
+
 
 def train(
     family: Family,
@@ -77,49 +118,89 @@ def train(
     settings: DreamBoothSettings,
     accelerator: Accelerator,
     validate: Callable[[int], object],
+    checkpoints: Checkpoints,
 ) -> list[float]:
-    """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step."""
+    """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite.
+        Stopped: after a signal to stop; a checkpoint has been saved.
+    """
+    losses = checkpoints.restore(trainee)
+    if len(losses) >= settings.max_train_steps:
+        return losses
     if settings.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
         for encoder in family.trained_text_encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step = DenoisingStep(family, family.trained_text_encoders)
-    batches = make_batches(settings, accelerator, pictures)
+    batches = make_batches(settings, accelerator, pictures, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
         release_vae(family, keep_decoder=bool(settings.validation_prompt))
     step, trainee.optimizer, batches = accelerator.prepare(step, trainee.optimizer, batches)
     step.train()
 
-    losses: list[float] = []
     step_loss = torch.zeros((), device=accelerator.device)
-    progress = tqdm(total=settings.max_train_steps, desc="training", disable=not accelerator.is_main_process)
-    for number, batch in enumerate(batches):
-        # of the coefficients' dropout, another in each process; from the place in the run, so that it can be continued
-        torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
-        with accelerator.accumulate(step):
-            moments = moments_of(family, batch)
-            errors = step(moments, batch["prompts"], batch["sizes"], batch["seeds"])
-            loss = dreambooth_loss(errors, batch["kinds"], settings.prior_loss_weight)
-            check_finite(loss, len(losses) + 1, settings)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainee.all_parameters, settings.max_grad_norm)
-            trainee.optimizer.step()
-            trainee.optimizer.zero_grad()
-        step_loss += loss.detach() / settings.gradient_accumulation_steps
-        if not accelerator.sync_gradients:
-            continue
-        rates = trainee.rates
-        if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
-            trainee.lr_scheduler.step()
-        losses.append(accelerator.reduce(step_loss, "mean").item())
-        step_loss.zero_()
-        report(progress, losses, rates, accelerator)
-        if len(losses) % settings.validation_steps == 0 and len(losses) < settings.max_train_steps:
-            validate(len(losses))
-    progress.close()
+    progress = tqdm(
+        total=settings.max_train_steps,
+        initial=len(losses),
+        desc="training",
+        disable=not accelerator.is_main_process,
+    )
+    with progress, stop_request() as request:
+        for number, batch in enumerate(batches, len(losses) * settings.gradient_accumulation_steps):
+            # of the coefficients' dropout, another in each process; from the place in the run, to be the same when it
+            # is continued
+            torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
+            with accelerator.accumulate(step):
+                errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
+                loss = dreambooth_loss(errors, batch["kinds"], settings.prior_loss_weight)
+                check_finite(loss, len(losses) + 1, batch, settings, checkpoints)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trainee.all_parameters, settings.max_grad_norm)
+                trainee.optimizer.step()
+                trainee.optimizer.zero_grad()
+            step_loss += loss.detach() / settings.gradient_accumulation_steps
+            if not accelerator.sync_gradients:
+                continue
+            rates = trainee.rates
+            if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
+                trainee.lr_scheduler.step()
+                if trainee.ema is not None:
+                    trainee.ema.step(trainee.all_parameters)
+            losses.append(accelerator.reduce(step_loss, "mean").item())
+            step_loss.zero_()
+            report(progress, losses, rates, accelerator)
+            after_step(trainee, losses, request.signal_number, settings, accelerator, validate, checkpoints)
     return losses
+
+
+def after_step(
+    trainee: Trainee,
+    losses: list[float],
+    signal_number: int | None,
+    settings: DreamBoothSettings,
+    accelerator: Accelerator,
+    validate: Callable[[int], object],
+    checkpoints: Checkpoints,
+) -> None:
+    """Saves, stops and validates, where it is time to. Raises Stopped after a signal."""
+    done, last = len(losses), len(losses) == settings.max_train_steps
+    if signal_number is not None:
+        accelerator.set_trigger()
+    stop = accelerator.check_trigger() and not last  # in all processes, if one of them had the signal
+    if stop or done % settings.checkpointing_steps == 0:
+        checkpoints.save(trainee, losses)
+    if stop:
+        raise Stopped(
+            f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
+            signal_number or signal.SIGTERM,
+        )
+    if done % settings.validation_steps == 0 and not last:
+        with trainee.averaged():
+            validate(done)
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
@@ -133,11 +214,13 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSett
     )
 
 
-def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures) -> DataLoader:
-    """All batches of the run, in order."""
+def make_batches(
+    settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures, steps_done: int = 0
+) -> DataLoader:
+    """All batches that the run still has to come, in order."""
     step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     dataset = DreamBoothDataset(
-        settings.max_train_steps * step_draws,
+        (settings.max_train_steps - steps_done) * step_draws,
         pictures.instance,
         pictures.classes,
         resolution=settings.resolution,
@@ -145,8 +228,10 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         background_color=settings.background_color,
+        caption_dropout=settings.caption_dropout,
         buckets=parse_buckets(settings.aspect_ratio_buckets),
         step_draws=step_draws,
+        first=steps_done * step_draws,
     )
     return DataLoader(
         dataset,
@@ -156,11 +241,15 @@ def make_batches(settings: DreamBoothSettings, accelerator: Accelerator, picture
     )
 
 
-def check_finite(loss: torch.Tensor, step: int, settings: DreamBoothSettings) -> None:
+def check_finite(
+    loss: torch.Tensor, step: int, batch: dict[str, Any], settings: DreamBoothSettings, checkpoints: Checkpoints
+) -> None:
     if not torch.isfinite(loss):
+        pictures = "\n  ".join(f"{name}: {prompt}" for name, prompt in zip(batch["names"], batch["prompts"]))
         raise FloatingPointError(
             f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
-            "were written. Try lower learning rates, or --mixed_precision bf16 or no"
+            f"were written. Try lower learning rates, or --mixed_precision bf16 or no. {checkpoints.safe_text()} "
+            f"The pictures of the batch:\n  {pictures}"
         )
 
 

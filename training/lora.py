@@ -13,10 +13,29 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from families import Family
 from safetensors.torch import save_file
+from settings import DreamBoothSettings, InputError
 from torch import nn
 
+from coeff_diffusers.layers import matches
 
-def add_lora(model: Any, rank: int, alpha: float | None, targets: Sequence[str]) -> list[nn.Parameter]:
+
+def lora_targets(family: Family, settings: DreamBoothSettings) -> list[str]:
+    """What gets a LoRA in the denoiser, as peft takes it: the family's own layers, or those of --lora_layers.
+
+    Raises:
+        InputError: if a pattern matches no layer that can have one; all such patterns are named.
+    """
+    if settings.lora_layers is None:
+        return list(family.lora_targets)
+    modules = family.denoiser.named_modules()
+    layers = [path for path, module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
+    idle = [pattern for pattern in settings.lora_layers if not any(matches(path, pattern) for path in layers)]
+    if idle:
+        raise InputError(f"--lora_layers: {idle} match no linear layer or convolution; there is {layers[-1]!r}")
+    return [path for path in layers if any(matches(path, pattern) for pattern in settings.lora_layers)]
+
+
+def add_lora(model: Any, settings: DreamBoothSettings, targets: Sequence[str]) -> list[nn.Parameter]:
     """Adds a LoRA, zero at first, and returns its parameters, in float32.
 
     peft freezes whatever else it finds, coefficients too: they are added after this.
@@ -24,8 +43,10 @@ def add_lora(model: Any, rank: int, alpha: float | None, targets: Sequence[str])
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.use_dora,
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )

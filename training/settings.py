@@ -24,7 +24,14 @@ OPTIMIZERS = ("adamw", "prodigy")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
 DEFAULT_STEPS = 500
-EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
+DEFAULT_VALIDATION_STEPS = 100
+EXCLUSIVE = {
+    "max_train_steps": "num_train_epochs",
+    "num_train_epochs": "max_train_steps",
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+}
+ALIASES = {"lora_rank": "rank"}  # diffusers' name, which is also accepted
 
 
 def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None, secret: bool = False) -> Any:
@@ -63,6 +70,17 @@ class DreamBoothSettings:
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
+    pretrained_vae_model_name_or_path: str | None = flag(
+        "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
+        None,
+    )
+    enable_vae_tiling: bool = flag("Have the VAE compute large pictures in tiles, to save memory.", False)
+    enable_vae_slicing: bool = flag("Have the VAE compute a picture of a batch at a time, to save memory.", False)
+    vae_encode_mode: str = flag(
+        "Latents are drawn from what the VAE says of a picture (sample), or its mean (mode).",
+        "sample",
+        ("sample", "mode"),
+    )
     seed: int | None = flag("Seed of everything random, 0 included. Drawn, shown and saved if not given.", None)
 
     with_prior_preservation: bool = flag(
@@ -81,6 +99,7 @@ class DreamBoothSettings:
         None,
     )
     center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
+    caption_dropout: float = flag("Probability with which a picture trains with the empty prompt.", 0.0)
     random_flip: bool = flag("Mirror every other picture, at random.", False)
     background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
 
@@ -96,6 +115,15 @@ class DreamBoothSettings:
     coeff_exclude: tuple[str, ...] | None = flag("Patterns of attention layers to leave out.", None)
     coeff_dropout: float = flag("Probability with which a coefficient is dropped at a training step.", 0.0)
     lora_rank: int = flag("Rank of the LoRA trained beside the coefficients; 0 trains none.", 0)
+    lora_dropout: float = flag("Probability with which the LoRA drops an input at a training step.", 0.0)
+    lora_layers: tuple[str, ...] | None = flag(
+        "Patterns of the denoiser's layers that get a LoRA, such as 'attn2.to_q' or 'up_blocks.*.to_v'; separated by "
+        "spaces or commas. The family's attention projections if not given.",
+        None,
+    )
+    use_dora: bool = flag(
+        "Train a DoRA, which learns the length of each weight apart, instead of a plain LoRA.", False
+    )
     train_text_encoder: bool = flag(
         "Train coefficients (and the LoRA) on the text encoders as well: on CLIP's where there are any. Prompts are "
         "then encoded in every step.",
@@ -174,7 +202,6 @@ class DreamBoothSettings:
     logit_mean: float = flag("Mean of the timesteps' logits, of --weighting_scheme logit_normal.", 0.0)
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
-
     precondition_outputs: bool = flag(
         "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
     )
@@ -183,9 +210,28 @@ class DreamBoothSettings:
         None,
     )
 
+    use_ema: bool = flag(
+        "Average what is trained over the steps (exponentially); the averages are what is saved and shown.", False
+    )
+    ema_decay: float = flag("Largest decay of the averages; in step n it is at most (1 + n) / (10 + n).", 0.9999)
+    checkpointing_steps: int = flag("Optimizer steps from one saved state of the run to the next.", 500)
+    checkpoints_total_limit: int | None = flag("How many saved states are kept, the newest; all if not given.", None)
+    resume_from_checkpoint: str | None = flag(
+        "Go on with a run: 'latest', the newest whole state in output_dir, or the name or path of one.", None
+    )
+
     validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
     num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
-    validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
+    final_validation_prompt: tuple[str, ...] = flag(
+        "Prompts for the pictures after training; validation_prompt's if not given.", ()
+    )
+    skip_final_inference: bool = flag("Generate no pictures after training.", False)
+    validation_steps: int | None = flag(
+        f"Optimizer steps from one validation to the next; {DEFAULT_VALIDATION_STEPS} if validation_epochs is not "
+        "given either. After the last step there is always one.",
+        None,
+    )
+    validation_epochs: int | None = flag("Passes over the pictures from one validation to the next.", None)
     validation_num_inference_steps: int = flag("Denoising steps of a validation picture.", 25)
     validation_guidance_scale: float | None = flag(
         "Guidance scale of validation pictures; the pipeline's own default if not given.", None
@@ -209,6 +255,9 @@ class DreamBoothSettings:
         for name, value in vars(self).items():
             if isinstance(value, list):  # as from the command line
                 object.__setattr__(self, name, tuple(value))
+        if self.lora_layers is not None:  # diffusers' scripts take commas
+            layers = (layer.strip() for each in self.lora_layers for layer in each.split(","))
+            object.__setattr__(self, "lora_layers", tuple(filter(None, layers)))
         object.__setattr__(self, "optimizer", self.optimizer.lower())  # diffusers' scripts spell it AdamW
         for name, value in _default_rates(self).items():
             if getattr(self, name) is None:
@@ -281,6 +330,8 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
     shown = "" if required or setting.default in (None, ()) else f" Default: {setting.default}."
     parser.add_argument(
         f"--{name}",
+        *([f"--{ALIASES[name]}"] if name in ALIASES else []),
+        dest=name,
         type=str.lower if setting.metadata["choices"] and not many else str if many else alternatives[0],
         nargs="+" if many else None,
         choices=setting.metadata["choices"],
@@ -295,7 +346,8 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
             "repeats max_sequence_length gradient_accumulation_steps lr_num_cycles num_validation_images "
-            "validation_steps validation_num_inference_steps",
+            "validation_steps validation_epochs validation_num_inference_steps checkpointing_steps "
+            "checkpoints_total_limit",
         ),
         "0 or more": (
             lambda value: value >= 0,
@@ -307,7 +359,10 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
-        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3"),
+        "in [0, 1)": (
+            lambda value: 0 <= value < 1,
+            "coeff_dropout lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay",
+        ),
     }
     return [
         f"--{name} must be {rule}, got {getattr(settings, name)}"
@@ -351,10 +406,15 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         defaults = _default_rates(settings)
         names = ("text_encoder_lr", "text_encoder_lora_lr")
         problems += [f"--{n} needs --train_text_encoder" for n in names if getattr(settings, n) != defaults[n]]
-    if settings.lora_alpha is not None and not settings.lora_rank:
-        problems.append("--lora_alpha needs a --lora_rank of 1 or more")
+    for name in ("lora_alpha", "lora_dropout", "lora_layers", "use_dora"):
+        if getattr(settings, name) and not settings.lora_rank:
+            problems.append(f"--{name} needs a --lora_rank of 1 or more")
     if settings.max_train_steps is not None and settings.num_train_epochs is not None:
         problems.append("--max_train_steps and --num_train_epochs exclude each other")
+    if settings.validation_steps is not None and settings.validation_epochs is not None:
+        problems.append("--validation_steps and --validation_epochs exclude each other")
+    if settings.final_validation_prompt and settings.skip_final_inference:
+        problems.append("--final_validation_prompt and --skip_final_inference exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
     return problems + _source_problems(settings) + _folder_problems(settings)

@@ -50,7 +50,7 @@ def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> d
         switch_dropout_off(encoder)
         if settings.lora_rank:  # first, for peft freezes coefficients that are there
             targets = [path for path, _ in encoder.named_modules() if _is_target(path, paths)]
-            lora = add_lora(encoder, settings.lora_rank, settings.lora_alpha, targets)
+            lora = add_lora(encoder, settings, targets)
             added.setdefault("text_encoder_lora", []).extend(lora)
         if settings.coeff:
             add_coeff_adapter(encoder, CoeffConfig(include=tuple(paths), dropout=settings.coeff_dropout))

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
+from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -30,16 +31,17 @@ from hub import check_hub, open_repository, push
 from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
-from lora import add_lora, save_lora
+from lora import add_lora, lora_targets, save_lora
 from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
-from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sources import Picture, folder_pictures
+from stopping import Stopped
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, log_pictures, start_trackers
-from validation import validation_calls, validation_images
+from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
@@ -88,6 +90,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if the loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_optimizer(settings)
     check_trackers(settings)
@@ -100,14 +103,23 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
+    family.check_prompts(prompts)
     check_adapters(family, settings)
     repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
     settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
+
+    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
@@ -118,15 +130,20 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
-        family.remember_prompts(pictures.prompts)
+        family.remember_prompts([*pictures.prompts, *([""] if settings.caption_dropout else [])])
+        to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
         with accelerator.autocast():
-            release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+            release_text_encoders(family, [call for row in validation_calls(family, to_come) for call in row])
 
     start_trackers(settings, accelerator)
-    show = partial(validate, family, settings, accelerator)
-    losses = train(family, Trainee.of(parameters, settings), pictures, settings, accelerator, show)
-    weights = write_weights(family, settings) if accelerator.is_main_process else {}
-    images = show(len(losses))
+    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
+    write = partial(write_weights, family, settings)
+    trainee = Trainee.of(parameters, settings)
+    checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
+    losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
+        images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator.device))
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -182,6 +199,9 @@ def with_defaults_of_run(
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
         steps = math.ceil(settings.num_train_epochs * pictures / a_step)
+    validation_steps = settings.validation_steps or DEFAULT_VALIDATION_STEPS
+    if settings.validation_epochs is not None:
+        validation_steps = math.ceil(settings.validation_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
     rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
@@ -190,6 +210,8 @@ def with_defaults_of_run(
         resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
+        validation_steps=validation_steps,
+        validation_epochs=None,
         **{name: getattr(settings, name) * scale for name in rates},
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
@@ -207,6 +229,7 @@ def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
     """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
+    lora_targets(family, settings)
     if settings.coeff:
         try:
             select_layers(family.denoiser, coeff_config(settings))
@@ -229,7 +252,7 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
-        parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
+        parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
         parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
@@ -275,9 +298,9 @@ def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelera
     return files
 
 
-def write_weights(family: Family, settings: DreamBoothSettings) -> dict[str, Path]:
-    """Writes what was trained: `"coefficients"` and `"lora"` -> the file."""
-    files, folder = {}, Path(settings.output_dir)
+def write_weights(family: Family, settings: DreamBoothSettings, folder: Path) -> dict[str, Path]:
+    """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
+    files = {}
     if settings.coeff:
         files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
     if settings.lora_rank:
@@ -316,10 +339,11 @@ def write_results(
     weights: dict[str, Path],
     images: list[Path],
 ) -> TrainingResult:
-    """Writes settings and model card, and says what the run wrote."""
+    """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
-    settings_file = write_text(settings.to_yaml(), folder / "config.yaml")
-    model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
+    settings_file = folder / "config.yaml"
+    pipeline_class, of_card = type(family.pipeline).__name__, of_final_pictures(settings)
+    model_card = write_card(folder, of_card, pipeline_class, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
         print(f"  {file} ({size_text(file)})")
@@ -340,3 +364,6 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)

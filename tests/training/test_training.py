@@ -520,7 +520,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_writes_no_weights(
     monkeypatch.setattr(StableDiffusion, "errors", errors)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2 of 3"):
         train(gradient_accumulation_steps=2)
-    assert files_in(tmp_path / "out") == set()
+    assert files_in(tmp_path / "out") == {"config.yaml"}
 
 
 def test_weights_are_written_before_the_last_validation(
@@ -532,7 +532,7 @@ def test_weights_are_written_before_the_last_validation(
     monkeypatch.setattr(train_dreambooth, "validation_images", fail)
     with pytest.raises(MemoryError):
         train(validation_prompt=["a"])
-    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors"}
+    assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors", "config.yaml"}
 
 
 # From the command line

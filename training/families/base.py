@@ -178,6 +178,8 @@ class Family(ABC):
     def sample_latents(self, moments: Tensor, generators: list[torch.Generator]) -> Tensor:
         """(B, 2, ...) to latents (B, ...) as the denoiser takes them: drawn, and normalised."""
         mean, deviation = moments.unbind(1)
+        if self.settings.vae_encode_mode == "mode":
+            return self.normalise(mean)
         return self.normalise(mean + deviation * randn(mean, generators))
 
     def normalise(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,403 @@
+"""A run that is interrupted, however, and goes on ends as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import loop
+import pytest
+import stopping
+import torch
+import train_dreambooth
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from checkpoints import Checkpoints, checkpoint_paths, problem_of
+from families.stable_diffusion import StableDiffusion
+from safetensors.torch import load_file
+from settings import InputError, parse_settings
+from stopping import Stopped, stop_request
+from torch import Tensor, nn
+from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers.checkpoint import coeff_state_dict
+
+Train = Callable[..., TrainingResult]
+SCRIPT = Path(stopping.__file__).with_name("train_dreambooth.py")
+
+
+class Killed(Exception):  # noqa: N818
+    """In the place of SIGKILL, in this process."""
+
+
+def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does something once, when a step is through and nothing of it has been saved."""
+    original = loop.report
+
+    def report(progress: Any, losses: list[float], *args: Any) -> None:
+        original(progress, losses, *args)
+        if len(losses) == step:
+            monkeypatch.setattr(loop, "report", original)
+            action()
+
+    monkeypatch.setattr(loop, "report", report)
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill() -> None:
+        raise Killed
+
+    at_step(step, kill, monkeypatch)
+
+
+def train_until(error: type[BaseException], argv: list[str]) -> BaseException:
+    with pytest.raises(error) as info:
+        main(argv)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return info.value
+
+
+def weights(result: TrainingResult) -> dict[str, Tensor]:
+    files = [file for file in (result.coeff_file, result.lora_file) if file is not None]
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def assert_same_result(first: TrainingResult, second: TrainingResult) -> None:
+    assert first.losses == second.losses
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, msg=f"{key} differs")  # bit for bit
+
+
+def everything(tmp_path: Path) -> dict[str, Any]:
+    """All that has a state of its own, or is random."""
+    return {
+        "max_train_steps": 6,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "lora_rank": 2,
+        "coeff_dropout": 0.3,
+        "use_ema": True,
+        "random_flip": True,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a fox",
+        "num_class_images": 2,
+        "checkpointing_steps": 1,
+    }
+
+
+# Bit for bit
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    settings = everything(tmp_path)
+    whole = train(**settings, output_dir=tmp_path / "whole")
+    kill_at(step, monkeypatch)
+    train_until(Killed, argv(**settings))
+    assert [path.name for path in checkpoint_paths(tmp_path / "out")] == [f"checkpoint-{n}" for n in range(1, step)]
+    assert_same_result(train(**settings, resume_from_checkpoint="latest"), whole)
+
+
+@pytest.mark.parametrize("flags", [{"optimizer": "prodigy", "learning_rate": 1.0}, {"train_text_encoder": True}])
+def test_other_optimizers_and_text_encoders_go_on_too(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict
+) -> None:
+    settings = {"checkpointing_steps": 1, **flags}
+    whole = train(**settings, output_dir=tmp_path / "whole")
+    kill_at(2, monkeypatch)
+    train_until(Killed, argv(**settings))
+    assert_same_result(train(**settings, resume_from_checkpoint="latest"), whole)
+
+
+def test_any_checkpoint_can_be_gone_on_from(train: Train, tmp_path: Path) -> None:
+    whole = train(checkpointing_steps=1)
+    for asked in ("checkpoint-1", tmp_path / "out" / "checkpoint-2"):
+        again = train(checkpointing_steps=1, resume_from_checkpoint=asked)
+        assert_same_result(again, whole)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_goes_on(train: Train, argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    settings = everything(tmp_path) | {"max_train_steps": 12}
+    whole = train(**settings, output_dir=tmp_path / "whole")
+    command = [sys.executable, str(SCRIPT), *argv(**settings, resume_from_checkpoint="latest")]
+    random.seed(0)
+    kills = 0
+    while kills < 2:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(checkpoint_paths(tmp_path / "out"))
+        while len(checkpoint_paths(tmp_path / "out")) < before + 2 + kills:
+            assert child.poll() is None, "the run ended before it was killed"
+            time.sleep(0.002)
+        if kills:  # in the middle of writing; the other time anywhere
+            while not list((tmp_path / "out").glob(".checkpoint-*")) and child.poll() is None:
+                pass
+        else:
+            time.sleep(random.random() * 0.1)
+        child.kill()
+        child.wait()
+        kills += 1
+    assert 0 < len(checkpoint_paths(tmp_path / "out")) < 12
+    assert_same_result(train(**settings, resume_from_checkpoint="latest"), whole)
+    assert not list((tmp_path / "out").glob(".checkpoint-*"))  # what was being written is cleared away
+
+
+def test_a_finished_run_is_not_trained_again(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(checkpointing_steps=3)
+    monkeypatch.setattr(StableDiffusion, "errors", None)
+    assert_same_result(train(checkpointing_steps=3, resume_from_checkpoint="latest"), whole)
+
+
+def test_more_steps_may_follow_where_the_schedule_does_not_depend_on_them(train: Train, tmp_path: Path) -> None:
+    longer = train(max_train_steps=5, output_dir=tmp_path / "longer")
+    train(max_train_steps=3, checkpointing_steps=3)
+    assert_same_result(train(max_train_steps=5, checkpointing_steps=3, resume_from_checkpoint="latest"), longer)
+
+
+def test_a_drawn_seed_stays_the_runs(
+    train: Train, argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at(3, monkeypatch)
+    train_until(Killed, argv(seed=None, checkpointing_steps=1))
+    result = train(seed=None, checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert result.settings.seed == parse_settings(["--config", str(result.settings_file)]).seed
+    again = train(seed=result.settings.seed, output_dir=result.settings_file.parent / "again")
+    assert_same_result(result, again)
+
+
+def test_the_gradient_scaler_goes_on(argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    accelerator, trainee = Accelerator(), Nothing()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    saved = Checkpoints(parse_settings(argv()), accelerator, {}, lambda folder: None, None)
+    saved.save(trainee, [1.0])
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    found = checkpoints.read_checkpoint(saved.last)
+    Checkpoints(parse_settings(argv()), accelerator, {}, lambda folder: None, found).restore(trainee)
+    assert accelerator.scaler.get_scale() == 8.0
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Nothing(loop.Trainee):
+    """Nothing that trains."""
+
+    def __init__(self) -> None:
+        parameter = nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.AdamW([parameter])
+        super().__init__(
+            {"coefficients": [parameter]}, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        )
+
+
+# The files
+
+
+def test_a_checkpoint_holds_the_files_that_the_run_would_have_written(train: Train, tmp_path: Path) -> None:
+    train(checkpointing_steps=2, lora_rank=2)
+    shorter = train(max_train_steps=2, lora_rank=2, output_dir=tmp_path / "shorter")
+    folder = tmp_path / "out" / "checkpoint-2"
+    names = {"pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensors", "state.pt", "files.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    for file in (shorter.coeff_file, shorter.lora_file):
+        found, expected = load_file(folder / file.name), load_file(file)
+        assert all(torch.equal(found[key], expected[key]) for key in expected | found)
+
+
+def test_only_the_newest_are_kept_also_after_going_on(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    kill_at(4, monkeypatch)
+    train_until(Killed, argv(**settings))
+    assert [path.name for path in checkpoint_paths(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    train(**settings, resume_from_checkpoint="latest")
+    assert [path.name for path in checkpoint_paths(tmp_path / "out")] == ["checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("damage", ["state.pt cut", "state.pt gone", "files.json gone"])
+def test_a_torn_checkpoint_is_named_and_not_picked(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    whole = train(checkpointing_steps=1)
+    torn = tmp_path / "out" / "checkpoint-3"
+    name, how = damage.split()
+    content = (torn / name).read_bytes()
+    (torn / name).unlink()
+    if how == "cut":
+        (torn / name).write_bytes(content[: len(content) // 2])
+    assert problem_of(torn)
+    assert problem_of(torn.with_name("checkpoint-2")) is None
+    with pytest.raises(InputError, match="checkpoint-3 cannot be used"):
+        train(checkpointing_steps=1, resume_from_checkpoint="checkpoint-3")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert_same_result(train(checkpointing_steps=1, resume_from_checkpoint="latest"), whole)
+    printed = capsys.readouterr().out
+    assert "checkpoint-3 is passed over" in printed
+    assert "checkpoint-2, after step 2" in printed
+    assert problem_of(torn) is None  # written anew
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill() -> None:  # files may no longer grow beyond this, as when a disk has so much left
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+
+    def empty() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = train(max_train_steps=4, output_dir=tmp_path / "whole")
+    try:
+        at_step(4, empty, monkeypatch)
+        at_step(2, fill, monkeypatch)
+        result = train(max_train_steps=4, checkpointing_steps=1)
+    finally:
+        empty()
+    assert_same_result(result, whole)
+    assert not list((tmp_path / "out").glob(".checkpoint-*"))
+    said = capsys.readouterr().err
+    assert "checkpoint-2 could not be written: " in said
+    assert "checkpoint-1 is whole; --resume_from_checkpoint latest goes on from it. The run goes on." in said
+
+
+# What is refused, and what is said
+
+
+def test_latest_without_a_checkpoint_starts_anew(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(resume_from_checkpoint="latest")
+    assert "There is no whole checkpoint in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_there_is_named(train: Train) -> None:
+    train(checkpointing_steps=2)
+    with pytest.raises(InputError, match="there is no checkpoint-7; .* has checkpoint-2"):
+        train(checkpointing_steps=2, resume_from_checkpoint="checkpoint-7")
+
+
+def test_a_new_run_does_not_start_among_another_ones_checkpoints(train: Train) -> None:
+    train(checkpointing_steps=2)
+    with pytest.raises(InputError, match=r"holds checkpoints of a run, up to checkpoint-2: .* latest"):
+        train(checkpointing_steps=2)
+
+
+def test_another_run_is_not_gone_on_with(train: Train, tmp_path: Path, pictures: Path) -> None:
+    train(checkpointing_steps=2)
+    with pytest.raises(InputError, match=r"--seed was 0, is 1\n  --learning_rate was 0.05, is 0.1"):
+        train(checkpointing_steps=2, resume_from_checkpoint="latest", learning_rate=0.1, seed=1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "fewer").mkdir()
+    for name in ("0.png", "1.png"):
+        (tmp_path / "fewer" / name).write_bytes((pictures / name).read_bytes())
+    with pytest.raises(InputError, match="pictures or captions are others"):
+        train(checkpointing_steps=2, resume_from_checkpoint="latest", instance_data_dir=tmp_path / "fewer")
+
+
+def test_a_loss_that_is_not_finite_names_pictures_and_checkpoint(
+    argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = StableDiffusion.errors, []
+
+    def errors(*args: Any) -> Tensor:
+        calls.append(1)
+        return original(*args) * (float("inf") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(StableDiffusion, "errors", errors)
+    error = train_until(FloatingPointError, argv(checkpointing_steps=1, train_batch_size=1))
+    assert "the loss is inf at step 3 of 3" in str(error)
+    assert "checkpoint-2 is whole; --resume_from_checkpoint latest" in str(error)
+    assert ".png: a sks fox" in str(error)
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    train: Train,
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    whole = train(output_dir=tmp_path / "whole")
+    at_step(2, lambda: os.kill(os.getpid(), number), monkeypatch)
+    stopped = train_until(Stopped, argv())
+    assert stopped.exit_code == code
+    assert str(stopped).startswith("stopped after step 2 of 3. ")
+    assert "checkpoint-2 is whole; --resume_from_checkpoint latest" in str(stopped)
+    assert_same_result(train(resume_from_checkpoint="latest"), whole)
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_request() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal_number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_the_script_ends_with_the_exit_code_of_the_signal(argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *argv(max_train_steps=100_000, checkpointing_steps=5)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not checkpoint_paths(tmp_path / "out"):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.terminate()
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 143
+    assert "goes on from it" in said.splitlines()[-1]
+
+
+# Averages
+
+
+def test_the_averages_are_what_is_saved(train: Train, tmp_path: Path) -> None:
+    train(checkpointing_steps=1, output_dir=tmp_path / "plain")
+    averaged = train(use_ema=True, ema_decay=0.15)
+    expected = None
+    for step, path in enumerate(checkpoint_paths(tmp_path / "plain")):
+        now = torch.cat([p.flatten() for p in torch.load(path / "state.pt")["trainee"]["parameters"]])
+        decay = 0.0 if step == 0 else min(0.15, (1 + step) / (10 + step))
+        expected = decay * (torch.zeros_like(now) if expected is None else expected) + (1 - decay) * now
+    found = load_file(averaged.coeff_file)
+    plain = load_file(tmp_path / "plain" / "pytorch_coeff_weights.safetensors")
+    assert any(not torch.equal(found[key], plain[key]) for key in found)
+    values = torch.cat([value.flatten() for value in found.values()])
+    torch.testing.assert_close(values.sort().values, expected.sort().values)  # the file has another order of layers
+
+
+def test_validation_shows_the_averages(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def images(family: Any, *args: Any) -> list:
+        seen.append(coeff_state_dict(family.pipeline))
+        return original(family, *args)
+
+    original = train_dreambooth.validation_images
+    monkeypatch.setattr(train_dreambooth, "validation_images", images)
+    flags = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
+    result = train(use_ema=True, validation_steps=2, **flags)
+    shorter = train(use_ema=True, max_train_steps=2, output_dir=result.settings_file.parent / "shorter")
+    expected = load_file(shorter.coeff_file)
+    assert all(torch.equal(seen[0][key], expected[key]) for key in expected)
