@@ -143,9 +143,17 @@ def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    lines = ['{"prompt": "a", "coeff": "fox"}', "", '{"prompt": ""}', "{",
-             '{"prompt": "a", "seed": "x", "coeff": null}', '{"prompt": "a", "coeff": "cat"}', '{"prompt": "b"}', '{"prompt": "b", "sede": 1}',
-             '{"prompt": "b", "coeff": null, "file_name": "../b.png"}']  # fmt: skip
+    lines = [
+        '{"prompt": "a", "coeff": "fox"}',
+        "",
+        '{"prompt": ""}',
+        "{",
+        '{"prompt": "a", "seed": "x", "coeff": null}',
+        '{"prompt": "a", "coeff": "cat"}',
+        '{"prompt": "b"}',
+        '{"prompt": "b", "sede": 1}',
+        '{"prompt": "b", "coeff": null, "file_name": "../b.png"}',
+    ]
     path.write_text("\n".join(lines))
     with pytest.raises(PromptsError) as info:
         read_prompts(path, ["fox", "owl"], 0, 1)
