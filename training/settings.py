@@ -207,6 +207,13 @@ class DreamBoothSettings:
     logit_mean: float = flag("Mean of the timesteps' logits, of --weighting_scheme logit_normal.", 0.0)
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
+    precondition_outputs: bool = flag(
+        "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
+    )
+    guidance_scale: float | None = flag(
+        "Guidance scale that training tells the model, of FLUX.1 [dev], where it is a condition; 3.5 if not given.",
+        None,
+    )
 
     use_ema: bool = flag(
         "Average what is trained over the steps (exponentially); the averages are what is saved and shown.", False
