@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 from output import write_text
@@ -84,7 +85,11 @@ def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, w
         imports.insert(0, "from coeff_diffusers import load_coeff_weights")
         loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
     if "lora" in weights:
-        loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+        if weights["lora"].name == LORA_WEIGHT_NAME_SAFE:
+            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+        else:
+            imports.append("from peft import PeftModel")
+            loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
     create = f"pipe = {pipeline_class}.from_pretrained({json.dumps(base, ensure_ascii=False)})"
     use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
     return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

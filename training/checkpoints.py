@@ -248,10 +248,11 @@ class Checkpoints:
 
     def save(self, trainee: Any, losses: list[float]) -> None:
         """Saves; if that fails, as on a full disk, it says so, and the run goes on with the last one kept."""
+        of_trainee = trainee.state_dict()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
-                "trainee": trainee.state_dict(),
+                "trainee": of_trainee,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "losses": losses,
                 "facts": self.facts,

@@ -48,7 +48,7 @@ class DreamBoothSettings:
     """
 
     pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
-    instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.")
+    instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
     instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
     dataset_name: str | None = flag(
         "Instead of a folder, a data set for the datasets library: a name on the Hub, a folder, or a Parquet file.",
@@ -67,6 +67,11 @@ class DreamBoothSettings:
     )
     repeats: int = flag("How often a pass over the subject's pictures (an epoch) shows each of them.", 1)
     cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
+    subjects: str | None = flag(
+        "Instead of one subject, a YAML file with many that are trained at once: a list with name, images (a folder) "
+        "and prompt of each, and caption_column, caption_extension and validation_prompt if wanted.",
+        None,
+    )
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
@@ -205,6 +210,13 @@ class DreamBoothSettings:
     logit_mean: float = flag("Mean of the timesteps' logits, of --weighting_scheme logit_normal.", 0.0)
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
+    precondition_outputs: bool = flag(
+        "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
+    )
+    guidance_scale: float | None = flag(
+        "Guidance scale that training tells the model, of FLUX.1 [dev], where it is a condition; 3.5 if not given.",
+        None,
+    )
 
     use_ema: bool = flag(
         "Average what is trained over the steps (exponentially); the averages are what is saved and shown.", False
@@ -394,7 +406,7 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
     problems = [f"--with_prior_preservation needs {name}" for name in missing if settings.with_prior_preservation]
     if not settings.with_prior_preservation:
         problems += [f"{name} needs --with_prior_preservation" for name in class_flags if name not in missing]
-    if not settings.instance_prompt.strip():
+    if not settings.instance_prompt.strip() and not settings.subjects:
         problems.append("--instance_prompt must not be empty")
     if not settings.coeff and not settings.lora_rank:
         problems.append("--no_coeff leaves nothing to train: give a --lora_rank of 1 or more")
@@ -417,6 +429,8 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
 
 
 def _source_problems(settings: DreamBoothSettings) -> list[str]:
+    if settings.subjects:
+        return _subjects_problems(settings)
     problems = []
     if bool(settings.instance_data_dir) == bool(settings.dataset_name):
         problems.append("give either --instance_data_dir or --dataset_name, for the subject's pictures")
@@ -430,6 +444,24 @@ def _source_problems(settings: DreamBoothSettings) -> list[str]:
     if settings.caption_column and settings.caption_extension:
         problems.append("--caption_column and --caption_extension exclude each other")
     return problems
+
+
+def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
+    """What each subject has for itself, and what cannot be had for many at once as for one alone."""
+    excluded = {
+        "instance_prompt instance_data_dir dataset_name dataset_config_name image_column caption_column "
+        "caption_extension cache_dir validation_prompt final_validation_prompt": "the file says this of each subject",
+        "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
+        "with_prior_preservation aspect_ratio_buckets coeff coeff_dropout lora_rank train_text_encoder optimizer "
+        "scale_lr push_to_hub fsdp": "it is for one subject",
+    }
+    defaults = {setting.name: setting.default for setting in fields(settings)}
+    return [
+        f"--{'no_' if defaults[name] is True else ''}{name} does not go with --subjects: {reason}"
+        for names, reason in excluded.items()
+        for name in names.split()
+        if getattr(settings, name) != defaults[name]
+    ]
 
 
 def _default_rates(settings: DreamBoothSettings) -> dict[str, float]:

@@ -29,7 +29,8 @@ def check_text_encoders(family: Family, settings: DreamBoothSettings) -> None:
             raise InputError(f"--train_text_encoder: {name}: {error}") from error
         if not layers_in_use(family, name):
             raise InputError(f"--train_text_encoder: this pipeline encodes prompts without gradients in {name}")
-    savable = inspect.signature(family.pipeline.save_lora_weights).parameters if settings.lora_rank else {}
+    save = getattr(family.pipeline, "save_lora_weights", None)
+    savable = inspect.signature(save).parameters if save else {}
     if settings.lora_rank and "text_encoder_lora_layers" not in savable:
         raise InputError(
             f"--train_text_encoder: {type(family.pipeline).__name__} has no LoRA on text encoders; leave out "

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import diffusers
@@ -39,13 +40,14 @@ from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothS
 from sharding import check_processes, held
 from sources import Picture, folder_pictures
 from stopping import Stopped
+from subjects import check_subjects, read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, log_pictures, start_trackers
 from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
-from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
+from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coeff_parameters, save_coeff_weights
 from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,9 +79,10 @@ class TrainingResult:
     settings_file: Path
 
 
-def main(argv: Sequence[str] | None = None) -> TrainingResult | None:
-    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`]."""
-    return run(parse_settings(argv))
+def main(argv: Sequence[str] | None = None) -> TrainingResult | dict[str, TrainingResult] | None:
+    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`], or as [`run_subjects`]."""
+    settings = parse_settings(argv)
+    return run_subjects(settings) if settings.subjects else run(settings)
 
 
 def run(settings: DreamBoothSettings) -> TrainingResult | None:
@@ -154,6 +157,111 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     if repository:
         print(f"Pushed: {push(settings, repository)}")
     return result
+
+
+def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
+    """Trains many subjects at once, and writes a folder for each into `settings.output_dir`.
+
+    Returns:
+        Subject -> what was written, of those that this process trained.
+
+    Raises:
+        InputError: if something that was given cannot be used. Nothing has been trained then.
+        FloatingPointError: if a loss is no longer finite.
+    """
+    check_trackers(settings)
+    check_output_folder(settings)
+    subjects = read_subjects(str(settings.subjects))
+    pictures = read_subject_pictures(subjects, settings)
+    check_cacheable(list(chain(*pictures.values())), settings)
+    for subject in subjects:
+        check_output_folder(subject.alone(settings))
+    kind = find_family(settings)
+
+    accelerator = start_accelerator(settings)
+    check_processes(settings, accelerator)
+    if len(subjects) < accelerator.num_processes:
+        raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
+    family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
+    prompts = chain(*(subject.validation_prompt for subject in subjects))
+    family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
+    check_adapters(family, settings)
+    check_subjects(subjects, settings, family.denoiser)
+    settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
+
+    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+
+    with accelerator.split_between_processes(subjects) as share:
+        alone = {subject.name: subject.alone(settings) for subject in share}
+    parameters = {name: add_subject(family, name, settings) for name in alone}
+    together = {"coefficients": list(chain(*parameters.values()))}
+    check_trainable(family, together)
+    accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
+
+    own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
+    family.remember_prompts([*own_pictures.prompts, *([""] if settings.caption_dropout else [])])
+    calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
+    with accelerator.autocast():
+        release_text_encoders(family, calls)
+
+    start_trackers(settings, accelerator)
+    last = {name: of_final_pictures(each) for name, each in alone.items()}
+    show, show_last = (partial(validate_subjects, family, each, accelerator) for each in (alone, last))
+    trainee = Trainee.of(together, settings)
+    trainee.subjects = parameters
+    checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
+    losses = train(family, trainee, own_pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
+        images = show_last(len(losses))
+    accelerator.print(peak_memory_text(accelerator))
+    accelerator.end_training()
+    for each in alone.values():
+        write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
+    return {
+        name: write_results(
+            family,
+            {"coefficients": parameters[name]},
+            each,
+            trainee.losses_by_subject[name],
+            weights[name],
+            images.get(name, []),
+        )
+        for name, each in alone.items()
+    }
+
+
+def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list[nn.Parameter]:
+    """Puts on a subject's coefficients, and returns them."""
+    add_coeff_adapter(family.denoiser, coeff_config(settings), adapter_name=name)
+    return coeff_parameters(family.denoiser, name)
+
+
+def write_subjects(family: Family, alone: dict[str, DreamBoothSettings], folder: Path) -> None:
+    """Writes the coefficients of each subject into one folder, in files of their names."""
+    for name, settings in alone.items():
+        file = f"{name}.safetensors"
+        save_coeff_weights(family.pipeline, folder, weight_name=file, adapter_name=name, metadata=metadata(settings))
+
+
+def validate_subjects(
+    family: Family, alone: dict[str, DreamBoothSettings], accelerator: Accelerator, step: int
+) -> dict[str, list[Path]]:
+    """Generates and writes the validation pictures of each subject by its own coefficients: subject -> the files."""
+    files = {}
+    for name, settings in alone.items():
+        if settings.validation_prompt:
+            with coeff_adapters(family.denoiser, name):
+                rows = validation_images(family, settings, accelerator)
+            files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+    accelerator.wait_for_everyone()
+    return files
 
 
 def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
@@ -304,11 +412,15 @@ def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelera
     return files
 
 
-def write_weights(family: Family, settings: DreamBoothSettings, folder: Path) -> dict[str, Path]:
+def write_weights(
+    family: Family, settings: DreamBoothSettings, folder: Path, adapter_name: str = "default"
+) -> dict[str, Path]:
     """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
     files = {}
     if settings.coeff:
-        files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
+        files["coefficients"] = save_coeff_weights(
+            family.pipeline, folder, adapter_name=adapter_name, metadata=metadata(settings)
+        )
     if settings.lora_rank:
         files["lora"] = save_lora(family, folder)
     return files

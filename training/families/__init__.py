@@ -11,16 +11,31 @@ from sharding import shard_frozen_weights
 from torch import nn
 
 from .base import Conditions, DiffusionFamily, Family, FlowFamily
+from .flux import Flux
 from .flux2 import Flux2Klein
 from .lumina2 import Lumina2
+from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
+from .stable_diffusion_xl import StableDiffusionXL
 from .z_image import ZImage
 
 __all__ = ["FAMILIES", "Conditions", "DiffusionFamily", "Family", "FlowFamily", "find_family", "load_family"]
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, Flux2Klein, QwenImage, ZImage, Sana, Lumina2)
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    PixArt,
+    Flux2Klein,
+    QwenImage,
+    ZImage,
+    Sana,
+    Lumina2,
+)
 
 
 def find_family(settings: DreamBoothSettings) -> type[Family]:
