@@ -90,10 +90,16 @@ def find_checkpoint(settings: DreamBoothSettings, say: Callable[[str], object]) 
 
 
 def _checkpoint_at(asked: str, output_dir: str, paths: Sequence[Path]) -> Checkpoint:
-    path = Path(asked) if Path(asked).is_dir() else Path(output_dir) / asked
+    path = Path(output_dir) / asked
+    path = path if path.is_dir() else Path(asked)
     if not path.is_dir():
         names = ", ".join(other.name for other in paths) or "none"
         raise InputError(f"--resume_from_checkpoint: there is no {asked}; {output_dir} has {names}")
+    if paths and path.resolve().parent != Path(output_dir).resolve():
+        raise InputError(
+            f"--resume_from_checkpoint: {path} is not of {output_dir}, which holds checkpoints of its own; take another "
+            "--output_dir"
+        )
     if problem := problem_of(path):
         raise InputError(f"--resume_from_checkpoint: {path} cannot be used: {problem}")
     return read_checkpoint(path)
@@ -140,9 +146,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any], write_weights: Callable
     return target
 
 
-def keep_newest(folder: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints but for `limit`."""
-    for path in checkpoint_paths(folder)[: -limit if limit else 0]:
+def keep_newest(folder: Path, limit: int | None, newest: Path) -> None:
+    """Removes checkpoints but for `limit`: those after `newest` first, then the oldest.
+
+    Args:
+        folder: where they are.
+        limit: how many are kept, `newest` among them; all if `None`.
+        newest: the one just written. Those after it are torn, or the run went back to one before them.
+    """
+    paths = checkpoint_paths(folder)
+    place = paths.index(newest) + 1
+    for path in [*paths[place:], *paths[:place]][: -limit if limit else 0]:
         _remove(path)
 
 
@@ -264,7 +278,7 @@ class Checkpoints:
 
             try:
                 self.last = save_checkpoint(self.folder, state, write_weights)
-                keep_newest(self.folder, self.settings.checkpoints_total_limit)
+                keep_newest(self.folder, self.settings.checkpoints_total_limit, self.last)
             except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
                 print(
                     f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()} The run goes on.",
