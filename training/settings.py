@@ -155,6 +155,9 @@ class DreamBoothSettings:
         None,
         ("no", "fp16", "bf16"),
     )
+    fsdp: bool = flag(
+        "Share the frozen denoiser out over the processes, for models that are too large for each of them.", False
+    )
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
     dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
 
@@ -450,7 +453,7 @@ def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
         "caption_extension cache_dir validation_prompt final_validation_prompt": "the file says this of each subject",
         "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
         "with_prior_preservation aspect_ratio_buckets coeff coeff_dropout lora_rank train_text_encoder optimizer "
-        "scale_lr push_to_hub": "it is for one subject",
+        "scale_lr push_to_hub fsdp": "it is for one subject",
     }
     defaults = {setting.name: setting.default for setting in fields(settings)}
     return [

@@ -37,6 +37,7 @@ from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
 from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from sharding import check_processes, held
 from sources import Picture, folder_pictures
 from stopping import Stopped
 from subjects import check_subjects, read_subject_pictures, read_subjects
@@ -106,6 +107,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    check_processes(settings, accelerator)
     resumed = find_checkpoint(settings, accelerator.print)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
@@ -147,7 +149,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     with trainee.averaged():
         weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
         images = show_last(len(losses))
-    accelerator.print(peak_memory_text(accelerator.device))
+    accelerator.print(peak_memory_text(accelerator))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -177,6 +179,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    check_processes(settings, accelerator)
     if len(subjects) < accelerator.num_processes:
         raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
     resumed = find_checkpoint(settings, accelerator.print)
@@ -217,7 +220,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     with trainee.averaged():
         weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
         images = show_last(len(losses))
-    accelerator.print(peak_memory_text(accelerator.device))
+    accelerator.print(peak_memory_text(accelerator))
     accelerator.end_training()
     for each in alone.values():
         write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
@@ -385,9 +388,12 @@ def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -
 def count_text(family: Family, parameters: dict[str, list[nn.Parameter]]) -> str:
     parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
     trained = numbers(parameters)
-    frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
+    frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
+    count, here = sum(p.numel() for p in frozen), sum(held(p) for p in frozen)
     detail = ", ".join(f"{what} {count:,}" for what, count in trained.items())
-    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {frozen:,}."
+    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {count:,}" + (
+        f", of which each process holds about {here:,}." if here < count else "."
+    )
 
 
 def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
@@ -397,8 +403,9 @@ def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
 def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
     """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
     files: list[Path] = []
-    if settings.validation_prompt and accelerator.is_main_process:
+    if settings.validation_prompt and (accelerator.is_main_process or settings.fsdp):
         rows = validation_images(family, settings, accelerator)
+    if settings.validation_prompt and accelerator.is_main_process:
         files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
         log_pictures(accelerator.trackers, dict(zip(settings.validation_prompt, rows)), step)
     accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from settings import DreamBoothSettings, InputError
+from sharding import shard_frozen_weights
 from torch import nn
 
 from .base import Conditions, DiffusionFamily, Family, FlowFamily
@@ -68,7 +69,7 @@ def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.
         variant=settings.variant,
         dtype=dtype,
         **arguments,
-    ).to(device)
+    )
     pipeline.set_progress_bar_config(disable=True)
     for part in ("tiling", "slicing"):
         if getattr(settings, f"enable_vae_{part}"):
@@ -76,7 +77,9 @@ def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return kind(pipeline, settings)
+    if settings.fsdp:  # before the whole of it is on the device
+        shard_frozen_weights(getattr(pipeline, kind.denoiser_name), device)
+    return kind(pipeline.to(device), settings)
 
 
 def load_vae(name: str, dtype: torch.dtype) -> nn.Module:
