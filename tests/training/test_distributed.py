@@ -59,6 +59,8 @@ def flags(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "lr_scheduler": "linear",
         "lr_warmup_steps": 1,
         "lora_rank": 2,
+        "train_text_encoder": True,
+        "text_encoder_lr": 0.05 / 8,
         "adam_epsilon": 1e-3,
         "report_to": "tensorboard",
         "with_prior_preservation": True,
