@@ -12,8 +12,8 @@ Many pictures, of many subjects, on as many processes as there are GPUs:
         --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
 
 A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
-Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again; if they
-were made of other prompts, settings or weights, that is an error. The pictures are the same whatever the number of
+Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again; it is
+an error if they were made of other prompts, settings or weights. The pictures are the same whatever the number of
 processes.
 """
 
