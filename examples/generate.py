@@ -4,36 +4,138 @@
         --coeff_weights outputs/my-dog --prompt "a sks dog in the snow" "a sks dog on a beach"
 
 Writes `sheet.png`, which shows both, and every picture on its own, to `--output_dir`.
+
+Many pictures, of many subjects, on as many processes as there are GPUs:
+
+    accelerate launch examples/generate.py --coeff_weights dog=outputs/my-dog cat=outputs/my-cat \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
+
+A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
+Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again. The
+pictures are the same whatever the number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from prompts import MANIFEST, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
 from sheet import sheet
+from tqdm import tqdm
 
-from coeff_diffusers import coeff_disabled, load_coeff_weights, set_coeff_adapters
+from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
+from coeff_diffusers.checkpoint import whole_file
+
+OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 
 
 def main(args: argparse.Namespace) -> Path:
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    return make_all(args, options) if args.prompts_file else make_sheet(args, options)
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device | str) -> Any:
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
-    pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(args.device)
-    load_coeff_weights(pipe, args.coeff_weights, weight_name=args.weight_name)
-    set_coeff_adapters(pipe, "default", args.coeff_scale)
+    pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
+    for name, path in args.coeff_weights.items():
+        load_coeff_weights(pipe, path, weight_name=args.weight_name, adapter_name=name)
+    set_coeff_adapters(pipe, list(args.coeff_weights)[-1], args.coeff_scale)
     if args.lora_weights:
         pipe.load_lora_weights(args.lora_weights)
-    seeds = range(args.seed, args.seed + args.num_images_per_prompt)
-    names = ("num_inference_steps", "guidance_scale", "guidance_rescale")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return pipe
 
+
+def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+    """Makes the pictures of the prompts' file, shared out over the processes; returns the manifest."""
+    pictures = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
+    made_with = {
+        "model": args.pretrained_model_name_or_path,
+        "coeff_weights": args.coeff_weights,
+        "coeff_scale": args.coeff_scale,
+        "lora_weights": args.lora_weights,
+        "dtype": args.dtype,
+        **options,
+    }
+    state, manifest = PartialState(), args.output_dir / MANIFEST
+    missing = still_to_make(pictures, made_with, args.output_dir, args.overwrite)
+    state.wait_for_everyone()  # nobody writes before all have looked
+    if state.is_main_process:
+        write_manifest(pictures, made_with, manifest)
+    if missing:
+        pipe = load_pipeline(args, args.device or state.device)
+        pipe.set_progress_bar_config(disable=True)
+        with state.split_between_processes(batches(missing, args.batch_size)) as share:
+            for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
+                make_batch(pipe, batch, args, options)
+    state.wait_for_everyone()
+    state.print(f"wrote {len(missing)} pictures ({len(pictures) - len(missing)} were there) and {manifest}")
+    return manifest
+
+
+def still_to_make(
+    pictures: Sequence[Picture], made_with: dict[str, Any], folder: Path, overwrite: bool
+) -> list[Picture]:
+    """Those of which there is no file yet, all with `overwrite`.
+
+    Raises:
+        PromptsError: if files of these names were made of something else.
+    """
+    there = [picture for picture in pictures if (folder / picture.file_name).exists()]
+    if overwrite or not there:
+        return list(pictures)
+    known = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    others = [picture.file_name for picture in there if known.get(picture.file_name) != (picture, made_with)]
+    if others:
+        raise PromptsError(
+            f"{folder} holds pictures of these names that were made of other prompts or settings: "
+            f"{', '.join(others[:10])}{' ...' if len(others) > 10 else ''}; give --overwrite, or another --output_dir"
+        )
+    return [picture for picture in pictures if picture not in there]
+
+
+def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
+    """Of pictures with a negative prompt, or of pictures without: a pipeline takes it for all or for none."""
+    groups = [list(group) for _, group in groupby(pictures, lambda picture: picture.negative_prompt is None)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def make_batch(pipe: Any, batch: Sequence[Picture], args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Makes these pictures in one call, each with its own coefficients, and writes each file whole or not at all."""
+    if batch[0].negative_prompt is not None:
+        options = options | {"negative_prompt": [picture.negative_prompt for picture in batch]}
+    with coefficients_of(pipe, [picture.coeff for picture in batch], args.coeff_scale):
+        images = pipe(
+            [picture.prompt for picture in batch],
+            generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+            **options,
+        ).images
+    for picture, image in zip(batch, images):
+        with whole_file(args.output_dir / picture.file_name) as temporary, open(temporary, "wb") as file:
+            image.save(file, format=Image.registered_extensions()[Path(picture.file_name).suffix])
+
+
+def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> AbstractContextManager[None]:
+    if len(set(names)) > 1:
+        return coeff_per_sample(pipe, names, scale)
+    return coeff_disabled(pipe) if names[0] is None else coeff_adapters(pipe, names[0], scale)
+
+
+def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+    """Makes pictures with the coefficients and without, and the sheet that compares them; returns the sheet."""
+    pipe = load_pipeline(args, args.device or PartialState().device)
+    seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):
         base = generate(pipe, args.prompt, seeds, **options)
@@ -66,8 +168,14 @@ def compare(kinds: Sequence[tuple[str, dict[tuple[str, int], Image.Image]]], cel
     return sheet(rows, cell=cell)
 
 
-def file_name(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
+def named_weights(values: Sequence[str]) -> dict[str, str]:
+    """Name -> path of `name=path`; a path alone is named default."""
+    alone = ["=" not in value or Path(value).exists() for value in values]
+    pairs = [("default", value) if only else value.split("=", 1) for value, only in zip(values, alone)]
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--coeff_weights: each needs a name of its own (name=path), got {', '.join(names)}")
+    return dict(pairs)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,22 +184,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", required=True, help="pipeline: a folder, or a name on the Hub"
     )
     parser.add_argument(
-        "--coeff_weights", required=True, help="coefficient file: a path, a folder, or a name on the Hub"
+        "--coeff_weights",
+        nargs="+",
+        required=True,
+        help="coefficient file: a path, a folder, or a name on the Hub; several as name=path",
     )
     parser.add_argument("--weight_name", help="the file in that folder, where it holds several")
     parser.add_argument("--coeff_scale", type=float, default=1.0, help="weight of the coefficients")
     parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
-    parser.add_argument("--prompt", nargs="+", required=True)
-    parser.add_argument("--num_images_per_prompt", type=int, default=2)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
+    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
+    parser.add_argument("--num_images_per_prompt", type=int, help="2 of --prompt, 1 of --prompts_file by default")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures at a time, of --prompts_file")
+    parser.add_argument("--overwrite", action="store_true", help="make pictures again that are there already")
     parser.add_argument("--num_inference_steps", type=int, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
+    parser.add_argument("--height", type=int, help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--width", type=int, help="in pixels; the pipeline's own default if not given")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.coeff_weights = named_weights(args.coeff_weights)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.prompt and len(args.coeff_weights) > 1:
+        parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
+    if args.num_images_per_prompt is None:
+        args.num_images_per_prompt = 2 if args.prompt else 1
+    return args
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except PromptsError as error:
+        sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 from output import write_text
@@ -72,7 +73,7 @@ def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: d
 
 def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
     if not images:
-        return "No pictures were generated in training (`--validation_prompt`)."
+        return "No pictures were generated after training (`--validation_prompt`)."
     rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
     grid = images[0].relative_to(folder).as_posix()
     return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
@@ -84,7 +85,11 @@ def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, w
         imports.insert(0, "from coeff_diffusers import load_coeff_weights")
         loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
     if "lora" in weights:
-        loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+        if weights["lora"].name == LORA_WEIGHT_NAME_SAFE:
+            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+        else:
+            imports.append("from peft import PeftModel")
+            loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
     create = f"pipe = {pipeline_class}.from_pretrained({json.dumps(base, ensure_ascii=False)})"
     use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
     return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

@@ -38,6 +38,7 @@ HIDDEN = ".checkpoint-"
 FREE_SETTINGS = {
     "output_dir", "logging_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps",
+    "validation_epochs", "final_validation_prompt", "skip_final_inference",
     "validation_num_inference_steps", "validation_guidance_scale", "sample_batch_size", "dataloader_num_workers",
     "gradient_checkpointing", "cache_latents", "cache_dir", "push_to_hub", "hub_model_id", "hub_token",
 }  # fmt: skip
@@ -247,10 +248,11 @@ class Checkpoints:
 
     def save(self, trainee: Any, losses: list[float]) -> None:
         """Saves; if that fails, as on a full disk, it says so, and the run goes on with the last one kept."""
+        of_trainee = trainee.state_dict()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
-                "trainee": trainee.state_dict(),
+                "trainee": of_trainee,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "losses": losses,
                 "facts": self.facts,

@@ -36,7 +36,8 @@ def complete_class_images(family: Family, settings: DreamBoothSettings, accelera
     numbers = list(islice(free, missing))
     accelerator.wait_for_everyone()  # the free numbers are the same for all, so nobody writes before all have them
     if numbers:
-        with accelerator.split_between_processes(numbers) as share:
+        # with --fsdp no process may be through before another
+        with accelerator.split_between_processes(numbers, apply_padding=settings.fsdp) as share:
             _generate(family, settings, list(share), silent=not accelerator.is_main_process)
     accelerator.wait_for_everyone()
     files = find_images(folder, "class_data_dir")[: settings.num_class_images]

@@ -136,6 +136,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         center_crop: cut in the middle, as is always done with buckets.
         random_flip: mirror half of the pictures.
         background_color: of what is transparent.
+        caption_dropout: probability with which the empty prompt takes the place of a picture's.
         first: the first draw, in a run that is continued.
         buckets: sizes, of which each picture of the subject has the one that is most like it.
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
@@ -155,13 +156,14 @@ class DreamBoothDataset(Dataset[list[Example]]):
         center_crop: bool = False,
         random_flip: bool = False,
         background_color: str = "white",
+        caption_dropout: float = 0.0,
         first: int = 0,
         buckets: Sequence[Size] = (),
         step_draws: int = 1,
     ) -> None:
         self.draws, self.first, self.step_draws, self.seed = draws, first, step_draws, seed
         self.center_crop, self.random_flip = center_crop or bool(buckets), random_flip
-        self.background_color = background_color
+        self.background_color, self.caption_dropout = background_color, caption_dropout
         sizes = buckets or [(resolution, resolution)]
         self.sizes = tuple(nearest_bucket(image.height, image.width, sizes) for image in instance_images)
         self.instance_images = {
@@ -203,10 +205,11 @@ class DreamBoothDataset(Dataset[list[Example]]):
     def _example(self, kind: str, draw: int) -> Example:
         cut = self.cut(kind, draw)
         moments = self.moments.get(cut)
+        dropped = random.Random(seed_of(self.seed, kind, "caption", draw)).random() < self.caption_dropout
         return Example(
             kind=kind,
             name=cut.picture.name,
-            prompt=cut.picture.prompt,
+            prompt="" if dropped else cut.picture.prompt,
             pixels=self.pixels(cut) if moments is None else None,
             moments=moments,
             sizes=(cut.picture.height, cut.picture.width, *cut.corner, *cut.size),

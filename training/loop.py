@@ -6,10 +6,13 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from buckets import parse_buckets
 from checkpoints import Checkpoints
 from data import DreamBoothDataset, collate, seed_of
@@ -17,16 +20,17 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from families import Family
 from latents import encode_cuts, moments_of, release_vae
-from losses import dreambooth_loss
 from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
 from sources import Picture
 from step import DenoisingStep
 from stopping import Stopped, stop_request
+from subjects import SubjectsDataset, clip_gradients, collate_subjects, losses_by_subject, own_coefficients
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from validation import all_validation_prompts
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,16 @@ class Pictures:
     Args:
         instance: the subject's pictures.
         classes: pictures of its class; none without prior preservation.
+        subjects: of several subjects, those that this process trains: subject -> its pictures, and no others.
     """
 
     instance: list[Picture]
     classes: list[Picture] = field(default_factory=list)
+    subjects: dict[str, list[Picture]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
-        return [picture.prompt for picture in self.instance + self.classes]
+        return [picture.prompt for picture in chain(self.instance, self.classes, *self.subjects.values())]
 
 
 @dataclass
@@ -56,12 +62,16 @@ class Trainee:
         lr_scheduler: of the same groups. Not prepared by accelerate, so that it counts optimizer steps whatever the
             number of processes.
         ema: moving averages of the parameters, with `--use_ema`.
+        subjects: of several subjects, those that this process trains: subject -> its parameters.
+        losses_by_subject: of these, subject -> the loss of each optimizer step.
     """
 
     parameters: dict[str, list[nn.Parameter]]
     optimizer: Any
     lr_scheduler: LRScheduler
     ema: EMAModel | None = None
+    subjects: dict[str, list[nn.Parameter]] = field(default_factory=dict)
+    losses_by_subject: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: dict[str, list[nn.Parameter]], settings: DreamBoothSettings) -> Trainee:
@@ -93,14 +103,20 @@ class Trainee:
             self.ema.restore(self.all_parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        """To be called in all processes; of several subjects, it holds what each process trains."""
+        state = {
             "parameters": [parameter.detach().cpu().clone() for parameter in self.all_parameters],
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "losses_by_subject": self.losses_by_subject,
         }
+        return {"processes": gather_object([state])} if self.subjects else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.subjects:
+            state = state["processes"][PartialState().process_index]
+        self.losses_by_subject = state["losses_by_subject"]
         with torch.no_grad():
             for parameter, value in zip(self.all_parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -137,11 +153,11 @@ def train(
     batches = make_batches(settings, accelerator, pictures, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
-        release_vae(family, keep_decoder=bool(settings.validation_prompt))
-    step, trainee.optimizer, batches = accelerator.prepare(step, trainee.optimizer, batches)
+        release_vae(family, keep_decoder=bool(all_validation_prompts(settings) or settings.subjects))
+    step, trainee.optimizer, batches = prepare(step, trainee.optimizer, batches, pictures, accelerator)
     step.train()
 
-    step_loss = torch.zeros((), device=accelerator.device)
+    step_losses = torch.zeros(max(1, len(pictures.subjects)), device=accelerator.device)
     progress = tqdm(
         total=settings.max_train_steps,
         initial=len(losses),
@@ -153,16 +169,17 @@ def train(
             # of the coefficients' dropout, another in each process; from the place in the run, to be the same when it
             # is continued
             torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
-            with accelerator.accumulate(step):
+            with accelerator.accumulate(step), own_coefficients(family, batch):
                 errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
-                loss = dreambooth_loss(errors, batch["kinds"], settings.prior_loss_weight)
-                check_finite(loss, len(losses) + 1, batch, settings, checkpoints)
-                accelerator.backward(loss)
+                by_subject = losses_by_subject(errors, batch, settings.prior_loss_weight)
+                check_finite(by_subject.sum(), len(losses) + 1, batch, settings, checkpoints)
+                accelerator.backward(by_subject.sum())
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trainee.all_parameters, settings.max_grad_norm)
+                    together = list(trainee.subjects.values()) or [trainee.all_parameters]
+                    clip_gradients(together, accelerator, settings.max_grad_norm)
                 trainee.optimizer.step()
                 trainee.optimizer.zero_grad()
-            step_loss += loss.detach() / settings.gradient_accumulation_steps
+            step_losses += by_subject.detach() / settings.gradient_accumulation_steps
             if not accelerator.sync_gradients:
                 continue
             rates = trainee.rates
@@ -170,9 +187,11 @@ def train(
                 trainee.lr_scheduler.step()
                 if trainee.ema is not None:
                     trainee.ema.step(trainee.all_parameters)
-            losses.append(accelerator.reduce(step_loss, "mean").item())
-            step_loss.zero_()
-            report(progress, losses, rates, accelerator)
+            losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
+            for subject, loss in zip(pictures.subjects, step_losses.tolist()):
+                trainee.losses_by_subject.setdefault(subject, []).append(loss)
+            step_losses.zero_()
+            report(progress, losses, rates, accelerator, trainee.losses_by_subject)
             after_step(trainee, losses, request.signal_number, settings, accelerator, validate, checkpoints)
     return losses
 
@@ -218,26 +237,44 @@ def make_batches(
     settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures, steps_done: int = 0
 ) -> DataLoader:
     """All batches that the run still has to come, in order."""
-    step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    dataset = DreamBoothDataset(
-        (settings.max_train_steps - steps_done) * step_draws,
-        pictures.instance,
-        pictures.classes,
-        resolution=settings.resolution,
-        seed=settings.seed,
-        center_crop=settings.center_crop,
-        random_flip=settings.random_flip,
-        background_color=settings.background_color,
-        buckets=parse_buckets(settings.aspect_ratio_buckets),
-        step_draws=step_draws,
-        first=steps_done * step_draws,
-    )
+    processes = 1 if pictures.subjects else accelerator.num_processes
+    step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+
+    def dataset(instance: list[Picture]) -> DreamBoothDataset:
+        return DreamBoothDataset(
+            (settings.max_train_steps - steps_done) * step_draws,
+            instance,
+            pictures.classes,
+            resolution=settings.resolution,
+            seed=settings.seed,
+            center_crop=settings.center_crop,
+            random_flip=settings.random_flip,
+            background_color=settings.background_color,
+            caption_dropout=settings.caption_dropout,
+            buckets=parse_buckets(settings.aspect_ratio_buckets),
+            step_draws=step_draws,
+            first=steps_done * step_draws,
+        )
+
+    each = {name: dataset(instance) for name, instance in pictures.subjects.items()}
     return DataLoader(
-        dataset,
+        SubjectsDataset(each) if each else dataset(pictures.instance),
         batch_size=settings.train_batch_size,
-        collate_fn=collate,
+        collate_fn=collate_subjects if each else collate,
         num_workers=settings.dataloader_num_workers,
     )
+
+
+def prepare(
+    step: DenoisingStep, optimizer: Any, batches: DataLoader, pictures: Pictures, accelerator: Accelerator
+) -> tuple[Any, Any, Any]:
+    """By accelerate. Of several subjects, each process trains its own: no batch is shared out, nothing is averaged."""
+    if not pictures.subjects:
+        return accelerator.prepare(step, optimizer, batches)
+    batches = prepare_data_loader(
+        batches, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True
+    )
+    return accelerator.prepare_model(step, evaluation_mode=True), accelerator.prepare_optimizer(optimizer), batches
 
 
 def check_finite(
@@ -252,9 +289,16 @@ def check_finite(
         )
 
 
-def report(progress: tqdm, losses: list[float], rates: dict[str, float], accelerator: Accelerator) -> None:
+def report(
+    progress: tqdm,
+    losses: list[float],
+    rates: dict[str, float],
+    accelerator: Accelerator,
+    by_subject: dict[str, list[float]],
+) -> None:
     """Shows and logs the step that is through, with the learning rates that it used."""
     values = {"loss": losses[-1]} | {f"learning_rate/{what}": rate for what, rate in rates.items()}
+    values |= {f"loss/{subject}": of_steps[-1] for subject, of_steps in by_subject.items()}
     accelerator.log(values, step=len(losses))
     progress.set_postfix(loss=f"{losses[-1]:.4f}", lr=", ".join(f"{rate:.2g}" for rate in rates.values()))
     progress.update()

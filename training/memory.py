@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from families import Family
 
@@ -68,10 +69,19 @@ class _EncodedPrompts:
         return self.answers[asked]
 
 
-def peak_memory_text(device: torch.device) -> str:
-    """The peak of this process so far: of the accelerator's memory, or of its own on a CPU."""
+def peak_memory_text(accelerator: Accelerator) -> str:
+    """The peak so far: of the device's memory, or of the process's own on a CPU; the largest of all processes."""
+    peak, device = peak_memory(accelerator.device), accelerator.device.type
+    where = f"memory of the {'process' if device == 'cpu' else device}"
+    if accelerator.num_processes > 1:
+        peak = max(accelerator.gather(torch.tensor([peak], device=accelerator.device)).tolist())
+        where += f", the largest of {accelerator.num_processes}"
+    return f"Peak {where}: {peak / 2**30:.2f} GiB."
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, of this process alone."""
     if device.type == "cuda":
-        return f"Peak memory of {device}: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB."
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"Peak memory of the process: {peak / 2**30:.2f} GiB."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -24,7 +24,14 @@ OPTIMIZERS = ("adamw", "prodigy")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
 DEFAULT_STEPS = 500
-EXCLUSIVE = {"max_train_steps": "num_train_epochs", "num_train_epochs": "max_train_steps"}
+DEFAULT_VALIDATION_STEPS = 100
+EXCLUSIVE = {
+    "max_train_steps": "num_train_epochs",
+    "num_train_epochs": "max_train_steps",
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+}
+ALIASES = {"lora_rank": "rank"}  # diffusers' name, which is also accepted
 
 
 def flag(help: str, default: Any = MISSING, choices: Sequence[str] | None = None, secret: bool = False) -> Any:
@@ -41,7 +48,7 @@ class DreamBoothSettings:
     """
 
     pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
-    instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.")
+    instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
     instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
     dataset_name: str | None = flag(
         "Instead of a folder, a data set for the datasets library: a name on the Hub, a folder, or a Parquet file.",
@@ -60,9 +67,25 @@ class DreamBoothSettings:
     )
     repeats: int = flag("How often a pass over the subject's pictures (an epoch) shows each of them.", 1)
     cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
+    subjects: str | None = flag(
+        "Instead of one subject, a YAML file with many that are trained at once: a list with name, images (a folder) "
+        "and prompt of each, and caption_column, caption_extension and validation_prompt if wanted.",
+        None,
+    )
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
+    pretrained_vae_model_name_or_path: str | None = flag(
+        "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
+        None,
+    )
+    enable_vae_tiling: bool = flag("Have the VAE compute large pictures in tiles, to save memory.", False)
+    enable_vae_slicing: bool = flag("Have the VAE compute a picture of a batch at a time, to save memory.", False)
+    vae_encode_mode: str = flag(
+        "Latents are drawn from what the VAE says of a picture (sample), or its mean (mode).",
+        "sample",
+        ("sample", "mode"),
+    )
     seed: int | None = flag("Seed of everything random, 0 included. Drawn, shown and saved if not given.", None)
 
     with_prior_preservation: bool = flag(
@@ -81,6 +104,7 @@ class DreamBoothSettings:
         None,
     )
     center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
+    caption_dropout: float = flag("Probability with which a picture trains with the empty prompt.", 0.0)
     random_flip: bool = flag("Mirror every other picture, at random.", False)
     background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
 
@@ -96,6 +120,15 @@ class DreamBoothSettings:
     coeff_exclude: tuple[str, ...] | None = flag("Patterns of attention layers to leave out.", None)
     coeff_dropout: float = flag("Probability with which a coefficient is dropped at a training step.", 0.0)
     lora_rank: int = flag("Rank of the LoRA trained beside the coefficients; 0 trains none.", 0)
+    lora_dropout: float = flag("Probability with which the LoRA drops an input at a training step.", 0.0)
+    lora_layers: tuple[str, ...] | None = flag(
+        "Patterns of the denoiser's layers that get a LoRA, such as 'attn2.to_q' or 'up_blocks.*.to_v'; separated by "
+        "spaces or commas. The family's attention projections if not given.",
+        None,
+    )
+    use_dora: bool = flag(
+        "Train a DoRA, which learns the length of each weight apart, instead of a plain LoRA.", False
+    )
     train_text_encoder: bool = flag(
         "Train coefficients (and the LoRA) on the text encoders as well: on CLIP's where there are any. Prompts are "
         "then encoded in every step.",
@@ -121,6 +154,9 @@ class DreamBoothSettings:
         "accelerate's own setting if not given.",
         None,
         ("no", "fp16", "bf16"),
+    )
+    fsdp: bool = flag(
+        "Share the frozen denoiser out over the processes, for models that are too large for each of them.", False
     )
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
     dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
@@ -174,6 +210,13 @@ class DreamBoothSettings:
     logit_mean: float = flag("Mean of the timesteps' logits, of --weighting_scheme logit_normal.", 0.0)
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
+    precondition_outputs: bool = flag(
+        "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
+    )
+    guidance_scale: float | None = flag(
+        "Guidance scale that training tells the model, of FLUX.1 [dev], where it is a condition; 3.5 if not given.",
+        None,
+    )
 
     use_ema: bool = flag(
         "Average what is trained over the steps (exponentially); the averages are what is saved and shown.", False
@@ -187,7 +230,16 @@ class DreamBoothSettings:
 
     validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
     num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
-    validation_steps: int = flag("Optimizer steps from one validation to the next; the last step always has one.", 100)
+    final_validation_prompt: tuple[str, ...] = flag(
+        "Prompts for the pictures after training; validation_prompt's if not given.", ()
+    )
+    skip_final_inference: bool = flag("Generate no pictures after training.", False)
+    validation_steps: int | None = flag(
+        f"Optimizer steps from one validation to the next; {DEFAULT_VALIDATION_STEPS} if validation_epochs is not "
+        "given either. After the last step there is always one.",
+        None,
+    )
+    validation_epochs: int | None = flag("Passes over the pictures from one validation to the next.", None)
     validation_num_inference_steps: int = flag("Denoising steps of a validation picture.", 25)
     validation_guidance_scale: float | None = flag(
         "Guidance scale of validation pictures; the pipeline's own default if not given.", None
@@ -211,6 +263,9 @@ class DreamBoothSettings:
         for name, value in vars(self).items():
             if isinstance(value, list):  # as from the command line
                 object.__setattr__(self, name, tuple(value))
+        if self.lora_layers is not None:  # diffusers' scripts take commas
+            layers = (layer.strip() for each in self.lora_layers for layer in each.split(","))
+            object.__setattr__(self, "lora_layers", tuple(filter(None, layers)))
         object.__setattr__(self, "optimizer", self.optimizer.lower())  # diffusers' scripts spell it AdamW
         for name, value in _default_rates(self).items():
             if getattr(self, name) is None:
@@ -283,6 +338,8 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
     shown = "" if required or setting.default in (None, ()) else f" Default: {setting.default}."
     parser.add_argument(
         f"--{name}",
+        *([f"--{ALIASES[name]}"] if name in ALIASES else []),
+        dest=name,
         type=str.lower if setting.metadata["choices"] and not many else str if many else alternatives[0],
         nargs="+" if many else None,
         choices=setting.metadata["choices"],
@@ -297,7 +354,8 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             lambda value: value >= 1,
             "num_class_images sample_batch_size resolution train_batch_size max_train_steps num_train_epochs "
             "repeats max_sequence_length gradient_accumulation_steps lr_num_cycles num_validation_images "
-            "validation_steps validation_num_inference_steps checkpointing_steps checkpoints_total_limit",
+            "validation_steps validation_epochs validation_num_inference_steps checkpointing_steps "
+            "checkpoints_total_limit",
         ),
         "0 or more": (
             lambda value: value >= 0,
@@ -309,7 +367,10 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
-        "in [0, 1)": (lambda value: 0 <= value < 1, "coeff_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay"),
+        "in [0, 1)": (
+            lambda value: 0 <= value < 1,
+            "coeff_dropout lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay",
+        ),
     }
     return [
         f"--{name} must be {rule}, got {getattr(settings, name)}"
@@ -345,7 +406,7 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
     problems = [f"--with_prior_preservation needs {name}" for name in missing if settings.with_prior_preservation]
     if not settings.with_prior_preservation:
         problems += [f"{name} needs --with_prior_preservation" for name in class_flags if name not in missing]
-    if not settings.instance_prompt.strip():
+    if not settings.instance_prompt.strip() and not settings.subjects:
         problems.append("--instance_prompt must not be empty")
     if not settings.coeff and not settings.lora_rank:
         problems.append("--no_coeff leaves nothing to train: give a --lora_rank of 1 or more")
@@ -353,16 +414,23 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         defaults = _default_rates(settings)
         names = ("text_encoder_lr", "text_encoder_lora_lr")
         problems += [f"--{n} needs --train_text_encoder" for n in names if getattr(settings, n) != defaults[n]]
-    if settings.lora_alpha is not None and not settings.lora_rank:
-        problems.append("--lora_alpha needs a --lora_rank of 1 or more")
+    for name in ("lora_alpha", "lora_dropout", "lora_layers", "use_dora"):
+        if getattr(settings, name) and not settings.lora_rank:
+            problems.append(f"--{name} needs a --lora_rank of 1 or more")
     if settings.max_train_steps is not None and settings.num_train_epochs is not None:
         problems.append("--max_train_steps and --num_train_epochs exclude each other")
+    if settings.validation_steps is not None and settings.validation_epochs is not None:
+        problems.append("--validation_steps and --validation_epochs exclude each other")
+    if settings.final_validation_prompt and settings.skip_final_inference:
+        problems.append("--final_validation_prompt and --skip_final_inference exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
     return problems + _source_problems(settings) + _folder_problems(settings)
 
 
 def _source_problems(settings: DreamBoothSettings) -> list[str]:
+    if settings.subjects:
+        return _subjects_problems(settings)
     problems = []
     if bool(settings.instance_data_dir) == bool(settings.dataset_name):
         problems.append("give either --instance_data_dir or --dataset_name, for the subject's pictures")
@@ -376,6 +444,24 @@ def _source_problems(settings: DreamBoothSettings) -> list[str]:
     if settings.caption_column and settings.caption_extension:
         problems.append("--caption_column and --caption_extension exclude each other")
     return problems
+
+
+def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
+    """What each subject has for itself, and what cannot be had for many at once as for one alone."""
+    excluded = {
+        "instance_prompt instance_data_dir dataset_name dataset_config_name image_column caption_column "
+        "caption_extension cache_dir validation_prompt final_validation_prompt": "the file says this of each subject",
+        "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
+        "with_prior_preservation aspect_ratio_buckets coeff coeff_dropout lora_rank train_text_encoder optimizer "
+        "scale_lr push_to_hub fsdp": "it is for one subject",
+    }
+    defaults = {setting.name: setting.default for setting in fields(settings)}
+    return [
+        f"--{'no_' if defaults[name] is True else ''}{name} does not go with --subjects: {reason}"
+        for names, reason in excluded.items()
+        for name in names.split()
+        if getattr(settings, name) != defaults[name]
+    ]
 
 
 def _default_rates(settings: DreamBoothSettings) -> dict[str, float]:

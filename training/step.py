@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from families import Family
+from sharding import sharded_names
 from torch import Tensor, nn
 
 
@@ -19,6 +20,8 @@ class DenoisingStep(nn.Module):
         self.family = family
         self.denoiser = family.denoiser
         self.text_encoders = nn.ModuleList(text_encoders)
+        # frozen and shared out: of no concern to what averages gradients
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
 
     def forward(self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor) -> Tensor:
         """Weighted squared errors (B,) of moments (B, 2, ...), prompts, sizes (B, 6) and the seeds (B,) of noise."""

@@ -29,7 +29,8 @@ def check_text_encoders(family: Family, settings: DreamBoothSettings) -> None:
             raise InputError(f"--train_text_encoder: {name}: {error}") from error
         if not layers_in_use(family, name):
             raise InputError(f"--train_text_encoder: this pipeline encodes prompts without gradients in {name}")
-    savable = inspect.signature(family.pipeline.save_lora_weights).parameters if settings.lora_rank else {}
+    save = getattr(family.pipeline, "save_lora_weights", None)
+    savable = inspect.signature(save).parameters if save else {}
     if settings.lora_rank and "text_encoder_lora_layers" not in savable:
         raise InputError(
             f"--train_text_encoder: {type(family.pipeline).__name__} has no LoRA on text encoders; leave out "
@@ -49,7 +50,7 @@ def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> d
         switch_dropout_off(encoder)
         if settings.lora_rank:  # first, for peft freezes coefficients that are there
             targets = [path for path, _ in encoder.named_modules() if _is_target(path, paths)]
-            lora = add_lora(encoder, settings.lora_rank, settings.lora_alpha, targets)
+            lora = add_lora(encoder, settings, targets)
             added.setdefault("text_encoder_lora", []).extend(lora)
         if settings.coeff:
             add_coeff_adapter(encoder, CoeffConfig(include=tuple(paths), dropout=settings.coeff_dropout))

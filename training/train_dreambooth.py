@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import diffusers
@@ -31,20 +32,22 @@ from hub import check_hub, open_repository, push
 from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
-from lora import add_lora, save_lora
+from lora import add_lora, lora_targets, save_lora
 from memory import peak_memory_text, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
-from settings import DEFAULT_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
+from sharding import check_processes, held
 from sources import Picture, folder_pictures
 from stopping import Stopped
+from subjects import check_subjects, read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, log_pictures, start_trackers
-from validation import validation_calls, validation_images
+from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
-from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
+from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coeff_parameters, save_coeff_weights
 from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,9 +79,10 @@ class TrainingResult:
     settings_file: Path
 
 
-def main(argv: Sequence[str] | None = None) -> TrainingResult | None:
-    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`]."""
-    return run(parse_settings(argv))
+def main(argv: Sequence[str] | None = None) -> TrainingResult | dict[str, TrainingResult] | None:
+    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`], or as [`run_subjects`]."""
+    settings = parse_settings(argv)
+    return run_subjects(settings) if settings.subjects else run(settings)
 
 
 def run(settings: DreamBoothSettings) -> TrainingResult | None:
@@ -103,10 +107,12 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     kind = find_family(settings)
 
     accelerator = start_accelerator(settings)
+    check_processes(settings, accelerator)
     resumed = find_checkpoint(settings, accelerator.print)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    family.check_prompts([*pictures.prompts, *filter(None, [settings.class_prompt]), *settings.validation_prompt])
+    prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
+    family.check_prompts(prompts)
     check_adapters(family, settings)
     repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
@@ -129,20 +135,21 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
-        family.remember_prompts(pictures.prompts)
+        family.remember_prompts([*pictures.prompts, *([""] if settings.caption_dropout else [])])
+        to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
         with accelerator.autocast():
-            release_text_encoders(family, [call for row in validation_calls(family, settings) for call in row])
+            release_text_encoders(family, [call for row in validation_calls(family, to_come) for call in row])
 
     start_trackers(settings, accelerator)
-    show = partial(validate, family, settings, accelerator)
+    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
     write = partial(write_weights, family, settings)
     trainee = Trainee.of(parameters, settings)
     checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
     losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
     with trainee.averaged():
         weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
-        images = show(len(losses))
-    accelerator.print(peak_memory_text(accelerator.device))
+        images = show_last(len(losses))
+    accelerator.print(peak_memory_text(accelerator))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -150,6 +157,111 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     if repository:
         print(f"Pushed: {push(settings, repository)}")
     return result
+
+
+def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
+    """Trains many subjects at once, and writes a folder for each into `settings.output_dir`.
+
+    Returns:
+        Subject -> what was written, of those that this process trained.
+
+    Raises:
+        InputError: if something that was given cannot be used. Nothing has been trained then.
+        FloatingPointError: if a loss is no longer finite.
+    """
+    check_trackers(settings)
+    check_output_folder(settings)
+    subjects = read_subjects(str(settings.subjects))
+    pictures = read_subject_pictures(subjects, settings)
+    check_cacheable(list(chain(*pictures.values())), settings)
+    for subject in subjects:
+        check_output_folder(subject.alone(settings))
+    kind = find_family(settings)
+
+    accelerator = start_accelerator(settings)
+    check_processes(settings, accelerator)
+    if len(subjects) < accelerator.num_processes:
+        raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
+    resumed = find_checkpoint(settings, accelerator.print)
+    settings = with_seed_of(resumed, settings)
+    family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
+    prompts = chain(*(subject.validation_prompt for subject in subjects))
+    family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
+    check_adapters(family, settings)
+    check_subjects(subjects, settings, family.denoiser)
+    settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
+
+    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+
+    with accelerator.split_between_processes(subjects) as share:
+        alone = {subject.name: subject.alone(settings) for subject in share}
+    parameters = {name: add_subject(family, name, settings) for name in alone}
+    together = {"coefficients": list(chain(*parameters.values()))}
+    check_trainable(family, together)
+    accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
+
+    own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
+    family.remember_prompts([*own_pictures.prompts, *([""] if settings.caption_dropout else [])])
+    calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
+    with accelerator.autocast():
+        release_text_encoders(family, calls)
+
+    start_trackers(settings, accelerator)
+    last = {name: of_final_pictures(each) for name, each in alone.items()}
+    show, show_last = (partial(validate_subjects, family, each, accelerator) for each in (alone, last))
+    trainee = Trainee.of(together, settings)
+    trainee.subjects = parameters
+    checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
+    losses = train(family, trainee, own_pictures, settings, accelerator, show, checkpoints)
+    with trainee.averaged():
+        weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
+        images = show_last(len(losses))
+    accelerator.print(peak_memory_text(accelerator))
+    accelerator.end_training()
+    for each in alone.values():
+        write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
+    return {
+        name: write_results(
+            family,
+            {"coefficients": parameters[name]},
+            each,
+            trainee.losses_by_subject[name],
+            weights[name],
+            images.get(name, []),
+        )
+        for name, each in alone.items()
+    }
+
+
+def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list[nn.Parameter]:
+    """Puts on a subject's coefficients, and returns them."""
+    add_coeff_adapter(family.denoiser, coeff_config(settings), adapter_name=name)
+    return coeff_parameters(family.denoiser, name)
+
+
+def write_subjects(family: Family, alone: dict[str, DreamBoothSettings], folder: Path) -> None:
+    """Writes the coefficients of each subject into one folder, in files of their names."""
+    for name, settings in alone.items():
+        file = f"{name}.safetensors"
+        save_coeff_weights(family.pipeline, folder, weight_name=file, adapter_name=name, metadata=metadata(settings))
+
+
+def validate_subjects(
+    family: Family, alone: dict[str, DreamBoothSettings], accelerator: Accelerator, step: int
+) -> dict[str, list[Path]]:
+    """Generates and writes the validation pictures of each subject by its own coefficients: subject -> the files."""
+    files = {}
+    for name, settings in alone.items():
+        if settings.validation_prompt:
+            with coeff_adapters(family.denoiser, name):
+                rows = validation_images(family, settings, accelerator)
+            files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+    accelerator.wait_for_everyone()
+    return files
 
 
 def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
@@ -197,6 +309,9 @@ def with_defaults_of_run(
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
         steps = math.ceil(settings.num_train_epochs * pictures / a_step)
+    validation_steps = settings.validation_steps or DEFAULT_VALIDATION_STEPS
+    if settings.validation_epochs is not None:
+        validation_steps = math.ceil(settings.validation_epochs * pictures / a_step)
     scale = a_step if settings.scale_lr else 1
     rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
@@ -205,6 +320,8 @@ def with_defaults_of_run(
         resolution=family.check_size(settings.resolution or family.own_resolution, "resolution"),
         max_train_steps=steps,
         num_train_epochs=None,
+        validation_steps=validation_steps,
+        validation_epochs=None,
         **{name: getattr(settings, name) * scale for name in rates},
         scale_lr=False,
         mixed_precision=accelerator.mixed_precision,
@@ -222,6 +339,7 @@ def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
     """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
+    lora_targets(family, settings)
     if settings.coeff:
         try:
             select_layers(family.denoiser, coeff_config(settings))
@@ -244,7 +362,7 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
     if settings.lora_rank:  # first, for peft freezes coefficients that are there
-        parameters["lora"] = add_lora(family.denoiser, settings.lora_rank, settings.lora_alpha, family.lora_targets)
+        parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
         parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
@@ -270,9 +388,12 @@ def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -
 def count_text(family: Family, parameters: dict[str, list[nn.Parameter]]) -> str:
     parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
     trained = numbers(parameters)
-    frozen = sum(p.numel() for part in parts for p in part.parameters() if not p.requires_grad)
+    frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
+    count, here = sum(p.numel() for p in frozen), sum(held(p) for p in frozen)
     detail = ", ".join(f"{what} {count:,}" for what, count in trained.items())
-    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {frozen:,}."
+    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {count:,}" + (
+        f", of which each process holds about {here:,}." if here < count else "."
+    )
 
 
 def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
@@ -282,19 +403,24 @@ def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
 def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
     """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
     files: list[Path] = []
-    if settings.validation_prompt and accelerator.is_main_process:
+    if settings.validation_prompt and (accelerator.is_main_process or settings.fsdp):
         rows = validation_images(family, settings, accelerator)
+    if settings.validation_prompt and accelerator.is_main_process:
         files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
         log_pictures(accelerator.trackers, dict(zip(settings.validation_prompt, rows)), step)
     accelerator.wait_for_everyone()
     return files
 
 
-def write_weights(family: Family, settings: DreamBoothSettings, folder: Path) -> dict[str, Path]:
+def write_weights(
+    family: Family, settings: DreamBoothSettings, folder: Path, adapter_name: str = "default"
+) -> dict[str, Path]:
     """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
     files = {}
     if settings.coeff:
-        files["coefficients"] = save_coeff_weights(family.pipeline, folder, metadata=metadata(settings))
+        files["coefficients"] = save_coeff_weights(
+            family.pipeline, folder, adapter_name=adapter_name, metadata=metadata(settings)
+        )
     if settings.lora_rank:
         files["lora"] = save_lora(family, folder)
     return files
@@ -334,7 +460,8 @@ def write_results(
     """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
     settings_file = folder / "config.yaml"
-    model_card = write_card(folder, settings, type(family.pipeline).__name__, numbers(parameters), weights, images)
+    pipeline_class, of_card = type(family.pipeline).__name__, of_final_pictures(settings)
+    model_card = write_card(folder, of_card, pipeline_class, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:
         print(f"  {file} ({size_text(file)})")

@@ -7,6 +7,7 @@ VAE, which may wait in the CPU's memory meanwhile, comes and goes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,6 +36,17 @@ def validation_images(
     finally:
         for model, was_training in modes:
             model.train(was_training)
+
+
+def of_final_pictures(settings: DreamBoothSettings) -> DreamBoothSettings:
+    """The settings with the prompts of the pictures after training."""
+    final = () if settings.skip_final_inference else settings.final_validation_prompt or settings.validation_prompt
+    return replace(settings, validation_prompt=final, final_validation_prompt=(), skip_final_inference=False)
+
+
+def all_validation_prompts(settings: DreamBoothSettings) -> tuple[str, ...]:
+    """Of pictures during and after training, each once."""
+    return tuple(dict.fromkeys(settings.validation_prompt + of_final_pictures(settings).validation_prompt))
 
 
 def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[Callable[[], list[Image.Image]]]]:

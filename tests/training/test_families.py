@@ -95,11 +95,6 @@ def test_offset_noise_adds_one_number_a_channel() -> None:
     assert added[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.15)  # of 400 numbers, +- 3.5 %
 
 
-def test_the_length_of_prompts_is_not_a_choice_here(family: StableDiffusion) -> None:
-    with pytest.raises(InputError, match="--max_sequence_length: the text encoders of this model take one number"):
-        stable_diffusion(family.pipeline, max_sequence_length=64)
-
-
 def test_the_loss_of_a_picture_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
     prompts, seeds = ["a", "b", "c"], [3, 4, 5]
@@ -180,5 +175,5 @@ def test_an_unknown_prediction_type_is_refused() -> None:
 def test_a_conditioned_unet_is_refused() -> None:
     pipeline = tiny_pipeline()
     pipeline.unet.register_to_config(in_channels=9)
-    with pytest.raises(InputError, match="the UNet takes 9 channels and the VAE gives 4"):
+    with pytest.raises(InputError, match="the unet takes 9 channels and the latents have 4"):
         stable_diffusion(pipeline)

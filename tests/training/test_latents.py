@@ -220,7 +220,7 @@ def test_training_with_cached_latents_holds_the_decoder_for_validation_alone(
     result = train(
         instance_data_dir=tmp_path / "subject",
         cache_latents=True,
-        validation_prompt=prompts,
+        final_validation_prompt=prompts,
         num_validation_images=1,
         validation_num_inference_steps=1,
     )

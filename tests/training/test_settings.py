@@ -99,8 +99,8 @@ def test_a_file_need_not_hold_every_setting_and_may_lack_none_that_is_required(
     text = "pretrained_model_name_or_path: model\ninstance_data_dir: in\n"
     assert configured(tmp_path, text, "--instance_prompt", "a sks dog") == settings()
     with pytest.raises(SystemExit):
-        configured(tmp_path, text)
-    assert "arguments are required: --instance_prompt" in capsys.readouterr().err
+        configured(tmp_path, "instance_data_dir: in\n", "--instance_prompt", "a sks dog")
+    assert "arguments are required: --pretrained_model_name_or_path" in capsys.readouterr().err
 
 
 def test_epochs_on_the_command_line_take_the_place_of_the_files_steps(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -552,34 +551,6 @@ def test_accelerate_launch_runs_it_from_another_folder(
     torch.testing.assert_close(
         load_file(tmp_path / "relative" / "pytorch_coeff_weights.safetensors"), expected, rtol=1e-2, atol=1e-4
     )
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_batch(
-    argv: Callable[..., list[str]], train: Train, tmp_path: Path
-) -> None:
-    flags = {
-        "lr_scheduler": "linear",
-        "lr_warmup_steps": 1,
-        "adam_epsilon": 1e-3,
-        "report_to": "tensorboard",
-        "with_prior_preservation": True,
-        "class_data_dir": tmp_path / "class",
-        "class_prompt": "a fox",
-        "num_class_images": 3,
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    two = tmp_path / "two"
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *argv(**flags, train_batch_size=2, output_dir=two)], check=True, env=environment)
-    one = train(**flags, train_batch_size=4)
-    # the gradients of the halves are averaged afterwards
-    torch.testing.assert_close(
-        load_file(two / "pytorch_coeff_weights.safetensors"), coefficients(one), rtol=1e-3, atol=1e-5
-    )
-    events = EventAccumulator(str(two / "logs" / "dreambooth")).Reload()
-    rates = [event.value for event in events.Scalars("learning_rate/coefficients")]
-    np.testing.assert_allclose(rates, [0.0, 0.05, 0.025], rtol=1e-6)  # float32 in the log
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -44,11 +45,17 @@ class Family(ABC):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     load_arguments: ClassVar[dict[str, Any]] = {}  # of from_pretrained, beside the usual ones
+    takes_guidance: ClassVar[bool] = False  # as a condition of the denoiser
     longest_sequence: ClassVar[int | None] = None  # the largest max_sequence_length that the pipeline's call accepts
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         self.pipeline, self.settings = pipeline, settings
         self._check_sequence_length()
+        if settings.guidance_scale is not None and not self.takes_guidance:
+            raise InputError(
+                "--guidance_scale: this model does not take it as a condition, as FLUX.1 [dev] does; that of pictures "
+                "is --validation_guidance_scale"
+            )
         self._remembered: dict[str, Conditions] = {}
         self.trained_text_encoders: list[nn.Module] = []
 
@@ -57,6 +64,15 @@ class Family(ABC):
         """The UNet or the transformer."""
         denoiser: nn.Module = getattr(self.pipeline, self.denoiser_name)
         return denoiser
+
+    def check_channels(self, given: int) -> None:
+        """Raises InputError if the denoiser takes other channels than latents have, as those of edited pictures do."""
+        taken = self.denoiser.config.in_channels
+        if taken != given:
+            raise InputError(
+                f"the {self.denoiser_name} takes {taken} channels and the latents have {given}: models for "
+                "inpainting, editing and others with more conditions than a prompt cannot be trained"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +168,8 @@ class Family(ABC):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, height, width) in [-1, 1] to mean and deviation of their latents, (B, 2, ...) in float32."""
         vae = self.pipeline.vae
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        with _upcast(vae):
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
         if not hasattr(encoded, "latent_dist"):  # an autoencoder without chance
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
             return torch.stack([latents, torch.zeros_like(latents)], dim=1).float()
@@ -161,6 +178,8 @@ class Family(ABC):
     def sample_latents(self, moments: Tensor, generators: list[torch.Generator]) -> Tensor:
         """(B, 2, ...) to latents (B, ...) as the denoiser takes them: drawn, and normalised."""
         mean, deviation = moments.unbind(1)
+        if self.settings.vae_encode_mode == "mode":
+            return self.normalise(mean)
         return self.normalise(mean + deviation * randn(mean, generators))
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -228,6 +247,8 @@ class DiffusionFamily(Family):
             raise InputError(
                 f"the scheduler's prediction_type must be of {', '.join(self.prediction_types)}, got {kind!r}"
             )
+        if settings.precondition_outputs:
+            raise InputError("--precondition_outputs: this model is not trained by flow matching; see --snr_gamma")
 
     def errors(
         self,
@@ -238,15 +259,19 @@ class DiffusionFamily(Family):
         generators: list[torch.Generator],
     ) -> Tensor:
         scheduler, last = self.noise_scheduler, self.noise_scheduler.config.num_train_timesteps
-        noise = randn(latents, generators)
-        if self.settings.offset_noise:
-            noise = noise + OFFSET * randn(latents[..., :1, :1], generators)
+        noise = self.noise(latents, generators)
         timesteps = torch.cat([torch.randint(last, (1,), generator=g) for g in generators]).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = self.predict(denoiser, noisy, timesteps, conditions, sizes)
         gamma = self.settings.snr_gamma
         weights = None if gamma is None else self.min_snr_weights(timesteps, gamma)
         return squared_errors(prediction, self.target(latents, noise, timesteps), weights)
+
+    def noise(self, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
+        noise = randn(latents, generators)
+        if self.settings.offset_noise:
+            noise = noise + OFFSET * randn(latents[..., :1, :1], generators)
+        return noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser of this model should answer."""
@@ -272,6 +297,9 @@ class FlowFamily(Family):
     sigma in [0, 1] from the scheduler, at a place drawn by --weighting_scheme; noise ~ N(0, 1)
     noisy = (1 - sigma) latents + sigma noise
     error = weight(sigma) || denoiser(noisy, t, prompt) - (noise - latents) ||^2
+
+    --precondition_outputs has the error of the picture in place of that, noisy - sigma denoiser(...), which is sigma^2
+    times as large.
     """
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
@@ -298,6 +326,8 @@ class FlowFamily(Family):
         noisy = (1.0 - spread) * latents + spread * noise
         prediction = self.predict(denoiser, noisy, timesteps, conditions, sizes)
         weights = compute_loss_weighting_for_sd3(self.settings.weighting_scheme, sigmas)
+        if self.settings.precondition_outputs:
+            weights = weights * sigmas**2
         return squared_errors(prediction, noise - latents, weights)
 
     def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -325,6 +355,20 @@ def randn(like: Tensor, generators: list[torch.Generator]) -> Tensor:
     return torch.stack(samples).to(like.device, like.dtype)
 
 
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """In float32, where float16 would overflow and the VAE's config says so, as that of Stable Diffusion XL."""
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if not overflows:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(torch.float16)
+
+
 def pad_prompts(conditions: list[Conditions]) -> Conditions:
     """Makes one of prompts that differ in length.
 
@@ -341,15 +385,6 @@ def pad_prompts(conditions: list[Conditions]) -> Conditions:
         "prompt_embeds": pad_sequence(embeddings, batch_first=True),
         "mask": pad_sequence(masks, batch_first=True),
     }
-
-
-def check_channels(taken: int, given: int) -> None:
-    """Raises InputError if a denoiser takes other channels than latents have, as those of edited pictures do."""
-    if taken != given:
-        raise InputError(
-            f"the transformer takes {taken} channels and the latents have {given}: models that edit pictures and "
-            "others with more conditions than a prompt cannot be trained"
-        )
 
 
 def call_parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:

@@ -8,7 +8,7 @@ from typing import Any
 from settings import DreamBoothSettings
 from torch import Tensor, nn
 
-from .base import Conditions, FlowFamily, check_channels
+from .base import Conditions, FlowFamily
 
 
 class Flux2Klein(FlowFamily):
@@ -19,7 +19,7 @@ class Flux2Klein(FlowFamily):
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
         vae = pipeline.vae
-        check_channels(pipeline.transformer.config.in_channels, 4 * vae.config.latent_channels)
+        self.check_channels(4 * vae.config.latent_channels)
         self.mean = vae.bn.running_mean.view(-1, 1, 1).float()
         self.deviation = (vae.bn.running_var.view(-1, 1, 1).float() + vae.config.batch_norm_eps).sqrt()
         single = [f"single_transformer_blocks.{i}.attn" for i in range(pipeline.transformer.config.num_single_layers)]

@@ -7,7 +7,7 @@ from typing import Any
 from settings import DreamBoothSettings
 from torch import Tensor, nn
 
-from .base import Conditions, FlowFamily, check_channels
+from .base import Conditions, FlowFamily
 
 
 class Lumina2(FlowFamily):
@@ -19,7 +19,7 @@ class Lumina2(FlowFamily):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        check_channels(pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels)
+        self.check_channels(pipeline.vae.config.latent_channels)
 
     @property
     def own_resolution(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from settings import DreamBoothSettings, InputError
 from torch import Tensor, nn
 
-from .base import Conditions, FlowFamily, check_channels, pad_prompts
+from .base import Conditions, FlowFamily, pad_prompts
 
 
 class QwenImage(FlowFamily):
@@ -20,7 +20,7 @@ class QwenImage(FlowFamily):
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
         config = pipeline.vae.config
-        check_channels(pipeline.transformer.config.in_channels, 4 * config.z_dim)
+        self.check_channels(4 * config.z_dim)
         if pipeline.transformer.config.guidance_embeds:
             raise InputError("the transformer was distilled to take the guidance scale: such models cannot be trained")
         self.mean, self.deviation = (

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from settings import DreamBoothSettings, InputError
 from torch import Tensor, nn
 
-from .base import Conditions, FlowFamily, call_parameters, check_channels
+from .base import Conditions, FlowFamily, call_parameters
 
 
 class Sana(FlowFamily):
@@ -21,7 +21,7 @@ class Sana(FlowFamily):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        check_channels(pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels)
+        self.check_channels(pipeline.vae.config.latent_channels)
         self.instruction: list[str] = call_parameters(pipeline)["complex_human_instruction"].default
 
     def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:

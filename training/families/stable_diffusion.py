@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from settings import DreamBoothSettings, InputError
+from settings import DreamBoothSettings
 from torch import Tensor, nn
 
 from .base import Conditions, DiffusionFamily
@@ -17,12 +17,7 @@ class StableDiffusion(DiffusionFamily):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-        if channels != latent_channels:
-            raise InputError(
-                f"the UNet takes {channels} channels and the VAE gives {latent_channels}: "
-                "inpainting and other conditioned models cannot be trained"
-            )
+        self.check_channels(pipeline.vae.config.latent_channels)
 
     @property
     def own_resolution(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from settings import DreamBoothSettings
 from torch import Tensor, nn
 
-from .base import Conditions, FlowFamily, check_channels, pad_prompts
+from .base import Conditions, FlowFamily, pad_prompts
 
 
 class ZImage(FlowFamily):
@@ -18,7 +18,7 @@ class ZImage(FlowFamily):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
-        check_channels(pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels)
+        self.check_channels(pipeline.vae.config.latent_channels)
 
     @property
     def own_resolution(self) -> int:

@@ -1,0 +1,140 @@
+"""Files of prompts, and the manifest of the pictures that were made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.jsonl"
+SUFFIXES = (".png", ".jpg", ".webp")
+
+
+class PromptsError(ValueError):
+    """What was given cannot be used. The command line shows the message alone."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to be made, a line of the manifest.
+
+    Args:
+        file_name: in the output folder.
+        prompt: what it shows.
+        seed: of its first noise.
+        negative_prompt: what guidance leads away from; `None` is the pipeline's own default.
+        coeff: name of the coefficients that it is made with; `None` is the base model.
+        clip_prompt: what `score.py` compares it with, in the place of `prompt`: without a subject's rare word, say.
+    """
+
+    file_name: str
+    prompt: str
+    seed: int
+    negative_prompt: str | None
+    coeff: str | None
+    clip_prompt: str
+
+
+def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) -> list[Picture]:
+    """The pictures that a file asks for: a prompt a line, or JSON objects, a line each, if it ends in `.jsonl`.
+
+    A JSON line has a `prompt`, and may have `seed`, `negative_prompt`, `coeff`, `clip_prompt` and `file_name`.
+
+    Args:
+        path: the file. Empty lines are passed over.
+        adapters: the names that `coeff` may have. If there is one, it is that of lines that do not say.
+        seed: of the first picture of lines that do not say.
+        images: pictures a line, with seeds from the first one upwards.
+
+    Raises:
+        PromptsError: listing every line that cannot be used.
+    """
+    pictures: list[Picture] = []
+    problems = []
+    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+        raise PromptsError(f"{path} must be a .txt or .jsonl file" + ("" if path.exists() else ", and does not exist"))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+            pictures += _pictures(number, _checked(entry, adapters), seed, images)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+    names = [picture.file_name for picture in pictures]
+    problems += [f"{name} would be written {names.count(name)} times" for name in dict.fromkeys(names)
+                 if names.count(name) > 1]  # fmt: skip
+    if not pictures and not problems:
+        problems = ["there is no prompt in it"]
+    if problems:
+        raise PromptsError(f"{path} cannot be used:\n  " + "\n  ".join(problems))
+    return pictures
+
+
+def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
+    """The entry with its `coeff` filled in."""
+    kinds = {"seed": int, **dict.fromkeys(("prompt", "negative_prompt", "coeff", "clip_prompt", "file_name"), str)}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise ValueError('must be an object with a "prompt"')
+    for name, value in entry.items():
+        if name not in kinds:
+            raise ValueError(f"{name!r} is none of {', '.join(kinds)}")
+        if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be {'a whole number' if name == 'seed' else 'text'}, got {value!r}")
+    if "coeff" not in entry:
+        if len(adapters) > 1:
+            raise ValueError(
+                f'must say which "coeff" it is made with: {", ".join(adapters)}, or null for the base model'
+            )
+        entry = {**entry, "coeff": adapters[0] if adapters else None}
+    if entry["coeff"] not in (None, *adapters):
+        raise ValueError(f"coeff {entry['coeff']!r} is none of {', '.join(adapters)}")
+    name = entry.get("file_name")
+    if name and (Path(name).name != name or Path(name).suffix not in SUFFIXES):
+        raise ValueError(f"file_name must be a name without folders that ends in {', '.join(SUFFIXES)}, got {name!r}")
+    return entry
+
+
+def _pictures(number: int, entry: dict[str, Any], seed: int, images: int) -> list[Picture]:
+    prompt, first = entry["prompt"], seed if entry.get("seed") is None else entry["seed"]
+    pictures = []
+    for s in range(first, first + images):
+        name = Path(entry.get("file_name") or f"{number:05d}-{file_name(prompt)}.png")
+        pictures.append(
+            Picture(
+                file_name=name.name if images == 1 and entry.get("file_name") else f"{name.stem}-seed{s}{name.suffix}",
+                prompt=prompt,
+                seed=s,
+                negative_prompt=entry.get("negative_prompt"),
+                coeff=entry["coeff"],
+                clip_prompt=entry.get("clip_prompt") or prompt,
+            )
+        )
+    return pictures
+
+
+def file_name(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
+
+
+def write_manifest(pictures: Sequence[Picture], made_with: dict[str, Any], path: Path) -> None:
+    """A line a picture, with what all of them were made with."""
+    path.write_text("".join(json.dumps(asdict(p) | {"made_with": made_with}) + "\n" for p in pictures), "utf-8")
+
+
+def read_manifest(path: Path) -> dict[str, tuple[Picture, dict[str, Any]]]:
+    """File name -> the picture, and what it was made with.
+
+    Raises:
+        PromptsError: if the file is no manifest.
+    """
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [field.name for field in fields(Picture)]
+        return {e["file_name"]: (Picture(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise PromptsError(f"{path} is no manifest of pictures: {error!r}") from error

@@ -1,0 +1,174 @@
+"""Scores pictures that generate.py made: do they show what the prompt says, and the subject of the reference pictures?
+
+    accelerate launch examples/score.py --pictures outputs/many --reference dog=my-dog cat=my-cat \\
+        --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
+
+CLIP-T is the cosine of picture and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of a
+picture with each reference picture of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
+depend on the encoders: compare none that were made with others. Writes `scores.json` beside the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from generate import named_weights
+from PIL import Image
+from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
+
+Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    state = PartialState()
+    pictures = [picture for picture, _ in read_manifest(args.pictures / MANIFEST).values()]
+    references = {name: reference_pictures(Path(folder)) for name, folder in args.reference.items()}
+    check(pictures, references, args.pictures)
+    clip = Clip(args.clip_model, args.device or state.device)
+    kinds: dict[str, Encoder] = {"clip_i": clip.images} if references else {}
+    if args.dino_model:
+        kinds["dino"] = dino(args.dino_model, args.device or state.device)
+    wanted = {kind: {name: encode(files) for name, files in references.items()} for kind, encode in kinds.items()}
+
+    batches = [pictures[start : start + args.batch_size] for start in range(0, len(pictures), args.batch_size)]
+    rows: list[dict[str, Any]] = []
+    with state.split_between_processes(batches) as share, torch.no_grad():
+        for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
+            rows += scores(batch, args.pictures, clip, kinds, wanted)
+    result = summary(gather_object(rows))
+    if state.is_main_process:
+        path = args.pictures / "scores.json"
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
+    return result
+
+
+def reference_pictures(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in (*SUFFIXES, ".jpeg"))
+    if not found:
+        raise PromptsError(f"--reference: there are no pictures in {folder}")
+    return found
+
+
+def check(pictures: Sequence[Picture], references: dict[str, list[Path]], folder: Path) -> None:
+    """Raises PromptsError naming pictures that are missing, and coefficients without reference pictures."""
+    missing = [picture.file_name for picture in pictures if not (folder / picture.file_name).exists()]
+    problems = [f"{name} is in the manifest and not in the folder" for name in missing]
+    names = dict.fromkeys(picture.coeff for picture in pictures if picture.coeff is not None)
+    if references:
+        problems += [f"{name} has no reference pictures: --reference {name}=FOLDER" for name in names
+                     if name not in references]  # fmt: skip
+    if problems:
+        raise PromptsError(f"{folder} cannot be evaluated:\n  " + "\n  ".join(problems))
+
+
+class Clip:
+    """A CLIP model's picture and text encoder."""
+
+    def __init__(self, name_or_path: str, device: Any) -> None:
+        self.model = CLIPModel.from_pretrained(name_or_path).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(name_or_path)
+
+    @torch.no_grad()
+    def images(self, files: list[Path]) -> Tensor:
+        inputs = self.processor(images=open_all(files), return_tensors="pt").to(self.model.device)
+        return F.normalize(vectors(self.model.get_image_features(**inputs)), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        inputs = self.processor(text=prompts, padding=True, truncation=True, return_tensors="pt")
+        return F.normalize(vectors(self.model.get_text_features(**inputs.to(self.model.device))), dim=-1)
+
+
+def vectors(features: Any) -> Tensor:
+    """(B, width) of what `get_image_features` answers: a tensor, or since transformers 5 an output that holds one."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def dino(name_or_path: str, device: Any) -> Encoder:
+    """The first token of a vision transformer."""
+    model = AutoModel.from_pretrained(name_or_path).to(device).eval()
+    processor = AutoImageProcessor.from_pretrained(name_or_path)
+
+    @torch.no_grad()
+    def encode(files: list[Path]) -> Tensor:
+        inputs = processor(images=open_all(files), return_tensors="pt").to(device)
+        return F.normalize(model(**inputs).last_hidden_state[:, 0], dim=-1)
+
+    return encode
+
+
+def open_all(files: Sequence[Path]) -> list[Image.Image]:
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+def scores(
+    batch: Sequence[Picture],
+    folder: Path,
+    clip: Clip,
+    kinds: dict[str, Encoder],
+    wanted: dict[str, dict[str, Tensor]],
+) -> list[dict[str, Any]]:
+    """A row a picture: its file, its coefficients, and its scores."""
+    files = [folder / picture.file_name for picture in batch]
+    texts = clip.texts([picture.clip_prompt for picture in batch])
+    rows: list[dict[str, Any]] = [
+        {"file_name": picture.file_name, "coeff": picture.coeff, "clip_t": float(image @ text)}
+        for picture, image, text in zip(batch, clip.images(files), texts)
+    ]
+    for kind, encode in kinds.items():
+        for picture, row, image in zip(batch, rows, encode(files)):
+            if picture.coeff in wanted[kind]:  # pictures of the base model have no subject
+                row[kind] = float((wanted[kind][picture.coeff] @ image).mean())
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, and the mean of each score over all of them and by coefficients."""
+    groups: dict[str, list[dict[str, Any]]] = {"all": list(rows)}
+    for row in rows:
+        groups.setdefault(row["coeff"] or "base model", []).append(row)
+    kinds = ("clip_t", "clip_i", "dino")
+    means = {
+        name: {kind: statistics.mean(found) for kind in kinds if (found := [r[kind] for r in group if kind in r])}
+        | {"pictures": len(group)}
+        for name, group in groups.items()
+    }
+    return {"mean": means, "pictures": sorted(rows, key=lambda row: row["file_name"])}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder that generate.py wrote")
+    parser.add_argument(
+        "--reference", nargs="+", default=[], help="folders with pictures of the subjects, name=folder"
+    )
+    parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
+    parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
+    args = parser.parse_args(argv)
+    args.reference = named_weights(args.reference)
+    if args.dino_model and not args.reference:
+        parser.error("--dino_model compares with pictures: give --reference")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except PromptsError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,233 @@
+"""Pictures of a file of prompts, and their scores, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import demo
+import generate
+import numpy as np
+import pytest
+import score
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from prompts import PromptsError, read_prompts
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from coeff_diffusers import add_coeff_adapter, coeff_parameters, save_coeff_weights
+
+pytestmark = pytest.mark.slow
+
+LINES = [
+    {"prompt": "a sks fox face", "coeff": "fox", "clip_prompt": "a fox face"},
+    {"prompt": "a pig face", "coeff": None, "seed": 5},
+    {"prompt": "a sks owl on a red background", "coeff": "owl", "file_name": "owl.png"},
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of coefficients, fox and owl."""
+    folder = tmp_path_factory.mktemp("weights")
+    pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)
+    torch.manual_seed(0)
+    for name in ("fox", "owl"):
+        add_coeff_adapter(pipe, adapter_name=name)
+        with torch.no_grad():
+            for parameter in coeff_parameters(pipe, name):
+                parameter.normal_(std=0.5)
+        save_coeff_weights(pipe, folder / name, adapter_name=name)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def flags(weights: Path, prompts: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(demo.MODEL), "--prompts_file", str(prompts), "--device", "cpu",
+        "--coeff_weights", f"fox={weights / 'fox'}", f"owl={weights / 'owl'}", "--num_inference_steps", "2",
+        "--output_dir", str(output), *more,
+    ]  # fmt: skip
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
+
+
+def make(weights: Path, prompts: Path, output: Path, *more: str) -> dict[str, np.ndarray]:
+    generate.main(generate.parse_args(flags(weights, prompts, output, *more)))
+    return pixels(output)
+
+
+def test_each_line_is_made_with_its_own_coefficients(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    made = make(weights, prompts, tmp_path / "many", "--batch_size", "3")
+    assert set(made) == {"00001-a-sks-fox-face-seed0.png", "00002-a-pig-face-seed5.png", "owl.png"}
+    for name in ("fox", "owl"):
+        sheet = [
+            "--pretrained_model_name_or_path", str(demo.MODEL), "--coeff_weights", str(weights / name),
+            "--prompt", "a sks fox face", "a sks owl on a red background", "--num_images_per_prompt", "1",
+            "--num_inference_steps", "2", "--output_dir", str(tmp_path / name), "--device", "cpu",
+        ]  # fmt: skip
+        generate.main(generate.parse_args(sheet))
+    alone = pixels(tmp_path / "fox")["0-a-sks-fox-face-seed0-tuned.png"]
+    other = pixels(tmp_path / "owl")["0-a-sks-fox-face-seed0-tuned.png"]
+    found = made["00001-a-sks-fox-face-seed0.png"].astype(int)
+    assert np.abs(found - alone).max() <= 2  # another batch size rounds otherwise, to one or two of 255 levels
+    assert np.abs(found - other).max() > 20
+
+
+def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    one = make(weights, prompts, tmp_path / "one", "--batch_size", "2")
+    clip, references = tiny_clip(tmp_path / "clip"), tmp_path / "one"
+    scoring = ["--clip_model", str(clip), "--dino_model", str(tiny_vit(tmp_path / "vit")), "--device", "cpu"]
+    scoring += ["--reference", f"fox={references}", f"owl={references}"]
+    expected = score.main(score.parse_args(["--pictures", str(tmp_path / "one"), *scoring]))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for script, arguments in (
+        (generate, flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
+        (score, ["--pictures", str(tmp_path / "two"), *scoring]),
+    ):
+        done = subprocess.run([*launch, script.__file__, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    two = pixels(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+    found = json.loads((tmp_path / "two" / "scores.json").read_text())
+    assert found["mean"]["all"].keys() == {"clip_t", "clip_i", "dino", "pictures"}
+    for row, other in zip(found["pictures"], expected["pictures"]):
+        assert row == pytest.approx(other, abs=1e-5)  # float32 in batches of other sizes
+
+
+def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "many"
+    before = make(weights, prompts, output)
+    Image.new("RGB", (8, 8)).save(output / "owl.png")
+    (output / "00002-a-pig-face-seed5.png").unlink()
+    after = make(weights, prompts, output)
+    assert after["owl.png"].shape == (8, 8, 3)
+    np.testing.assert_array_equal(after["00002-a-pig-face-seed5.png"], before["00002-a-pig-face-seed5.png"])
+    again = make(weights, prompts, output, "--overwrite")
+    np.testing.assert_array_equal(again["owl.png"], before["owl.png"])
+    with pytest.raises(PromptsError, match=r"made of other prompts or settings: .*owl.png; give --overwrite"):
+        make(weights, prompts, output, "--guidance_scale", "3")
+
+
+def test_every_bad_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        '{"prompt": "a", "coeff": "fox"}',
+        "",
+        '{"prompt": ""}',
+        "{",
+        '{"prompt": "a", "seed": "x", "coeff": null}',
+        '{"prompt": "a", "coeff": "cat"}',
+        '{"prompt": "b"}',
+        '{"prompt": "b", "sede": 1}',
+        '{"prompt": "b", "coeff": null, "file_name": "../b.png"}',
+    ]
+    path.write_text("\n".join(lines))
+    with pytest.raises(PromptsError) as info:
+        read_prompts(path, ["fox", "owl"], 0, 1)
+    said = str(info.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in said] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9)]
+    reasons = [
+        '"prompt"',
+        "Expecting",
+        "seed must be",
+        "'cat' is none of fox, owl",
+        'which "coeff"',
+        "'sede' is none of",
+    ]
+    for line, words in zip(said, [*reasons, "without folders"]):
+        assert words in line
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fox\n\na dog, running\n")
+    pictures = read_prompts(path, ["default"], seed=7, images=2)
+    assert [(p.prompt, p.seed, p.coeff) for p in pictures] == [
+        ("a fox", 7, "default"), ("a fox", 8, "default"), ("a dog, running", 7, "default"),
+        ("a dog, running", 8, "default"),
+    ]  # fmt: skip
+    assert pictures[2].file_name == "00003-a-dog-running-seed7.png"
+    with pytest.raises(PromptsError, match="does not exist"):
+        read_prompts(tmp_path / "none.txt", ["default"], 0, 1)
+
+
+def test_scores_are_cosines_of_the_encoders(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (32, 32), colour).save(folder / name)
+    entries: list[dict[str, Any]] = [
+        {"file_name": name, "prompt": "a", "seed": 0, "negative_prompt": None, "coeff": "x", "clip_prompt": "a fox",
+         "made_with": {}} for name in ("a.png", "b.png")
+    ]  # fmt: skip
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "x" / "1.png")
+    clip = tiny_clip(tmp_path / "clip")
+    flags = ["--pictures", str(folder), "--clip_model", str(clip), "--device", "cpu"]
+    rows = score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"]
+    assert rows[0]["clip_i"] == pytest.approx(1.0, abs=1e-5)  # the same picture
+    assert rows[1]["clip_i"] < 0.999
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    inputs = processor(text=["a fox"], images=[Image.open(folder / "b.png")], return_tensors="pt")
+    logits = model(**inputs).logits_per_image / model.logit_scale.exp()
+    assert rows[1]["clip_t"] == pytest.approx(logits.item(), abs=1e-5)
+    (folder / "b.png").unlink()
+    with pytest.raises(PromptsError, match=r"(?s)b.png is in the manifest.*x has no reference"):
+        score.main(score.parse_args([*flags, "--reference", f"y={tmp_path / 'x'}"]))
+
+
+def tiny_clip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = StableDiffusionPipeline.from_pretrained(demo.MODEL).tokenizer
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+            "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_vit(folder: Path) -> Path:
+    torch.manual_seed(1)
+    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                       patch_size=8)  # fmt: skip
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder

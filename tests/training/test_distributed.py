@@ -1,0 +1,178 @@
+"""Several processes, started on the CPU as a user starts them, do what one does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_dreambooth
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils import DistributedType
+from PIL import Image
+from safetensors.torch import load_file
+from settings import InputError, parse_settings
+from sharding import blocks, check_processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import tiny_pipeline
+from torch import Tensor, nn
+from train_dreambooth import TrainingResult
+
+Argv = Callable[..., list[str]]
+Train = Callable[..., TrainingResult]
+SCRIPT = Path(train_dreambooth.__file__)
+ROOT = SCRIPT.parents[1]
+CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+WEIGHTS = ("pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def run_two(argv: list[str], config: str) -> str:
+    """What two processes print."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--num_processes", "2"]
+    command = [*launch, "--config_file", str(ROOT / "training" / "configs" / config), "--main_process_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(SCRIPT), *argv], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {key: value for name in WEIGHTS for key, value in load_file(folder / name).items()}
+
+
+def flags(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "max_train_steps": None,
+        "num_train_epochs": 8,
+        "gradient_accumulation_steps": 2,
+        "scale_lr": True,
+        "learning_rate": 0.05 / 8,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 1,
+        "lora_rank": 2,
+        "adam_epsilon": 1e-3,
+        "report_to": "tensorboard",
+        "with_prior_preservation": True,
+        "class_data_dir": tmp_path / "class",
+        "class_prompt": "a fox",
+        "num_class_images": 3,
+        **changes,
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(argv: Argv, train: Train, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    printed = run_two(argv(**flags(tmp_path), train_batch_size=2, output_dir=two), "multi_gpu.yaml")
+    one = train(**flags(tmp_path), train_batch_size=4)
+    # the gradients of the halves are averaged afterwards
+    torch.testing.assert_close(weights(two), weights(tmp_path / "out"), rtol=1e-3, atol=1e-5)
+    events = EventAccumulator(str(two / "logs" / "dreambooth")).Reload()
+    rates = [event.value for event in events.Scalars("learning_rate/coefficients")]
+    np.testing.assert_allclose(rates, [0.0, 0.05, 0.025], rtol=1e-6)  # float32 in the log
+    losses = [event.value for event in events.Scalars("loss")]
+    np.testing.assert_allclose(losses, one.losses, rtol=1e-4)  # sums in another order
+    assert len(losses) == 3  # 3 pictures x 8 / (4 x 2)
+    assert printed.count("Written:") == 1
+    assert "Peak memory of the process, the largest of 2: " in printed
+
+
+@pytest.mark.slow
+def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, train: Train, tmp_path: Path) -> None:
+    pictures = {
+        "validation_prompt": ["a sks fox"],
+        "num_validation_images": 1,
+        "validation_steps": 1,
+        "validation_num_inference_steps": 2,
+        "sample_batch_size": 1,
+        "gradient_checkpointing": True,
+    }
+    two, settings = tmp_path / "two", flags(tmp_path, report_to="none", checkpointing_steps=1)
+    printed = run_two(argv(**settings, **pictures, fsdp=True, train_batch_size=2, output_dir=two), "fsdp.yaml")
+    frozen, here = re.search(r"Frozen: ([\d,]+), of which each process holds about ([\d,]+)\.", printed).groups()
+    # the UNet's blocks are halved, text encoder and VAE are not
+    assert int(here.replace(",", "")) < 0.7 * int(frozen.replace(",", ""))
+    made = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert len(made) == 3
+    for path in (tmp_path / "class").iterdir():
+        path.unlink()
+    train(**settings, **pictures, train_batch_size=4)
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    torch.testing.assert_close(weights(two), weights(tmp_path / "out"), rtol=1e-3, atol=1e-5)  # as above
+    for step in (1, 2, 3):
+        name = f"validation/step-{step:06d}/grid.png"
+        found, expected = (np.asarray(Image.open(folder / name), dtype=int) for folder in (two, tmp_path / "out"))
+        assert np.abs(found - expected).max() <= 1  # of 255
+
+
+# Which ways there are
+
+
+def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0) -> Any:
+    """In the place of one that was started so, which needs GPUs."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    return SimpleNamespace(distributed_type=kind, num_processes=processes, state=state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "changes", "message"),
+    [
+        ("FSDP", {}, {}, "accelerate was started with FSDP, which would divide what trains as well"),
+        ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would divide the frozen model; use --fsdp"),
+        ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema cannot be had under DeepSpeed"),
+        ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint and"),
+        ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
+        ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
+    ],
+)
+def test_a_way_that_the_script_does_not_know_is_refused(
+    argv: Argv, kind: str, options: dict[str, int], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_processes(parse_settings(argv(**changes)), accelerator(DistributedType[kind], **options))
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "DEEPSPEED"])
+def test_the_ways_of_the_configs_are_known(argv: Argv, kind: str) -> None:
+    check_processes(parse_settings(argv()), accelerator(DistributedType[kind], stage=2))
+
+
+def test_one_process_cannot_share_out(argv: Argv) -> None:
+    with pytest.raises(InputError, match="--fsdp shares the frozen model out over several processes"):
+        train_dreambooth.main(argv(fsdp=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "SanaPipeline"],
+)
+def test_blocks_hold_most_of_a_denoiser_and_none_twice(name: str) -> None:
+    pipeline = tiny_pipeline(name)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    found = [id(parameter) for block in blocks(denoiser) for parameter in block.parameters()]
+    assert len(found) == len(set(found))
+    outside = {name.partition(".")[0] for name, p in denoiser.named_parameters() if id(p) not in set(found)}
+    lists = {name.partition(".")[0] for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)}
+    assert found
+    assert not outside & (lists | {"mid_block"})
+
+
+# The files
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_is_one_that_accelerate_reads(path: Path) -> None:
+    config = load_config_from_file(str(path))  # raises for a key that it does not know
+    assert isinstance(config, ClusterConfig)
+    kinds = {"one_gpu.yaml": "NO", "deepspeed_zero2.yaml": "DEEPSPEED"}
+    assert config.distributed_type == kinds.get(path.name, "MULTI_GPU")
+    assert f"training/configs/{path.name}" in path.read_text()
+    assert f"(../training/configs/{path.name})" in (ROOT / "docs" / "distributed.md").read_text()

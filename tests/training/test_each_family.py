@@ -1,0 +1,520 @@
+"""What is particular to each family of models, and training each from end to end.
+
+Their conventions are checked against their pipelines: what a pipeline asks its denoiser, and makes of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from families import FAMILIES, DiffusionFamily, Family
+from memory import release_text_encoders
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from settings import DreamBoothSettings, InputError
+from tiny_models import FAMILIES as NAMES
+from tiny_models import SIDE, call_settings, tiny_pipeline
+from tiny_sd import MAX_TOKENS
+from torch import Tensor
+from train_dreambooth import TrainingResult
+
+from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weights
+
+PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # they hold latents as (B, tokens, channels)
+REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time runs from noise to the picture
+CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+EDM = ("EDM epsilon", "EDM v_prediction")  # Stable Diffusion XL with such a scheduler
+OF_LENGTH = tuple(name for name in NAMES if name not in CLIP_ONLY)  # whose prompts' length can be chosen
+PROMPTS = ["a fox", "two grey cats"]
+
+
+def make_pipeline(name: str) -> Any:
+    pipeline: Any = tiny_pipeline("StableDiffusionXLPipeline" if name in EDM else name)
+    if name in EDM:  # as Playground 2.5
+        kind = EDMDPMSolverMultistepScheduler if name == "EDM epsilon" else EDMEulerScheduler
+        pipeline.scheduler = kind(prediction_type=name.removeprefix("EDM "))
+        pipeline.vae.register_to_config(latents_mean=[-1.6, 1.1, 0.2, 3.4], latents_std=[8.4, 5.9, 6.9, 5.1])
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
+
+
+def make_family(pipeline: Any, **changes: Any) -> Any:
+    kind = next(family for family in FAMILIES if type(pipeline).__name__ in family.supported)
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "a"}
+    return kind(pipeline, DreamBoothSettings(**given, **changes))
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def family(name: str) -> Any:
+    return make_family(make_pipeline(name))
+
+
+def call(pipeline: Any, prompts: list[str] = PROMPTS, **changes: Any) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    settings = call_settings(type(pipeline).__name__, **changes)
+    return pipeline(prompt=list(prompts), generator=generators, **settings).images  # Z-Image writes into the list
+
+
+def pixels(count: int = 2, height: int = SIDE, width: int = SIDE) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def sizes_of(height: int, width: int, count: int = 2) -> Tensor:
+    return torch.tensor([[height, width, 0, 0, height, width]] * count)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def packed(name: str, latents: Tensor) -> Tensor:
+    """Latents (B, C, height, width) as the pipeline holds them; FLUX.2's come as channels of patches."""
+    if name in PACKED and name != "Flux2KleinPipeline":
+        latents = torch.nn.functional.pixel_unshuffle(latents, 2)
+    return latents.flatten(2).mT if name in PACKED else latents
+
+
+@contextmanager
+def noted_steps(scheduler: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """What a scheduler gets at each step, and what it had made of the latents for the denoiser."""
+    original, steps = scheduler.step, []
+
+    def step(answer: Tensor, timestep: Tensor, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scale = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+        steps.append((answer, timestep, scale(latents, timestep)))
+        return original(answer, timestep, latents, *args, **kwargs)
+
+    scheduler.step = step
+    yield steps
+    scheduler.step = original
+
+
+# Conventions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, *EDM])
+def test_the_answer_is_the_one_that_the_pipeline_takes(name: str) -> None:
+    """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got."""
+    pipeline, (height, width) = make_pipeline(name), (SIDE, 2 * SIDE)
+    family = make_family(pipeline)
+    changes: dict[str, Any] = {"height": height, "width": width}
+    sizes = sizes_of(height, width)
+    if name in (*EDM, "StableDiffusionXLPipeline"):
+        changes |= {"original_size": (50, 40), "crops_coords_top_left": (3, 7), "target_size": (30, 60)}
+        sizes = torch.tensor([[50, 40, 3, 7, 30, 60]] * 2)
+    if name not in ("FluxPipeline", "QwenImagePipeline"):  # without guidance the denoiser is asked once a step
+        changes["guidance_scale"] = 0.0 if name == "ZImagePipeline" else 1.0
+    with noted_steps(pipeline.scheduler) as steps:
+        call(pipeline, **changes)
+    conditions = family.conditions(PROMPTS)
+    shape = family.sample_latents(family.encode_images(pixels(2, height, width)), generators(0, 1)).shape
+    # where each number of the family's latents stands in the pipeline's
+    places = packed(name, torch.arange(shape.numel()).view(shape)).flatten().argsort()
+    assert len(steps) == 2
+    for answer, timestep, noisy in steps:
+        mine = noisy.flatten()[places].view(shape)
+        prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, sizes)
+        torch.testing.assert_close(packed(name, prediction), answer)
+
+
+def perfect_answer(name: str, family: Any, noisy: Tensor, timesteps: Tensor, clean: Tensor) -> Tensor:
+    """What a denoiser answers that knows the picture."""
+    timesteps = timesteps.reshape(-1, *[1] * (noisy.ndim - 1))
+    if name in EDM:
+        # (the paper's table 1) D = c_skip x + c_out F(c_in x, log(sigma) / 4)
+        sigma = (4 * timesteps).exp()
+        root = (sigma**2 + 0.25).sqrt()
+        answer = (clean - 0.25 / root**2 * noisy * root) / (sigma * 0.5 / root)
+        return -answer if name == "EDM v_prediction" else answer
+    if isinstance(family, DiffusionFamily):
+        signal = family.noise_scheduler.alphas_cumprod[timesteps.long()]
+        noise = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+        return torch.cat([noise, noise], dim=1) if name.startswith("PixArt") else noise
+    sigma = timesteps / 1000 if name in ("StableDiffusion3Pipeline", "SanaPipeline") else timesteps
+    if name in REVERSED:
+        return (clean - noisy) / (1 - sigma)
+    return (noisy - clean) / sigma
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, *EDM])
+def test_a_denoiser_that_paints_the_picture_has_no_loss(name: str) -> None:
+    """One perfect denoiser: by it the pipeline paints a picture, and the errors on that picture are zero."""
+    pipeline = make_pipeline(name)
+    if name == "StableDiffusionPipeline":  # whose solver leaves the noise of the first timestep
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    family = make_family(pipeline)
+    moments = family.encode_images(pixels())
+    moments[:, 1] = 0.0
+    latents = family.sample_latents(moments, generators(3, 4))
+    goal = packed(name, latents)
+
+    def perfect(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        asked, timesteps = (kwargs.get("hidden_states", *args[:1]), kwargs.get("timestep", *args[1:2]))
+        noisy = torch.stack(asked).squeeze(2) if isinstance(asked, list) else asked
+        clean = goal.repeat(len(noisy) // 2, *[1] * (goal.ndim - 1))  # with guidance, without prompts as well
+        answer = perfect_answer(name, family, noisy, timesteps.expand(len(noisy)), clean)
+        return ([each.unsqueeze(1) for each in answer] if isinstance(asked, list) else answer,)
+
+    with family.denoiser.register_forward_hook(perfect, with_kwargs=True):
+        painted = call(pipeline, num_inference_steps=4)
+        conditions, sizes = family.conditions(PROMPTS), sizes_of(SIDE, SIDE)
+        errors = family.errors(family.denoiser, latents, conditions, sizes, generators(3, 4))
+    assert errors.max() < 1e-5  # rounding of float32
+    means = moments[:, 0].unsqueeze(2) if name == "QwenImagePipeline" else moments[:, 0]
+    decoded = pipeline.vae.decode(means, return_dict=False)[0]
+    expected = pipeline.image_processor.postprocess(
+        decoded[:, :, 0] if name == "QwenImagePipeline" else decoded, output_type="np"
+    )
+    # Sana's solver rounds timesteps to whole numbers, and sigma by up to 1e-3
+    np.testing.assert_allclose(painted, expected, atol=5e-2 if name == "SanaPipeline" else 1e-3)
+
+
+def test_training_visits_the_noise_that_sanas_solver_shifts_to() -> None:
+    pipeline = make_pipeline("SanaPipeline")
+    family = make_family(pipeline)
+    pipeline.scheduler.set_timesteps(1000)
+    sigmas = pipeline.scheduler.sigmas[:-1]
+    # its 1000 steps and those of training start at 0.999 and at 1
+    torch.testing.assert_close(family.noise_scheduler.sigmas, sigmas, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_errors_do_not_depend_on_the_length_of_other_prompts(family: Any) -> None:
+    moments = family.encode_images(pixels())
+
+    def errors(chosen: list[int]) -> Tensor:
+        drawn = generators(*chosen)
+        latents = family.sample_latents(moments[chosen], drawn)
+        conditions = family.conditions([PROMPTS[i] for i in chosen])
+        return family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE, len(chosen)), drawn)
+
+    # other sizes, other order of summation
+    torch.testing.assert_close(errors([0, 1]), torch.cat([errors([0]), errors([1])]), rtol=1e-3, atol=0)
+
+
+def test_checkpointed_gradients_are_the_same(family: Any) -> None:
+    add_coeff_adapter(family.denoiser)
+    latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+    conditions = family.conditions(PROMPTS)
+
+    def gradients() -> list[Tensor]:
+        errors = family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(5, 6))
+        return list(torch.autograd.grad(errors.mean(), list(coeff_parameters(family.denoiser))))
+
+    family.denoiser.train()
+    expected = gradients()
+    family.denoiser.enable_gradient_checkpointing()
+    for gradient, other in zip(gradients(), expected, strict=True):
+        assert gradient.abs().min() > 0
+        torch.testing.assert_close(gradient, other)
+
+
+@torch.no_grad()
+def test_preconditioned_outputs_measure_the_picture() -> None:
+    pipeline = make_pipeline("StableDiffusion3Pipeline")
+    seen: dict[str, Tensor] = {}
+
+    def note(hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        seen["noisy"], seen["sigma"] = hidden_states, timestep.view(-1, 1, 1, 1) / 1000
+        return (hidden_states,)
+
+    family = make_family(pipeline, precondition_outputs=True)
+    latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+    conditions, sizes = family.conditions(PROMPTS), sizes_of(SIDE, SIDE)
+    errors = family.errors(note, latents, conditions, sizes, generators(5, 6))
+    picture = seen["noisy"] - seen["sigma"] * seen["noisy"]
+    torch.testing.assert_close(errors, (picture - latents).square().mean((1, 2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("given", "told"), [({}, 3.5), ({"guidance_scale": 1.0}, 1.0)])
+def test_flux_is_told_the_guidance_scale(given: dict[str, float], told: float) -> None:
+    family = make_family(make_pipeline("FluxPipeline"), **given)
+    seen: list[Tensor] = []
+
+    def note(hidden_states: Tensor, guidance: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        seen.append(guidance)
+        return (hidden_states,)
+
+    latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+    family.errors(note, latents, family.conditions(PROMPTS), sizes_of(SIDE, SIDE), generators(5, 6))
+    assert seen[0].tolist() == [told, told]
+
+
+@torch.no_grad()
+def test_a_vae_that_overflows_in_float16_encodes_in_float32() -> None:
+    pipeline = make_pipeline("StableDiffusionXLPipeline")
+    family = make_family(pipeline)
+    pipeline.vae.half()
+    moments = family.encode_images(pixels() * 1e5)
+    assert moments.isfinite().all()
+    assert pipeline.vae.dtype == torch.float16
+    torch.testing.assert_close(moments, _encoded(pipeline.vae.float(), pixels() * 1e5))
+
+
+def _encoded(vae: Any, images: Tensor) -> Tensor:
+    distribution = vae.encode(images).latent_dist
+    return torch.stack([distribution.mean, distribution.std], dim=1)
+
+
+# Prompts
+
+
+def test_prompts_that_lose_their_end_are_refused_and_others_are_not(name: str, family: Any) -> None:
+    limits = family.token_limits()
+    longest = max(limits, key=lambda tokenizer: limits[tokenizer])
+    tokenizer = getattr(family.pipeline, longest)
+
+    def ids(prompt: str) -> Tensor:
+        return tokenizer(family.tokenized_text(prompt), return_tensors="pt").input_ids
+
+    fits = "a" * (limits[longest] - ids("a").shape[1] + 1)
+    family.check_prompts([fits])
+    with pytest.raises(InputError, match=f"'{fits}a' has {limits[longest] + 1} tokens"):
+        family.check_prompts([fits, fits + "a"])
+
+    seen: list[Tensor] = []
+    encoder = getattr(family.pipeline, longest.replace("tokenizer", "text_encoder"))
+    hook = lambda module, args, kwargs: seen.append(kwargs.get("input_ids", *args[:1]))  # noqa: E731
+    with encoder.register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
+        _, told, cut = (family.encode_prompts([prompt])[0]["prompt_embeds"] for prompt in ("fox", fits, fits + "a"))
+    short = ids("fox")
+    assert torch.equal(seen[0][:, : short.shape[1]], short)
+    assert torch.equal(seen[1], ids(fits))
+    assert cut.shape == told.shape
+    if name != "QwenImagePipeline":  # which cuts prompts after its encoder
+        assert seen[2].shape == seen[1].shape
+
+
+@pytest.mark.parametrize("name", OF_LENGTH)
+def test_the_length_of_prompts_can_be_chosen(name: str) -> None:
+    pipeline = make_pipeline(name)
+    default, chosen = make_family(pipeline), make_family(pipeline, max_sequence_length=240)
+    assert chosen.call_arguments(PROMPTS)["max_sequence_length"] == 240
+    templates = [max(family.token_limits().values()) - family.max_sequence_length for family in (default, chosen)]
+    assert templates[0] == templates[1]
+    others = MAX_TOKENS if name == "StableDiffusion3Pipeline" else 0  # of CLIP's
+    for family in (default, chosen):
+        with torch.no_grad():
+            [conditions] = family.encode_prompts(["a" * (240 + templates[1])])  # with its template, more than that
+        tokens = int(conditions["mask"].sum()) if "mask" in conditions else len(conditions["prompt_embeds"])
+        assert (tokens - others == 240) == (family is chosen)
+
+
+@pytest.mark.parametrize("name", CLIP_ONLY)
+def test_the_length_of_clips_prompts_is_no_choice(name: str) -> None:
+    with pytest.raises(InputError, match="--max_sequence_length: the text encoders of this model take one number"):
+        make_family(make_pipeline(name), max_sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("StableDiffusion3Pipeline", 512),
+        ("FluxPipeline", 512),
+        ("QwenImagePipeline", 1024),
+        ("Lumina2Pipeline", 512),
+    ],
+)
+def test_more_tokens_than_the_pipeline_takes_are_refused(name: str, most: int) -> None:
+    pipeline = make_pipeline(name)
+    make_family(pipeline, max_sequence_length=most)
+    with pytest.raises(
+        InputError, match=f"--max_sequence_length must be {most} at most on this model, got {most + 1}"
+    ):
+        make_family(pipeline, max_sequence_length=most + 1)
+    with pytest.raises(ValueError, match=str(most)):
+        call(pipeline, max_sequence_length=most + 1)
+
+
+def test_encoding_leaves_the_prompts_as_they_are(family: Any) -> None:
+    prompts = list(PROMPTS)
+    family.encode_prompts(prompts)
+    assert prompts == PROMPTS
+
+
+def test_released_text_encoders_are_not_needed(family: Family) -> None:
+    pipeline, before = family.pipeline, call(family.pipeline)
+    assert release_text_encoders(family, [lambda: call(pipeline)]) == list(family.text_encoder_names)
+    assert not any(name.startswith("text_encoder") and part is not None for name, part in pipeline.components.items())
+    np.testing.assert_array_equal(call(pipeline), before)
+
+
+# Models
+
+
+def test_sizes(name: str, family: Any) -> None:
+    own, multiple = {
+        "StableDiffusionPipeline": (16, 2),
+        "StableDiffusionXLPipeline": (32, 8),
+        "StableDiffusion3Pipeline": (32, 4),
+        "FluxPipeline": (256, 4),
+        "PixArtAlphaPipeline": (256, 8),
+        "PixArtSigmaPipeline": (32, 8),
+        "Flux2KleinPipeline": (256, 4),
+        "QwenImagePipeline": (256, 4),
+        "ZImagePipeline": (1024, 4),
+        "SanaPipeline": (128, 32),
+        "Lumina2Pipeline": (32, 16),
+    }[name]
+    assert (family.own_resolution, family.size_multiple) == (own, multiple)
+    with pytest.raises(InputError, match=f"--resolution must be a multiple of {multiple} on this model"):
+        family.check_size(SIDE + multiple // 2, "resolution")
+
+
+def test_denoisers_of_more_channels_are_refused(name: str) -> None:
+    pipeline = make_pipeline(name)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    channels = denoiser.config.in_channels
+    denoiser.register_to_config(in_channels=2 * channels)
+    with pytest.raises(InputError, match=f"takes {2 * channels} channels and the latents have {channels}"):
+        make_family(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("QwenImagePipeline", {"guidance_embeds": True}), ("StableDiffusionXLPipeline", {"time_cond_proj_dim": 8})],
+)
+def test_denoisers_distilled_to_take_the_guidance_scale_are_refused(name: str, config: dict[str, Any]) -> None:
+    pipeline = make_pipeline(name)
+    (getattr(pipeline, "unet", None) or pipeline.transformer).register_to_config(**config)
+    with pytest.raises(InputError, match="distilled to take the guidance scale"):
+        make_family(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "why"),
+    [
+        ("ZImagePipeline", "snr_gamma", 5.0, "this model is trained by flow matching"),
+        ("ZImagePipeline", "offset_noise", True, "this model is trained by flow matching"),
+        ("EDM epsilon", "snr_gamma", 5.0, "one of EDM"),
+        ("EDM epsilon", "offset_noise", True, "one of EDM"),
+        ("PixArtSigmaPipeline", "precondition_outputs", True, "this model is not trained by flow matching"),
+        ("StableDiffusion3Pipeline", "guidance_scale", 3.5, "does not take it as a condition"),
+    ],
+)
+def test_settings_of_other_families_are_refused(name: str, setting: str, value: object, why: str) -> None:
+    with pytest.raises(InputError, match=f"--{setting}.*: .*{why}"):
+        make_family(make_pipeline(name), **{setting: value})
+
+
+def test_a_guidance_scale_for_a_flux_that_takes_none_is_refused() -> None:
+    pipeline = make_pipeline("FluxPipeline")
+    pipeline.transformer.register_to_config(guidance_embeds=False)
+    assert make_family(pipeline).guided is False
+    with pytest.raises(InputError, match=r"--guidance_scale: .* \[schnell\]"):
+        make_family(pipeline, guidance_scale=3.5)
+
+
+def test_a_scheduler_of_another_prediction_is_refused() -> None:
+    pipeline = make_pipeline("SanaPipeline")
+    pipeline.scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(InputError, match="prediction_type must be flow_prediction, got 'epsilon'"):
+        make_family(pipeline)
+
+
+def test_a_distilled_klein_is_warned_of() -> None:
+    pipeline = make_pipeline("Flux2KleinPipeline")
+    pipeline.register_to_config(is_distilled=True)
+    with pytest.warns(UserWarning, match="distilled to few steps"):
+        make_family(pipeline)
+
+
+# Training
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def saved(name: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / name
+        if not folder.exists():
+            tiny_pipeline(name).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+def test_a_fresh_pipeline_with_the_files_of_a_run_paints_what_the_trained_one_did(
+    name: str, folders: Callable[[str], Path], train: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    length = 64 if name == "Flux2KleinPipeline" else None
+    result = train(
+        pretrained_model_name_or_path=folders(name),
+        resolution=SIDE,
+        max_sequence_length=length,
+        lora_rank=2,
+        lora_learning_rate=1e-2,
+        with_prior_preservation=True,
+        class_data_dir=tmp_path / "class",
+        class_prompt="a fox",
+        num_class_images=2,
+        validation_prompt=["two grey cats"],
+        num_validation_images=2,
+        validation_num_inference_steps=2,
+    )
+    assert {Image.open(path).size for path in (tmp_path / "class").iterdir()} == {(SIDE, SIDE)}
+    assert result.coeff_file is not None
+    assert result.lora_file is not None
+    assert all((delta != 0).all() for delta in load_file(result.coeff_file).values())
+
+    fresh: Any = DiffusionPipeline.from_pretrained(folders(name))
+    fresh.set_progress_bar_config(disable=True)
+    changes: dict[str, Any] = {} if length is None else {"max_sequence_length": length}
+    if name == "QwenImagePipeline":
+        changes["negative_prompt"] = " "  # which turns guidance on
+
+    def paint() -> Any:
+        return call(fresh, ["two grey cats"] * 2, **changes)
+
+    base = paint()
+    if name.startswith("PixArt"):  # for which diffusers has no loader
+        PeftModel.from_pretrained(fresh.transformer, result.lora_file.parent)
+        assert "PeftModel.from_pretrained(pipe.transformer," in result.model_card.read_text()
+    else:
+        fresh.load_lora_weights(result.lora_file.parent)
+    with_lora = paint()
+    load_coeff_weights(fresh, result.coeff_file.parent)
+    both = paint()
+    assert np.abs(with_lora - base).max() > 1e-2
+    assert np.abs(both - with_lora).max() > 1e-2
+    for picture, path in zip(both, result.images[1:], strict=True):
+        # rounded to whole levels, of weights that lie otherwise in memory
+        np.testing.assert_allclose(picture * 255, np.asarray(Image.open(path), dtype=np.float32), atol=2)
+
+
+def test_training_in_bfloat16_with_cached_latents_leaves_coefficients_in_float32(
+    name: str, folders: Callable[[str], Path], train: Callable[..., TrainingResult]
+) -> None:
+    result = train(
+        pretrained_model_name_or_path=folders(name),
+        resolution=SIDE,
+        max_train_steps=1,
+        mixed_precision="bf16",
+        cache_latents=True,
+        center_crop=True,
+        validation_prompt=["a fox"],
+        num_validation_images=1,
+        validation_num_inference_steps=2,
+    )
+    assert result.coeff_file is not None
+    for delta in load_file(result.coeff_file).values():
+        assert delta.dtype == torch.float32
+        assert (delta != 0).all()

@@ -1,0 +1,255 @@
+"""Many subjects at once: each as if it were trained alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_dreambooth
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from settings import DreamBoothSettings, InputError
+from subjects import losses_by_subject, read_subjects
+from torch import Tensor
+from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers import load_coeff_weights
+
+Argv = Callable[..., list[str]]
+SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}
+NAMES = ["fox", "cat", "old-dog"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Three subjects with two, three and four pictures; the cat's have captions, the fox has a validation prompt."""
+    for i, name in enumerate(NAMES):
+        (tmp_path / name).mkdir()
+        for n in range(i + 2):
+            noise = np.random.default_rng([i, n]).integers(0, 256, (16, 18 + n, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{n}.png")
+            (tmp_path / name / f"{n}.txt").write_text(f"a sks {name}, number {n}"[:14])
+    entries: list[dict[str, Any]] = [{"name": n, "images": n, "prompt": f"a sks {n}"} for n in NAMES]
+    entries[1]["caption_extension"] = "txt"
+    return written(tmp_path / "subjects.yaml", entries)
+
+
+def written(path: Path, entries: Any) -> Path:
+    path.write_text(yaml.safe_dump(entries))
+    return path
+
+
+@pytest.fixture
+def train_all(argv: Argv, file: Path) -> Callable[..., dict[str, TrainingResult]]:
+    """Runs the script with --subjects and changed flags."""
+
+    def run(**changes: Any) -> dict[str, TrainingResult]:
+        results = main(argv(**{**SUBJECTS, "subjects": file, **changes}))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert isinstance(results, dict)
+        return results
+
+    return run
+
+
+def coefficients(result: TrainingResult) -> dict[str, Tensor]:
+    assert result.coeff_file is not None
+    return load_file(result.coeff_file)
+
+
+# The same as alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"random_flip": True, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "lr_scheduler": "linear", "snr_gamma": 5.0},
+        {"center_crop": True, "cache_latents": True, "train_batch_size": 1, "dataloader_num_workers": 1},
+    ],
+    ids=["clipped and accumulated", "checkpointed", "cached"],
+)
+def test_each_subject_gets_what_it_gets_alone(
+    train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    together = train_all(**changes)
+    assert list(together) == NAMES
+    expected = {name: coefficients(result) for name, result in together.items()}
+    for name, result in together.items():
+        alone = main(["--config", str(result.settings_file), "--output_dir", str(tmp_path / "alone" / name)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert isinstance(alone, TrainingResult)
+        # other sizes of batches, other order of summation
+        torch.testing.assert_close(expected[name], coefficients(alone), rtol=1e-3, atol=1e-5)
+        assert result.losses == pytest.approx(alone.losses, rel=1e-4)
+    first, second, _ = expected.values()
+    assert any((first[key] - second[key]).abs().max() > 0.01 for key in first)
+
+
+def test_a_loss_is_taken_of_each_subjects_own_rows() -> None:
+    batch = {"subjects": ["a", "a", "b"], "kinds": ["instance"] * 3}
+    assert losses_by_subject(torch.tensor([1.0, 3.0, 7.0]), batch, 1.0).tolist() == [2.0, 7.0]
+
+
+@pytest.mark.slow
+def test_subjects_are_shared_out_over_processes_and_nothing_is_averaged(
+    train_all: Callable[..., dict[str, TrainingResult]], argv: Argv, file: Path, tmp_path: Path
+) -> None:
+    """Also over a checkpoint, which holds what all processes train."""
+    expected = {name: coefficients(result) for name, result in train_all(output_dir=tmp_path / "one").items()}
+    flags = argv(**SUBJECTS, subjects=file, output_dir=tmp_path / "two", checkpointing_steps=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(Path(train_dreambooth.__file__)), *flags]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for more in (["--max_train_steps", "2"], ["--resume_from_checkpoint", "latest"]):
+        done = subprocess.run([*command, *more], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "Goes on from " in done.stdout
+    assert done.stdout.count("Written:") == 3
+    of_two = 2 * sum(coeff.numel() for coeff in expected["fox"].values())
+    assert f"Numbers trained: {of_two:,} " in done.stdout
+    for name, coeff in expected.items():
+        found = load_file(tmp_path / "two" / name / "pytorch_coeff_weights.safetensors")
+        torch.testing.assert_close(found, coeff, rtol=1e-3, atol=1e-5)  # as above
+
+
+# Going on
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_ema": True, "cache_latents": True, "center_crop": True}])
+def test_a_run_that_is_continued_ends_with_the_same_files(
+    train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    flags = {"max_train_steps": 4, "checkpointing_steps": 2, **changes}
+    whole = train_all(**flags, output_dir=tmp_path / "whole")
+    first = train_all(**flags)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "fox" / "pytorch_coeff_weights.safetensors").unlink()
+    assert set(load_file(tmp_path / "out" / "checkpoint-2" / "fox.safetensors")) == set(coefficients(first["cat"]))
+    again = train_all(**flags, resume_from_checkpoint="latest")
+    for name in NAMES:
+        torch.testing.assert_close(coefficients(again[name]), coefficients(whole[name]), rtol=0, atol=0)
+        assert again[name].losses == whole[name].losses
+
+
+# What a run writes
+
+
+def test_each_subject_has_a_folder_with_its_file_card_and_settings(
+    train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path
+) -> None:
+    train_all()
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    each = ("pytorch_coeff_weights.safetensors", "README.md", "config.yaml")
+    assert found == {"config.yaml"} | {f"{name}/{file}" for name in NAMES for file in each}
+    assert "instance_prompt: a sks cat\n" in (tmp_path / "out" / "cat" / "README.md").read_text()
+    again = main(["--config", str(tmp_path / "out" / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert isinstance(again, dict)
+    before = load_file(tmp_path / "out" / "cat" / "pytorch_coeff_weights.safetensors")
+    torch.testing.assert_close(coefficients(again["cat"]), before, rtol=0, atol=0)
+
+
+def test_validation_pictures_are_those_of_the_subjects_own_file(
+    train_all: Callable[..., dict[str, TrainingResult]], file: Path, base: Path
+) -> None:
+    entries = yaml.safe_load(file.read_text())
+    entries[0]["validation_prompt"] = "a sks fox"
+    entries[2]["validation_prompt"] = ["a dog", "a sks fox"]
+    written(file, entries)
+    few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
+    results = train_all(**few, cache_latents=True, center_crop=True)
+    assert [len(result.images) for result in results.values()] == [2, 0, 3]
+    assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    for name, picture in {"fox": results["fox"].images[1], "old-dog": results["old-dog"].images[2]}.items():
+        load_coeff_weights(pipe, results[name].coeff_file, adapter_name=name)
+        expected = pipe("a sks fox", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+        with Image.open(picture) as found:
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+# What cannot be used
+
+
+def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> None:
+    entries = [
+        {"name": "a/b", "images": "in", "prompt": "a"},
+        {"name": "fox", "images": "in", "caption": "x"},
+        {"name": "Fox", "images": 3, "prompt": " ", "validation_prompt": ["a", 1]},
+        "dog",
+    ]
+    with pytest.raises(InputError, match="--subjects: ") as error:
+        read_subjects(written(tmp_path / "subjects.yaml", entries))
+    problems = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert sorted(problems) == [
+        "fox: several have this name",
+        "subject 1: name must be of letters, digits, - and _, for it names a folder, got 'a/b'",
+        "subject 2: caption is none of caption_column, caption_extension, images, name, prompt, validation_prompt",
+        "subject 2: has no prompt",
+        "subject 3: images must be text, got 3",
+        "subject 3: prompt must be text, got ' '",
+        "subject 3: validation_prompt must be text, got ['a', 1]",
+        "subject 4: must have name, images and prompt, got 'dog'",
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "", "name: fox", "- [", "[]"])
+def test_a_file_that_is_no_list_of_subjects_is_told(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "subjects.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"--subjects: .*subjects.yaml (cannot be read|must be a list of subjects)"):
+        read_subjects(tmp_path / "subjects.yaml")
+
+
+def test_problems_of_all_subjects_pictures_are_told_before_anything_is_loaded(
+    train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_dreambooth, "load_family", None)
+    (tmp_path / "fox" / "0.png").write_text("no picture")
+    (tmp_path / "cat" / "1.txt").unlink()
+    with pytest.raises(InputError, match=r"fox: --subjects: these cannot be read(.|\n)*cat: --caption_extension: "):
+        train_all()
+
+
+def test_a_name_that_no_adapter_can_have_is_told(
+    train_all: Callable[..., dict[str, TrainingResult]], file: Path
+) -> None:
+    entries = yaml.safe_load(file.read_text())
+    written(file, [{**entries[0], "name": "keys"}, entries[1]])
+    with pytest.raises(InputError, match="keys: adapter_name must not .*got 'keys'"):
+        train_all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"instance_prompt": "a"},
+            "--instance_prompt does not go with --subjects: the file says this of each subject",
+        ),
+        ({"instance_data_dir": "in"}, "--instance_data_dir does not go with --subjects"),
+        ({"validation_prompt": ("a",)}, "--validation_prompt does not go with --subjects"),
+        ({"num_train_epochs": 3}, "--num_train_epochs does not go with --subjects: subjects have other numbers of"),
+        ({"lora_rank": 4}, "--lora_rank does not go with --subjects: it is for one subject"),
+        ({"coeff_dropout": 0.1}, "--coeff_dropout does not go with --subjects"),
+        ({"aspect_ratio_buckets": "16,16"}, "--aspect_ratio_buckets does not go with --subjects"),
+        ({"optimizer": "prodigy"}, "--optimizer does not go with --subjects"),
+    ],
+)
+def test_flags_that_do_not_go_with_subjects_are_told(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        DreamBoothSettings("base", subjects="subjects.yaml", **changes)
+    (line,) = str(error.value).splitlines()[1:]
+    assert line.startswith(f"  {problem}")
