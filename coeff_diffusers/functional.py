@@ -242,9 +242,9 @@ class _Blocks:
     Whole samples are taken together while they are small, else some rows of one sample. Heads and samples of a block
     are merged into one dimension, (b * H), for the batched products.
 
-    Maps are mixed within one buffer, which leaves room for twice the rows that two buffers would: it has an eighth more
-    rows than the block, the maps lie at its end, and mixing moves them to its beginning, an eighth at a time. So no
-    entry is written before it was read for the last time.
+    Maps are mixed within one buffer, which leaves room for twice the rows that two buffers would. It has an eighth
+    more rows than the block; the maps lie at its end, and mixing moves them to its beginning, an eighth at a time, so
+    that no entry is written before it was read for the last time.
     """
 
     def __init__(
