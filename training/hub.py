@@ -53,4 +53,4 @@ def push(settings: DreamBoothSettings, repository: str) -> str:
 def uploaded_patterns(settings: DreamBoothSettings) -> list[str]:
     """Of the files in the output folder."""
     logs = [] if Path(settings.logging_dir).is_absolute() else [f"{Path(settings.logging_dir).as_posix()}/*"]
-    return ["*.safetensors", "README.md", "config.yaml", "validation/*", *logs]
+    return ["*.safetensors", "adapter_config.json", "README.md", "config.yaml", "validation/*", *logs]

@@ -31,6 +31,7 @@ Train = Callable[..., TrainingResult]
 SCRIPT = Path(train_dreambooth.__file__)
 ROOT = SCRIPT.parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+SUBJECTS = {"subjects": "subjects.yaml", "instance_prompt": None, "instance_data_dir": None}
 WEIGHTS = ("pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -58,6 +59,8 @@ def flags(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "lr_scheduler": "linear",
         "lr_warmup_steps": 1,
         "lora_rank": 2,
+        "train_text_encoder": True,
+        "text_encoder_lr": 0.05 / 8,
         "adam_epsilon": 1e-3,
         "report_to": "tensorboard",
         "with_prior_preservation": True,
@@ -127,8 +130,9 @@ def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0) -> An
     [
         ("FSDP", {}, {}, "accelerate was started with FSDP, which would divide what trains as well"),
         ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would divide the frozen model; use --fsdp"),
-        ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema cannot be had under DeepSpeed"),
-        ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint and"),
+        ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema and --subjects cannot be had under"),
+        ("DEEPSPEED", {"stage": 2}, SUBJECTS, "--subjects cannot be had under DeepSpeed"),
+        ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint, --use_ema"),
         ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
         ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
     ],

@@ -518,3 +518,55 @@ def test_training_in_bfloat16_with_cached_latents_leaves_coefficients_in_float32
     for delta in load_file(result.coeff_file).values():
         assert delta.dtype == torch.float32
         assert (delta != 0).all()
+
+
+TRAINABLE_TEXT = {  # pipeline -> the text encoders that train, and whether a LoRA can be on them
+    "StableDiffusionPipeline": ({"text_encoder"}, True),
+    "StableDiffusionXLPipeline": ({"text_encoder", "text_encoder_2"}, True),
+    "StableDiffusion3Pipeline": ({"text_encoder", "text_encoder_2"}, True),
+    "FluxPipeline": ({"text_encoder"}, True),
+}
+CAPPED = ("SanaPipeline", "Lumina2Pipeline")  # Gemma 2 caps its scores, which no sdpa does
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_text_encoder_that_caps_its_scores_is_refused(
+    name: str, folders: Callable[[str], Path], train: Callable[..., TrainingResult]
+) -> None:
+    with pytest.raises(InputError, match="--train_text_encoder: text_encoder: Gemma2Model uses the attention 'eager'"):
+        train(pretrained_model_name_or_path=folders(name), resolution=SIDE, train_text_encoder=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CAPPED])
+def test_coefficients_on_the_text_encoders_train_and_load(
+    name: str, folders: Callable[[str], Path], train: Callable[..., TrainingResult]
+) -> None:
+    parts, with_lora = TRAINABLE_TEXT.get(name, ({"text_encoder"}, False))
+    flags: dict[str, Any] = {"lora_rank": 2, "text_encoder_lora_lr": 1e-2} if with_lora else {}
+    result = train(
+        pretrained_model_name_or_path=folders(name),
+        resolution=SIDE,
+        max_sequence_length=64 if name == "Flux2KleinPipeline" else None,
+        train_text_encoder=True,
+        text_encoder_lr=0.1,
+        max_train_steps=2,
+        validation_prompt=["two grey cats"],
+        num_validation_images=1,
+        validation_num_inference_steps=2,
+        **flags,
+    )
+    values = load_file(result.coeff_file)
+    assert {key.partition(".")[0] for key in values if key.startswith("text_encoder")} == parts
+    assert all(value.any() for value in values.values())
+    fresh: Any = DiffusionPipeline.from_pretrained(folders(name))
+    fresh.set_progress_bar_config(disable=True)
+    if with_lora:
+        fresh.load_lora_weights(result.lora_file.parent)
+        assert {key.partition(".")[0] for key in load_file(result.lora_file)} > parts
+    load_coeff_weights(fresh, result.coeff_file.parent)
+    changes: dict[str, Any] = {"max_sequence_length": 64} if name == "Flux2KleinPipeline" else {}
+    if name == "QwenImagePipeline":
+        changes["negative_prompt"] = " "  # which turns guidance on
+    [picture] = call(fresh, ["two grey cats"], **changes)
+    # rounded to whole levels, of weights that lie otherwise in memory
+    np.testing.assert_allclose(picture * 255, np.asarray(Image.open(result.images[1]), dtype=np.float32), atol=2)

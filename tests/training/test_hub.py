@@ -82,7 +82,7 @@ def test_what_the_run_wrote_is_pushed_and_nothing_else(
     train: Callable[..., TrainingResult], tmp_path: Path, server: type[Hub], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "fox"
-    for other in ("mine/0.png", "checkpoint-2/model.safetensors", ".hidden.safetensors", "validation/.part"):
+    for other in ("mine/0.png", ".hidden.safetensors", "validation/.part"):
         (out / other).parent.mkdir(parents=True, exist_ok=True)
         (out / other).write_text("not for the Hub")
     train(
@@ -90,7 +90,8 @@ def test_what_the_run_wrote_is_pushed_and_nothing_else(
         push_to_hub=True,
         hub_token="hf_secret",
         report_to="tensorboard",
-        max_train_steps=1,
+        max_train_steps=2,
+        checkpointing_steps=1,
         validation_prompt=["a fox"],
         num_validation_images=1,
         validation_num_inference_steps=1,
@@ -101,9 +102,10 @@ def test_what_the_run_wrote_is_pushed_and_nothing_else(
         "pytorch_coeff_weights.safetensors",
         "README.md",
         "config.yaml",
-        "validation/step-000001/grid.png",
-        "validation/step-000001/prompt0-image0.png",
+        "validation/step-000002/grid.png",
+        "validation/step-000002/prompt0-image0.png",
     }
+    assert (out / "checkpoint-1" / "pytorch_coeff_weights.safetensors").exists()
     for name, content in server.files.items():
         assert content == (out / name).read_bytes()
         assert b"hf_secret" not in content
