@@ -133,7 +133,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
     if buckets := parse_buckets(settings.aspect_ratio_buckets):
-        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in pictures.instance]
+        once = dict.fromkeys(pictures.instance)
+        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in once]
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
