@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from errors import InputError
 from safetensors import SafetensorError
 from settings import DreamBoothSettings
@@ -296,7 +296,9 @@ class Checkpoints:
                     f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()} The run goes on.",
                     file=sys.stderr,
                 )
-        self.accelerator.wait_for_everyone()
+        last = [self.last]
+        broadcast_object_list(last)  # after which all have waited for the main process
+        self.last = last[0]
 
     def safe_text(self) -> str:
         """What is not lost, and how to go on from it."""
