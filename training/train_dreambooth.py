@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -25,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
-from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from checkpoints import Checkpoint, Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -122,11 +123,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
 
-    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
-    if resumed is not None:
-        check_same_run(resumed, facts)
-    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
-        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+    facts = settle(settings, [*pictures.instance, *pictures.classes], resumed, accelerator)
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
@@ -171,6 +168,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if a loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_trackers(settings)
     check_output_folder(settings)
@@ -194,12 +192,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
 
-    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
-    if resumed is not None:
-        check_same_run(resumed, facts)
-    if accelerator.is_main_process:
-        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
-
+    facts = settle(settings, list(chain(*pictures.values())), resumed, accelerator)
     with accelerator.split_between_processes(subjects) as share:
         alone = {subject.name: subject.alone(settings) for subject in share}
     parameters = {name: add_subject(family, name, settings) for name in alone}
@@ -240,6 +233,22 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     }
 
 
+def settle(
+    settings: DreamBoothSettings, pictures: list[Picture], resumed: Checkpoint | None, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Returns what makes this run the one it is, and writes its settings.
+
+    Raises:
+        InputError: if the checkpoint is of another run.
+    """
+    facts = facts_of_run(settings, pictures, accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+    return facts
+
+
 def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list[nn.Parameter]:
     """Puts on a subject's coefficients, and returns them."""
     add_coeff_adapter(family.denoiser, coeff_config(settings), adapter_name=name)
@@ -263,6 +272,9 @@ def validate_subjects(
             with coeff_adapters(family.denoiser, name):
                 rows = validation_images(family, settings, accelerator)
             files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+            if accelerator.is_main_process:
+                prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
+                log_pictures(accelerator.trackers, dict(zip(prompts, rows)), step)
     accelerator.wait_for_everyone()
     return files
 
