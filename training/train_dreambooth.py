@@ -14,6 +14,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
 from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
@@ -51,6 +52,7 @@ from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coef
 from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PATIENCE = timedelta(hours=2)  # of the other processes, while the main one makes validation pictures
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
     if buckets := parse_buckets(settings.aspect_ratio_buckets):
-        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in pictures.instance]
+        once = dict.fromkeys(pictures.instance)
+        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in once]
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
@@ -288,6 +291,7 @@ def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
             mixed_precision=settings.mixed_precision,
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # a precision that the device does not have
         raise InputError(f"--mixed_precision: {error}") from error

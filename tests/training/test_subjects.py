@@ -189,19 +189,22 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
         {"name": "fox", "images": "in", "caption": "x"},
         {"name": "Fox", "images": 3, "prompt": " ", "validation_prompt": ["a", 1]},
         "dog",
+        {"name": "checkpoint-3", "images": "in", "prompt": "a"},
     ]
     with pytest.raises(InputError, match="--subjects: ") as error:
         read_subjects(written(tmp_path / "subjects.yaml", entries))
     problems = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert sorted(problems) == [
         "fox: several have this name",
-        "subject 1: name must be of letters, digits, - and _, for it names a folder, got 'a/b'",
+        "subject 1: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got 'a/b'",
         "subject 2: caption is none of caption_column, caption_extension, images, name, prompt, validation_prompt",
         "subject 2: has no prompt",
         "subject 3: images must be text, got 3",
         "subject 3: prompt must be text, got ' '",
         "subject 3: validation_prompt must be text, got ['a', 1]",
         "subject 4: must have name, images and prompt, got 'dog'",
+        "subject 5: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got "
+        "'checkpoint-3'",
     ]
 
 
