@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
-from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -111,6 +111,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     accelerator = start_accelerator(settings)
     check_processes(settings, accelerator)
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
@@ -186,6 +187,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     if len(subjects) < accelerator.num_processes:
         raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = chain(*(subject.validation_prompt for subject in subjects))
@@ -195,6 +197,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
 
     facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} pictures)" for name, shown in pictures.items())
     if resumed is not None:
         check_same_run(resumed, facts)
     if accelerator.is_main_process:

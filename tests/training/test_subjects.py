@@ -24,7 +24,7 @@ from subjects import losses_by_subject, read_subjects
 from torch import Tensor
 from train_dreambooth import TrainingResult, main
 
-from coeff_diffusers import load_coeff_weights
+from coeff_diffusers import coeff_per_sample, load_coeff_weights
 
 Argv = Callable[..., list[str]]
 SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}
@@ -178,6 +178,26 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
         expected = pipe("a sks fox", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
         with Image.open(picture) as found:
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_what_the_page_shows_is_run(
+    train_all: Callable[..., dict[str, TrainingResult]], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(train_dreambooth.__file__).parents[1] / "docs" / "subjects.md").read_text(encoding="utf-8")
+    page = page.replace("in the snow", "ran")  # the tiny tokenizer takes 14 letters
+    blocks = {kind: page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("yaml", "python")}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.yaml").write_text(blocks["yaml"])
+    for name in ("rex", "tom"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / name / "1.png")
+        (tmp_path / "pictures" / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a sks"}')
+    few = {"max_train_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
+    train_all(subjects="pets.yaml", output_dir="outputs/pets", **few)
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    names = {"pipe": pipe, "load_coeff_weights": load_coeff_weights, "coeff_per_sample": coeff_per_sample}
+    exec(blocks["python"], names)
+    assert len(names["images"]) == 2
 
 
 # What cannot be used
