@@ -28,6 +28,11 @@ def check_processes(settings: DreamBoothSettings, accelerator: Accelerator) -> N
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage > 2:
             raise InputError(f"ZeRO stage {stage} would divide the frozen model; use --fsdp without DeepSpeed")
+        if accelerator.mixed_precision != "no":
+            raise InputError(
+                f"DeepSpeed would cast what trains to {accelerator.mixed_precision} as well; give --mixed_precision "
+                "no, or start the script with training/configs/multi_gpu.yaml"
+            )
         if settings.resume_from_checkpoint or settings.use_ema or settings.subjects:
             raise InputError("--resume_from_checkpoint, --use_ema and --subjects cannot be had under DeepSpeed")
     if settings.fsdp and (accelerator.num_processes == 1 or kind == DistributedType.DEEPSPEED):

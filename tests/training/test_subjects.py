@@ -24,7 +24,7 @@ from subjects import losses_by_subject, read_subjects
 from torch import Tensor
 from train_dreambooth import TrainingResult, main
 
-from coeff_diffusers import load_coeff_weights
+from coeff_diffusers import coeff_per_sample, load_coeff_weights
 
 Argv = Callable[..., list[str]]
 SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}
@@ -180,6 +180,26 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
+def test_what_the_page_shows_is_run(
+    train_all: Callable[..., dict[str, TrainingResult]], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(train_dreambooth.__file__).parents[1] / "docs" / "subjects.md").read_text(encoding="utf-8")
+    page = page.replace("in the snow", "ran")  # the tiny tokenizer takes 14 letters
+    blocks = {kind: page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("yaml", "python")}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.yaml").write_text(blocks["yaml"])
+    for name in ("rex", "tom"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / name / "1.png")
+        (tmp_path / "pictures" / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a sks"}')
+    few = {"max_train_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
+    train_all(subjects="pets.yaml", output_dir="outputs/pets", **few)
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    names = {"pipe": pipe, "load_coeff_weights": load_coeff_weights, "coeff_per_sample": coeff_per_sample}
+    exec(blocks["python"], names)
+    assert len(names["images"]) == 2
+
+
 # What cannot be used
 
 
@@ -189,19 +209,22 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
         {"name": "fox", "images": "in", "caption": "x"},
         {"name": "Fox", "images": 3, "prompt": " ", "validation_prompt": ["a", 1]},
         "dog",
+        {"name": "checkpoint-3", "images": "in", "prompt": "a"},
     ]
     with pytest.raises(InputError, match="--subjects: ") as error:
         read_subjects(written(tmp_path / "subjects.yaml", entries))
     problems = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert sorted(problems) == [
         "fox: several have this name",
-        "subject 1: name must be of letters, digits, - and _, for it names a folder, got 'a/b'",
+        "subject 1: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got 'a/b'",
         "subject 2: caption is none of caption_column, caption_extension, images, name, prompt, validation_prompt",
         "subject 2: has no prompt",
         "subject 3: images must be text, got 3",
         "subject 3: prompt must be text, got ' '",
         "subject 3: validation_prompt must be text, got ['a', 1]",
         "subject 4: must have name, images and prompt, got 'dog'",
+        "subject 5: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got "
+        "'checkpoint-3'",
     ]
 
 
