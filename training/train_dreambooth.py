@@ -18,7 +18,6 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -26,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
-from checkpoints import Checkpoint, Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -112,6 +111,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     accelerator = start_accelerator(settings)
     check_processes(settings, accelerator)
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
@@ -123,7 +123,11 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     if settings.with_prior_preservation:
         pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
 
-    facts = settle(settings, [*pictures.instance, *pictures.classes], resumed, accelerator)
+    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
 
     set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
     parameters = add_adapters(family, settings)
@@ -184,6 +188,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     if len(subjects) < accelerator.num_processes:
         raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = chain(*(subject.validation_prompt for subject in subjects))
@@ -192,7 +197,13 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
 
-    facts = settle(settings, list(chain(*pictures.values())), resumed, accelerator)
+    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} pictures)" for name, shown in pictures.items())
+    if resumed is not None:
+        check_same_run(resumed, facts)
+    if accelerator.is_main_process:
+        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+
     with accelerator.split_between_processes(subjects) as share:
         alone = {subject.name: subject.alone(settings) for subject in share}
     parameters = {name: add_subject(family, name, settings) for name in alone}
@@ -231,22 +242,6 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
         )
         for name, each in alone.items()
     }
-
-
-def settle(
-    settings: DreamBoothSettings, pictures: list[Picture], resumed: Checkpoint | None, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Returns what makes this run the one it is, and writes its settings.
-
-    Raises:
-        InputError: if the checkpoint is of another run.
-    """
-    facts = facts_of_run(settings, pictures, accelerator.num_processes)
-    if resumed is not None:
-        check_same_run(resumed, facts)
-    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
-        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
-    return facts
 
 
 def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list[nn.Parameter]:
