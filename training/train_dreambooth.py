@@ -172,6 +172,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if a loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_trackers(settings)
     check_output_folder(settings)
@@ -266,6 +267,9 @@ def validate_subjects(
             with coeff_adapters(family.denoiser, name):
                 rows = validation_images(family, settings, accelerator)
             files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+            if accelerator.is_main_process:
+                prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
+                log_pictures(accelerator.trackers, dict(zip(prompts, rows)), step)
     accelerator.wait_for_everyone()
     return files
 

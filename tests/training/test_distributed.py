@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +21,14 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from settings import InputError, parse_settings
-from sharding import blocks, check_processes
+from sharding import blocks, check_processes, shard_frozen_weights, sharded_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import tiny_pipeline
+from test_each_family import PROMPTS, generators, make_family, make_pipeline, pixels, sizes_of
+from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import Tensor, nn
-from train_dreambooth import TrainingResult
+from train_dreambooth import TrainingResult, add_adapters
+
+from coeff_diffusers import coeff_parameters
 
 Argv = Callable[..., list[str]]
 Train = Callable[..., TrainingResult]
@@ -185,6 +188,32 @@ def test_blocks_hold_most_of_a_denoiser_and_none_twice(name: str) -> None:
     lists = {name.partition(".")[0] for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)}
     assert found
     assert not outside & (lists | {"mid_block"})
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, in which a model can be shared out all the same."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_denoiser_of_each_family_can_be_shared_out(name: str) -> None:
+    whole, shared = make_family(make_pipeline(name)), make_family(make_pipeline(name))
+    shard_frozen_weights(shared.denoiser, torch.device("cpu"))
+    assert sharded_names(shared.denoiser)
+    gradients = []
+    for family in (whole, shared):
+        add_adapters(family, family.settings)
+        latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+        conditions = family.conditions(PROMPTS)
+        errors = family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(0, 1))
+        gradients.append(torch.autograd.grad(errors.sum(), coeff_parameters(family.denoiser)))
+        assert all(p.grad is None for p in family.denoiser.parameters())
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)  # of weights that lie otherwise in memory
 
 
 # The files

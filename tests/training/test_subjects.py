@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from settings import DreamBoothSettings, InputError
 from subjects import losses_by_subject, read_subjects
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from train_dreambooth import TrainingResult, main
 
@@ -168,9 +169,13 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     entries[2]["validation_prompt"] = ["a dog", "a sks fox"]
     written(file, entries)
     few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
-    results = train_all(**few, cache_latents=True, center_crop=True)
+    results = train_all(**few, cache_latents=True, center_crop=True, report_to="tensorboard")
     assert [len(result.images) for result in results.values()] == [2, 0, 3]
     assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
+    tags = EventAccumulator(str(file.parent / "out" / "logs" / "dreambooth")).Reload().Tags()
+    asked = {tag.partition("/")[0] for tag in tags["images"]}
+    assert asked == {"fox: a sks fox", "old-dog: a dog", "old-dog: a sks fox"}
+    assert {"loss", *(f"loss/{name}" for name in NAMES)} <= set(tags["scalars"])
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     for name, picture in {"fox": results["fox"].images[1], "old-dog": results["old-dog"].images[2]}.items():
