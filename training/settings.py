@@ -452,7 +452,7 @@ def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
         "instance_prompt instance_data_dir dataset_name dataset_config_name image_column caption_column "
         "caption_extension cache_dir validation_prompt final_validation_prompt": "the file says this of each subject",
         "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
-        "with_prior_preservation aspect_ratio_buckets coeff coeff_dropout lora_rank train_text_encoder optimizer "
+        "with_prior_preservation aspect_ratio_buckets coeff lora_rank train_text_encoder optimizer "
         "scale_lr push_to_hub fsdp": "it is for one subject",
     }
     defaults = {setting.name: setting.default for setting in fields(settings)}

@@ -28,6 +28,10 @@ def check_processes(settings: DreamBoothSettings, accelerator: Accelerator) -> N
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage > 2:
             raise InputError(f"ZeRO stage {stage} would divide the frozen model; use --fsdp without DeepSpeed")
+        if settings.subjects:
+            raise InputError(
+                "DeepSpeed averages gradients over processes, where --subjects has other subjects in each"
+            )
         if settings.resume_from_checkpoint or settings.use_ema:
             raise InputError("--resume_from_checkpoint and --use_ema cannot be had under DeepSpeed")
     if settings.fsdp and (accelerator.num_processes == 1 or kind == DistributedType.DEEPSPEED):

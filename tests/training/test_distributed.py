@@ -131,6 +131,12 @@ def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0) -> An
         ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would divide the frozen model; use --fsdp"),
         ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema cannot be had under DeepSpeed"),
         ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint and"),
+        (
+            "DEEPSPEED",
+            {"stage": 2},
+            {"subjects": "s.yaml", "instance_data_dir": None, "instance_prompt": ""},
+            "where --subjects has other subjects in each",
+        ),
         ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
         ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
     ],

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from settings import DreamBoothSettings, InputError
 from subjects import losses_by_subject, read_subjects
+from tiny_models import tiny_pipeline
 from torch import Tensor
 from train_dreambooth import TrainingResult, main
 
@@ -75,15 +76,29 @@ def coefficients(result: TrainingResult) -> dict[str, Tensor]:
     "changes",
     [
         {"random_flip": True, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True, "lr_scheduler": "linear", "snr_gamma": 5.0},
+        {"gradient_checkpointing": True, "lr_scheduler": "linear", "snr_gamma": 5.0, "coeff_dropout": 0.3},
         {"center_crop": True, "cache_latents": True, "train_batch_size": 1, "dataloader_num_workers": 1},
     ],
-    ids=["clipped and accumulated", "checkpointed", "cached"],
+    ids=["clipped and accumulated", "checkpointed with dropout", "cached"],
 )
 def test_each_subject_gets_what_it_gets_alone(
     train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    together = train_all(**changes)
+    assert_each_gets_what_it_gets_alone(train_all(**changes), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline", "SanaPipeline", "ZImagePipeline"])
+def test_transformers_are_trained_as_alone_too(
+    train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, name: str
+) -> None:
+    tiny_pipeline(name).save_pretrained(tmp_path / "base")
+    changes = {"pretrained_model_name_or_path": tmp_path / "base", "resolution": 32}
+    # AdamW would make steps of one size of gradients near zero, which are mostly rounding
+    few = {"train_batch_size": 1, "max_train_steps": 2, "coeff_dropout": 0.3, "adam_epsilon": 1, "learning_rate": 0.1}
+    assert_each_gets_what_it_gets_alone(train_all(**changes, **few), tmp_path)
+
+
+def assert_each_gets_what_it_gets_alone(together: dict[str, TrainingResult], tmp_path: Path) -> None:
     assert list(together) == NAMES
     expected = {name: coefficients(result) for name, result in together.items()}
     for name, result in together.items():
@@ -94,7 +109,7 @@ def test_each_subject_gets_what_it_gets_alone(
         torch.testing.assert_close(expected[name], coefficients(alone), rtol=1e-3, atol=1e-5)
         assert result.losses == pytest.approx(alone.losses, rel=1e-4)
     first, second, _ = expected.values()
-    assert any((first[key] - second[key]).abs().max() > 0.01 for key in first)
+    assert any((first[key] - second[key]).abs().max() > 0.003 for key in first)
 
 
 def test_a_loss_is_taken_of_each_subjects_own_rows() -> None:
@@ -243,7 +258,6 @@ def test_a_name_that_no_adapter_can_have_is_told(
         ({"validation_prompt": ("a",)}, "--validation_prompt does not go with --subjects"),
         ({"num_train_epochs": 3}, "--num_train_epochs does not go with --subjects: subjects have other numbers of"),
         ({"lora_rank": 4}, "--lora_rank does not go with --subjects: it is for one subject"),
-        ({"coeff_dropout": 0.1}, "--coeff_dropout does not go with --subjects"),
         ({"aspect_ratio_buckets": "16,16"}, "--aspect_ratio_buckets does not go with --subjects"),
         ({"optimizer": "prodigy"}, "--optimizer does not go with --subjects"),
     ],
