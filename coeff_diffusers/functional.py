@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Map entries formed at a time, in all buffers of a block together. On a CPU these are 28 MB of float32: products of a
+# Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. An accelerator must be filled: a
 # block may take a 128th part of its memory; where that is not known, 2**25 float32 are 128 MB. That is not measured.
-_BLOCK_ENTRIES_CPU = 7 * 2**20
+_BLOCK_ENTRIES_CPU = 6 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
 _BLOCK_MEMORY_SHARE = 1 / 128
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -141,16 +141,16 @@ def _blockwise(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """The reference, a block of samples and query rows at a time, in two buffers that all blocks share."""
+    """The reference, a block of samples and query rows at a time, in one buffer that all blocks share."""
     alpha = _alpha(coeff, query)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, attn_mask, is_causal, scale, buffers=2)
+        blocks = _Blocks(query, key, attn_mask, is_causal, buffers=1)
         for b, rows in blocks:
-            keys, values = blocks.merged(key, b), blocks.merged(value, b)
+            keys, values = blocks.merged(key, b) * scale, blocks.merged(value, b)
             for t in rows:
                 maps = blocks.maps(keys, b, t)
-                mixed = blocks.mix(alpha[b], maps, into=1)
+                mixed = blocks.mix(alpha[b], maps, into=0)
                 _multiply(mixed, values, out[b, :, t].flatten(0, 1))
     return out
 
@@ -186,9 +186,9 @@ def _blockwise_backward(
     grads = _empty_gradients(query, key, value, alpha, wanted)
     grad_query, grad_key, grad_value, grad_alpha = grads
     with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, attn_mask, is_causal, scale, buffers=3)
+        blocks = _Blocks(query, key, attn_mask, is_causal, buffers=2)
         for b, rows in blocks:
-            keys, values = blocks.merged(key, b), blocks.merged(value, b)
+            keys, values = blocks.merged(key, b) * scale, blocks.merged(value, b)
             for t in rows:
                 maps = blocks.maps(keys, b, t)
                 block_grad = blocks.merged(grad_out[:, :, t], b)
@@ -197,23 +197,20 @@ def _blockwise_backward(
                     _add_product(grad_value[b].flatten(0, 1), block_grad.mT, mixed)
                 if not (wanted[0] or wanted[1] or wanted[3]):
                     continue
-                grad_mixed = _multiply(block_grad, values.mT, blocks.buffer(1, maps.shape))
+                grad_mixed = _multiply(block_grad, values.mT, blocks.lifted(1, maps.shape))
                 if wanted[3]:
                     grad_alpha[b].baddbmm_(blocks.by_sample(grad_mixed), blocks.by_sample(maps).mT)
                 if not (wanted[0] or wanted[1]):
                     continue
-                grad_maps = blocks.mix(alpha[b].mT, grad_mixed, into=2)
-                grad_scores = torch.ops.aten._softmax_backward_data.out(
-                    grad_maps, maps, -1, maps.dtype, grad_input=grad_maps
-                )
+                grad_scores = _softmax_backward(blocks.mix(alpha[b].mT, grad_mixed, into=1), maps)
                 if wanted[0]:
-                    _multiply(grad_scores, keys * scale, grad_query[b, :, t].flatten(0, 1))
+                    _multiply(grad_scores, keys, grad_query[b, :, t].flatten(0, 1))
                 if wanted[1]:
-                    queries = blocks.merged(query[:, :, t], b) * scale
+                    queries = blocks.merged(query[:, :, t], b)
                     _add_product(grad_key[b].flatten(0, 1), queries.mT, grad_scores)
     grad_coeff = grad_alpha if coeff.ndim == 3 or not wanted[3] else grad_alpha.sum(0)
     if wanted[1]:
-        grad_key = grad_key.mT.contiguous().to(key.dtype)
+        grad_key = (grad_key.mT * scale).to(key.dtype).contiguous()
     if wanted[2]:
         grad_value = grad_value.mT.contiguous().to(value.dtype)
     return grad_query, grad_key, grad_value, grad_coeff.to(coeff.dtype)
@@ -244,6 +241,10 @@ class _Blocks:
 
     Whole samples are taken together while they are small, else some rows of one sample. Heads and samples of a block
     are merged into one dimension, (b * H), for the batched products.
+
+    Maps are mixed within one buffer, which leaves room for twice the rows that two buffers would. It has an eighth
+    more rows than the block; the maps lie at its end, and mixing moves them to its beginning, an eighth at a time, so
+    that no entry is written before it was read for the last time.
     """
 
     def __init__(
@@ -252,16 +253,16 @@ class _Blocks:
         key: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool,
-        scale: float,
         buffers: int,
     ) -> None:
-        self.query, self.attn_mask, self.is_causal, self.scale = query, attn_mask, is_causal, scale
+        self.query, self.attn_mask, self.is_causal = query, attn_mask, is_causal
         self.wide = _accumulation_dtype(query.dtype)
         B, self.heads, self.T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device) // buffers
+        entries = _block_entries(query.device) // buffers * 8 // 9
         self.samples = min(B, max(1, entries // max(1, self.heads * self.T * self.S)))
         self.rows = self.T if self.samples > 1 else max(1, min(self.T, entries // max(1, self.heads * self.S)))
-        size = self.samples * self.heads * self.rows * self.S
+        self.lift = -(-self.rows // 8)
+        size = self.samples * self.heads * (self.rows + self.lift) * self.S
         self.storage = [torch.empty(size, dtype=self.wide, device=query.device) for _ in range(buffers)]
 
     def __iter__(self) -> Iterator[tuple[slice, list[slice]]]:
@@ -270,7 +271,13 @@ class _Blocks:
             yield slice(b, min(b + self.samples, self.query.shape[0])), rows
 
     def buffer(self, index: int, shape: torch.Size) -> Tensor:
-        return self.storage[index][: shape.numel()].view(shape)
+        """(b * H, t + lift, S) for maps of shape (b * H, t, S)."""
+        heads, rows, keys = shape
+        return self.storage[index][: heads * (rows + self.lift) * keys].view(heads, rows + self.lift, keys)
+
+    def lifted(self, index: int, shape: torch.Size) -> Tensor:
+        """Where maps of a shape (b * H, t, S) lie before they are mixed."""
+        return self.buffer(index, shape)[:, self.lift :]
 
     def merged(self, x: Tensor, b: slice) -> Tensor:
         """(b * H, ., .) of (B, H, ., .), in the accumulation dtype; contiguous, which models' views are not."""
@@ -281,25 +288,24 @@ class _Blocks:
         return x.view(-1, self.heads, x.shape[1] * x.shape[2])
 
     def maps(self, keys: Tensor, b: slice, t: slice) -> Tensor:
-        """The maps (b * H, t, S) of a block, in buffer 0."""
-        queries = self.merged(self.query[:, :, t], b) * self.scale
-        scores = self.buffer(0, torch.Size((len(queries), queries.shape[1], self.S)))
+        """The maps (b * H, t, S) of a block, lifted in buffer 0. `keys` (b * H, S, D) bear the scale."""
+        queries = self.merged(self.query[:, :, t], b)
+        maps = self.lifted(0, torch.Size((len(queries), queries.shape[1], self.S)))
         plain = self.attn_mask is None and not self.is_causal
         if plain and _use_onednn(queries, keys.mT):
-            for head in range(len(scores)):  # while a head's scores are in the cache
-                torch.softmax(_onednn_linear(queries[head], keys[head]), dim=-1, out=scores[head])
-            return scores
-        _multiply(queries, keys.mT, scores)
-        if plain:
-            return torch.softmax(scores, dim=-1, out=scores)
-        by_head = scores.view(-1, self.heads, *scores.shape[1:])
-        masked = _masked(by_head, self._block_mask(b, t), self.is_causal, t.start)
-        return scores.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
+            for head in range(len(maps)):  # while a head's scores are in the cache
+                torch.softmax(_onednn_linear(queries[head], keys[head]), dim=-1, out=maps[head])
+            return maps
+        scores = _multiply(queries, keys.mT, maps).view(-1, self.heads, *maps.shape[1:])
+        masked = _masked(scores, self._block_mask(b, t), self.is_causal, t.start)
+        return maps.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
 
-    def mix(self, alpha: Tensor, maps: Tensor, into: int) -> Tensor:
-        """einsum("ij, bjts -> bits", alpha, maps), one product of (H, H) by (H, t * S) a sample."""
-        mixed = self.buffer(into, maps.shape)
-        torch.bmm(alpha, self.by_sample(maps), out=self.by_sample(mixed))
+    def mix(self, alpha: Tensor, lifted: Tensor, into: int) -> Tensor:
+        """einsum("ij, bjts -> bits", alpha, lifted), at the beginning of a buffer, which may be the same."""
+        maps = self.by_sample(lifted)
+        mixed = self.buffer(into, lifted.shape)[:, : lifted.shape[1]]
+        for part, result in zip(*(x.split(max(1, self.lift * self.S), dim=-1) for x in (maps, self.by_sample(mixed)))):
+            torch.bmm(alpha, part, out=result)
         return mixed
 
     def _block_mask(self, b: slice, t: slice) -> Tensor | None:
@@ -332,6 +338,14 @@ def _empty_gradients(
         alpha.new_zeros(value.mT.shape if wanted[2] else 0),
         alpha.new_zeros(alpha.shape if wanted[3] else 0),
     )
+
+
+def _softmax_backward(grad_maps: Tensor, maps: Tensor) -> Tensor:
+    """The gradient of the scores, in the place of that of the maps, (b * H, t, S)."""
+    heads = zip(grad_maps, maps) if maps.device.type == "cpu" else [(grad_maps, maps)]  # a head's rows lie together
+    for grad, of_head in heads:
+        torch.ops.aten._softmax_backward_data.out(grad, of_head, -1, maps.dtype, grad_input=grad)
+    return grad_maps
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ Many pictures, of many subjects, on as many processes as there are GPUs:
         --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
 
 A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
-Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again. The
-pictures are the same whatever the number of processes.
+Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again; it is
+an error if they were made of other prompts, settings or weights. The pictures are the same whatever the number of
+processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +32,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
-from prompts import MANIFEST, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
+from prompts import MANIFEST, Manifest, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
 from sheet import sheet
 from tqdm import tqdm
 
@@ -65,14 +67,20 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         "coeff_weights": args.coeff_weights,
         "coeff_scale": args.coeff_scale,
         "lora_weights": args.lora_weights,
+        "sha256": {path: digest(Path(path)) for path in (*args.coeff_weights.values(), args.lora_weights) if path},
         "dtype": args.dtype,
         **options,
     }
     state, manifest = PartialState(), args.output_dir / MANIFEST
-    missing = still_to_make(pictures, made_with, args.output_dir, args.overwrite)
+    known = read_manifest(manifest) if manifest.exists() else {}
+    missing = still_to_make(pictures, made_with, known, args.output_dir, args.overwrite)
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
-        write_manifest(pictures, made_with, manifest)
+        for picture in missing:  # first, or a run that is stopped here leaves old ones under the manifest of the new
+            (args.output_dir / picture.file_name).unlink(missing_ok=True)
+        kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
+        write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
+    state.wait_for_everyone()  # nobody makes a picture that would be taken away
     if missing:
         pipe = load_pipeline(args, args.device or state.device)
         pipe.set_progress_bar_config(disable=True)
@@ -85,7 +93,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
 
 
 def still_to_make(
-    pictures: Sequence[Picture], made_with: dict[str, Any], folder: Path, overwrite: bool
+    pictures: Sequence[Picture], made_with: dict[str, Any], known: Manifest, folder: Path, overwrite: bool
 ) -> list[Picture]:
     """Those of which there is no file yet, all with `overwrite`.
 
@@ -95,14 +103,21 @@ def still_to_make(
     there = [picture for picture in pictures if (folder / picture.file_name).exists()]
     if overwrite or not there:
         return list(pictures)
-    known = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     others = [picture.file_name for picture in there if known.get(picture.file_name) != (picture, made_with)]
     if others:
         raise PromptsError(
-            f"{folder} holds pictures of these names that were made of other prompts or settings: "
+            f"{folder} holds pictures of these names that were made of other prompts, settings or weights: "
             f"{', '.join(others[:10])}{' ...' if len(others) > 10 else ''}; give --overwrite, or another --output_dir"
         )
     return [picture for picture in pictures if picture not in there]
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file of weights, or of all in a folder; `None` of what is not on this machine."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    return (
+        hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest() if files else None
+    )
 
 
 def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
@@ -168,13 +183,13 @@ def compare(kinds: Sequence[tuple[str, dict[tuple[str, int], Image.Image]]], cel
     return sheet(rows, cell=cell)
 
 
-def named_weights(values: Sequence[str]) -> dict[str, str]:
+def named_paths(flag: str, values: Sequence[str]) -> dict[str, str]:
     """Name -> path of `name=path`; a path alone is named default."""
     alone = ["=" not in value or Path(value).exists() for value in values]
     pairs = [("default", value) if only else value.split("=", 1) for value, only in zip(values, alone)]
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(f"--coeff_weights: each needs a name of its own (name=path), got {', '.join(names)}")
+        raise ValueError(f"{flag}: each needs a name of its own (name=path), got {', '.join(names)}")
     return dict(pairs)
 
 
@@ -209,7 +224,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
     args = parser.parse_args(argv)
     try:
-        args.coeff_weights = named_weights(args.coeff_weights)
+        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
     except ValueError as error:
         parser.error(str(error))
     if args.prompt and len(args.coeff_weights) > 1:

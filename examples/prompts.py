@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from coeff_diffusers.checkpoint import whole_file
+
 MANIFEST = "manifest.jsonl"
 SUFFIXES = (".png", ".jpg", ".webp")
+SEEDS = range(2**63)  # what torch's generators and a JSON reader of 64 bits both take
+NAME_BYTES = 200  # of 255 that file systems allow, with room for what a file is called while it is written
 
 
 class PromptsError(ValueError):
@@ -38,6 +42,9 @@ class Picture:
     clip_prompt: str
 
 
+Manifest = dict[str, tuple[Picture, dict[str, Any]]]  # file name -> the picture, and what it was made with
+
+
 def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) -> list[Picture]:
     """The pictures that a file asks for: a prompt a line, or JSON objects, a line each, if it ends in `.jsonl`.
 
@@ -56,7 +63,7 @@ def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) ->
     problems = []
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise PromptsError(f"{path} must be a .txt or .jsonl file" + ("" if path.exists() else ", and does not exist"))
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -74,6 +81,13 @@ def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) ->
     return pictures
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with the mark of its encoding
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"{path} must be in UTF-8: {error}") from error
+
+
 def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
     """The entry with its `coeff` filled in."""
     kinds = {"seed": int, **dict.fromkeys(("prompt", "negative_prompt", "coeff", "clip_prompt", "file_name"), str)}
@@ -84,6 +98,8 @@ def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is none of {', '.join(kinds)}")
         if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise ValueError(f"{name} must be {'a whole number' if name == 'seed' else 'text'}, got {value!r}")
+    if entry.get("seed") is not None and entry["seed"] not in SEEDS:
+        raise ValueError(f"seed must be from 0 to 2^63 - 1, got {entry['seed']}")
     if "coeff" not in entry:
         if len(adapters) > 1:
             raise ValueError(
@@ -95,6 +111,8 @@ def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
     name = entry.get("file_name")
     if name and (Path(name).name != name or Path(name).suffix not in SUFFIXES):
         raise ValueError(f"file_name must be a name without folders that ends in {', '.join(SUFFIXES)}, got {name!r}")
+    if name and len(name.encode()) > NAME_BYTES:
+        raise ValueError(f"file_name must have at most {NAME_BYTES} bytes, got {len(name.encode())}")
     return entry
 
 
@@ -118,23 +136,28 @@ def _pictures(number: int, entry: dict[str, Any], seed: int, images: int) -> lis
 
 def file_name(prompt: str) -> str:
     """A prompt as part of a file's name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:80]
+    return words.encode()[:120].decode(errors="ignore")  # 80 letters of some scripts are more than a name may have
 
 
-def write_manifest(pictures: Sequence[Picture], made_with: dict[str, Any], path: Path) -> None:
-    """A line a picture, with what all of them were made with."""
-    path.write_text("".join(json.dumps(asdict(p) | {"made_with": made_with}) + "\n" for p in pictures), "utf-8")
+def write_manifest(entries: Manifest, path: Path) -> None:
+    """A line a picture, with what it was made with. Whole or not at all."""
+    lines = [json.dumps(asdict(picture) | {"made_with": made_with}) + "\n" for picture, made_with in entries.values()]
+    write_whole("".join(lines), path)
 
 
-def read_manifest(path: Path) -> dict[str, tuple[Picture, dict[str, Any]]]:
-    """File name -> the picture, and what it was made with.
+def write_whole(text: str, path: Path) -> None:
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
-    Raises:
-        PromptsError: if the file is no manifest.
-    """
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises PromptsError if the file is no manifest."""
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         names = [field.name for field in fields(Picture)]
         return {e["file_name"]: (Picture(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
+    except FileNotFoundError as error:
+        raise PromptsError(f"there is no {path}, which generate.py --prompts_file writes") from error
     except (ValueError, TypeError, KeyError) as error:
         raise PromptsError(f"{path} is no manifest of pictures: {error!r}") from error

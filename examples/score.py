@@ -5,7 +5,8 @@
 
 CLIP-T is the cosine of picture and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of a
 picture with each reference picture of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
-depend on the encoders: compare none that were made with others. Writes `scores.json` beside the pictures.
+depend on the encoders: compare none that were made with others. Writes `scores.json` beside the pictures. Reference
+pictures are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from generate import named_weights
+from generate import named_paths
 from PIL import Image
-from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest
+from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, write_whole
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from data import upright_rgb
 
 Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
 
@@ -41,19 +45,29 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     kinds: dict[str, Encoder] = {"clip_i": clip.images} if references else {}
     if args.dino_model:
         kinds["dino"] = dino(args.dino_model, args.device or state.device)
-    wanted = {kind: {name: encode(files) for name, files in references.items()} for kind, encode in kinds.items()}
+    wanted = {
+        kind: {
+            name: torch.cat([encode(some) for some in parts(files, args.batch_size)])
+            for name, files in references.items()
+        }
+        for kind, encode in kinds.items()
+    }
 
-    batches = [pictures[start : start + args.batch_size] for start in range(0, len(pictures), args.batch_size)]
     rows: list[dict[str, Any]] = []
-    with state.split_between_processes(batches) as share, torch.no_grad():
+    with state.split_between_processes(parts(pictures, args.batch_size)) as share, torch.no_grad():
         for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
             rows += scores(batch, args.pictures, clip, kinds, wanted)
-    result = summary(gather_object(rows))
+    # of few batches, versions of accelerate give the last one to several processes
+    result = summary(list({row["file_name"]: row for row in gather_object(rows)}.values()))
     if state.is_main_process:
         path = args.pictures / "scores.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(json.dumps(result, indent=2) + "\n", path)
         print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
     return result
+
+
+def parts(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def reference_pictures(folder: Path) -> list[Path]:
@@ -89,7 +103,8 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
-        inputs = self.processor(text=prompts, padding=True, truncation=True, return_tensors="pt")
+        length = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(text=prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return F.normalize(vectors(self.model.get_text_features(**inputs.to(self.model.device))), dim=-1)
 
 
@@ -112,7 +127,11 @@ def dino(name_or_path: str, device: Any) -> Encoder:
 
 
 def open_all(files: Sequence[Path]) -> list[Image.Image]:
-    return [Image.open(file).convert("RGB") for file in files]
+    pictures = []
+    for file in files:
+        with Image.open(file) as picture:
+            pictures.append(upright_rgb(picture, "white"))
+    return pictures
 
 
 def scores(
@@ -161,7 +180,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     args = parser.parse_args(argv)
-    args.reference = named_weights(args.reference)
+    try:
+        args.reference = named_paths("--reference", args.reference)
+    except ValueError as error:
+        parser.error(str(error))
     if args.dino_model and not args.reference:
         parser.error("--dino_model compares with pictures: give --reference")
     return args

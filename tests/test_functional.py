@@ -222,6 +222,53 @@ def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, m
     assert bool(calls) == onednn
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(("tokens", "keys"), [(13, 1), (29, 77), (31, 31)])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"masked": True}], ids=str
+)
+def test_float32_is_exact_over_ragged_sizes_with_all_gradients(monkeypatch, onednn, tokens, keys, options) -> None:
+    monkeypatch.setattr(functional, "_ONEDNN", onednn)
+    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    generator = torch.Generator().manual_seed(0)
+    groups = 2 if "enable_gqa" in options else 4
+    shapes = [(B, 4, tokens, D), (B, groups, keys, D), (B, groups, keys, E), (4, 4)]
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    if "masked" in options:
+        mask = torch.rand(B, 1, tokens, keys, generator=generator) > 0.5
+        mask[0, 0, 3] = False  # a row without a key
+        options = {"attn_mask": mask}
+    single = [x.detach().float().requires_grad_() for x in exact]
+    out, expected = mixed_attention(*single, **options), mixed_attention_reference(*exact, **options)
+    weights = torch.randn(out.shape, generator=generator)
+    grads = torch.autograd.grad((out * weights).sum(), single)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), exact)
+    for name, one, other in zip(["out", *"qkv", "coeff"], [out, *grads], [expected, *expected_grads]):
+        # with one key every map is one: queries, keys have no gradient, and what rounding leaves is of float32's size
+        assert (one - other).norm() <= 1e-5 * max(other.norm(), keys == 1), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_gradients_lose_no_more_than_twice_what_sdpa_s_lose(dtype) -> None:
+    """Both against float64 on the same 16-bit inputs, with zero coefficients, where both say the same."""
+    *narrow, coeff = inputs(dtype)
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    exact = torch.autograd.grad(F.scaled_dot_product_attention(*wide).sum(), wide)
+    sdpa = torch.autograd.grad(F.scaled_dot_product_attention(*narrow).sum(), narrow)
+    mixed = torch.autograd.grad(mixed_attention(*narrow, 0 * coeff.detach().float()).sum(), narrow)
+    for ours, theirs, true in zip(mixed, sdpa, exact):
+        assert ours.dtype == dtype
+        assert (ours.double() - true).norm() <= 2 * (theirs.double() - true).norm()
+
+
+def test_mixing_within_one_buffer_reads_every_entry_before_it_is_written() -> None:
+    """Blocks of more than eight rows, whose mixing goes in several steps, and a last block with fewer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, H, 43, D), (B, H, S, D), (B, H, S, E), (H, H)]
+    args = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    torch.testing.assert_close(mixed_attention(*args), mixed_attention_reference(*args))
+
+
 def test_onednn_gets_no_strides_that_it_is_slow_with(monkeypatch) -> None:
     """Models give views of (B, tokens, H, width); such weights made a step of Stable Diffusion take minutes."""
     monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from errors import InputError
 from safetensors import SafetensorError
 from settings import DreamBoothSettings
@@ -36,6 +37,7 @@ HIDDEN = ".checkpoint-"
 
 # What may change when a run is continued: these do not touch what is trained.
 FREE_SETTINGS = {
+    "instance_data_dir", "class_data_dir",  # the pictures themselves are compared
     "output_dir", "logging_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps",
     "validation_epochs", "final_validation_prompt", "skip_final_inference",
@@ -90,10 +92,16 @@ def find_checkpoint(settings: DreamBoothSettings, say: Callable[[str], object]) 
 
 
 def _checkpoint_at(asked: str, output_dir: str, paths: Sequence[Path]) -> Checkpoint:
-    path = Path(asked) if Path(asked).is_dir() else Path(output_dir) / asked
+    path = Path(output_dir) / asked
+    path = path if path.is_dir() else Path(asked)
     if not path.is_dir():
         names = ", ".join(other.name for other in paths) or "none"
         raise InputError(f"--resume_from_checkpoint: there is no {asked}; {output_dir} has {names}")
+    if paths and path.resolve().parent != Path(output_dir).resolve():
+        raise InputError(
+            f"--resume_from_checkpoint: {path} is not of {output_dir}, which holds checkpoints of its own; take "
+            "another --output_dir"
+        )
     if problem := problem_of(path):
         raise InputError(f"--resume_from_checkpoint: {path} cannot be used: {problem}")
     return read_checkpoint(path)
@@ -140,9 +148,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any], write_weights: Callable
     return target
 
 
-def keep_newest(folder: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints but for `limit`."""
-    for path in checkpoint_paths(folder)[: -limit if limit else 0]:
+def keep_newest(folder: Path, limit: int | None, newest: Path) -> None:
+    """Removes checkpoints but for `limit`: those after `newest` first, then the oldest.
+
+    Args:
+        folder: where they are.
+        limit: how many are kept, `newest` among them; all if `None`.
+        newest: the one just written. Those after it are torn, or the run went back to one before them.
+    """
+    paths = checkpoint_paths(folder)
+    place = paths.index(newest) + 1
+    for path in [*paths[place:], *paths[:place]][: -limit if limit else 0]:
         _remove(path)
 
 
@@ -176,7 +192,7 @@ def _flush(path: Path) -> None:
 def facts_of_run(settings: DreamBoothSettings, pictures: Sequence[Picture], processes: int) -> dict[str, Any]:
     """What must be the same for a run to be the same, in types that a state file may hold."""
     values = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    shown = [[picture.name, picture.prompt, picture.height, picture.width] for picture in pictures]
+    shown = [[picture.digest, picture.prompt] for picture in pictures]
     return {"settings": values, "pictures": shown, "processes": processes}
 
 
@@ -207,6 +223,16 @@ def with_seed_of(checkpoint: Checkpoint | None, settings: DreamBoothSettings) ->
     if checkpoint is None or settings.seed is not None:
         return settings
     return replace(settings, seed=checkpoint.state["facts"]["settings"]["seed"])
+
+
+def check_agreement(checkpoint: Checkpoint | None) -> None:
+    """To be called in all processes. Raises InputError if not all found the same checkpoint, or none."""
+    steps = gather_object([0 if checkpoint is None else checkpoint.step])
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"--resume_from_checkpoint: the processes found checkpoints of different steps, {steps} (0 is none); "
+            "--output_dir must be the same folder for all machines, on a disk that they share"
+        )
 
 
 class Checkpoints:
@@ -264,13 +290,15 @@ class Checkpoints:
 
             try:
                 self.last = save_checkpoint(self.folder, state, write_weights)
-                keep_newest(self.folder, self.settings.checkpoints_total_limit)
+                keep_newest(self.folder, self.settings.checkpoints_total_limit, self.last)
             except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
                 print(
                     f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()} The run goes on.",
                     file=sys.stderr,
                 )
-        self.accelerator.wait_for_everyone()
+        last = [self.last]
+        broadcast_object_list(last)  # after which all have waited for the main process
+        self.last = last[0]
 
     def safe_text(self) -> str:
         """What is not lost, and how to go on from it."""

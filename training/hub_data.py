@@ -51,7 +51,7 @@ def load_rows(settings: DreamBoothSettings) -> Dataset:
     check_path(Path(name), settings)
     try:
         found = _load(settings)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"--dataset_name: {name} cannot be loaded: {error}") from error
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits and len(splits) > 1:

@@ -139,7 +139,7 @@ def train(
     """Trains; `validate` is called between steps with their number. Returns the loss of each optimizer step.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if the loss, or what trains, is no longer finite.
         Stopped: after a signal to stop; a checkpoint has been saved.
     """
     losses = checkpoints.restore(trainee)
@@ -172,7 +172,7 @@ def train(
             with accelerator.accumulate(step), own_coefficients(family, batch):
                 errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
                 by_subject = losses_by_subject(errors, batch, settings.prior_loss_weight)
-                check_finite(by_subject.sum(), len(losses) + 1, batch, settings, checkpoints)
+                check_finite("the loss", by_subject.sum(), len(losses) + 1, batch, settings, checkpoints)
                 accelerator.backward(by_subject.sum())
                 if accelerator.sync_gradients:
                     together = list(trainee.subjects.values()) or [trainee.all_parameters]
@@ -184,6 +184,8 @@ def train(
                 continue
             rates = trainee.rates
             if not accelerator.optimizer_step_was_skipped:  # as float16's gradient scaler does when it overflows
+                size = nn.utils.get_total_norm(trainee.all_parameters)  # before it is averaged, saved or shown
+                check_finite("the norm of what trains", size, len(losses) + 1, batch, settings, checkpoints)
                 trainee.lr_scheduler.step()
                 if trainee.ema is not None:
                     trainee.ema.step(trainee.all_parameters)
@@ -278,13 +280,20 @@ def prepare(
 
 
 def check_finite(
-    loss: torch.Tensor, step: int, batch: dict[str, Any], settings: DreamBoothSettings, checkpoints: Checkpoints
+    what: str,
+    value: torch.Tensor,
+    step: int,
+    batch: dict[str, Any],
+    settings: DreamBoothSettings,
+    checkpoints: Checkpoints,
 ) -> None:
-    if not torch.isfinite(loss):
+    """Raises FloatingPointError that says which pictures a value came from, and what is safe."""
+    if not torch.isfinite(value):
         pictures = "\n  ".join(f"{name}: {prompt}" for name, prompt in zip(batch["names"], batch["prompts"]))
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
-            f"were written. Try lower learning rates, or --mixed_precision bf16 or no. {checkpoints.safe_text()} "
+            f"{what} is {value.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
+            f"were written. {checkpoints.safe_text()} With the same settings that would come to the same, on a CPU "
+            "at least; try lower learning rates, or --mixed_precision bf16 or no, in another --output_dir. "
             f"The pictures of the batch:\n  {pictures}"
         )
 

@@ -28,12 +28,13 @@ def check_processes(settings: DreamBoothSettings, accelerator: Accelerator) -> N
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage > 2:
             raise InputError(f"ZeRO stage {stage} would divide the frozen model; use --fsdp without DeepSpeed")
-        if settings.subjects:
+        if accelerator.mixed_precision != "no":
             raise InputError(
-                "DeepSpeed averages gradients over processes, where --subjects has other subjects in each"
+                f"DeepSpeed would cast what trains to {accelerator.mixed_precision} as well; give --mixed_precision "
+                "no, or start the script with training/configs/multi_gpu.yaml"
             )
-        if settings.resume_from_checkpoint or settings.use_ema:
-            raise InputError("--resume_from_checkpoint and --use_ema cannot be had under DeepSpeed")
+        if settings.resume_from_checkpoint or settings.use_ema or settings.subjects:
+            raise InputError("--resume_from_checkpoint, --use_ema and --subjects cannot be had under DeepSpeed")
     if settings.fsdp and (accelerator.num_processes == 1 or kind == DistributedType.DEEPSPEED):
         raise InputError("--fsdp shares the frozen model out over several processes, without DeepSpeed")
 

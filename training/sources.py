@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ class Picture:
         read: opens it as it is stored. Of top-level functions, so that worker processes can be handed it.
         height: in pixels, once it is turned as its EXIF entry says.
         width: likewise.
+        digest: of its pixels.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Picture:
     read: Callable[[], Image.Image]
     height: int
     width: int
+    digest: str = ""
 
 
 def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]], setting: str) -> list[Picture]:
@@ -48,8 +51,10 @@ def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]],
         try:
             with read() as image:
                 # loads it: opening reads the header only, and does not see a file that breaks off
-                width, height = ImageOps.exif_transpose(image).size
-            pictures.append(Picture(name, prompt, read, height, width))
+                upright = ImageOps.exif_transpose(image)
+                shape = str((upright.mode, upright.size, upright.getpalette())).encode()
+                digest = hashlib.sha256(shape + upright.tobytes()).hexdigest()
+            pictures.append(Picture(name, prompt, read, upright.height, upright.width, digest))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{name}: {type(error).__name__}: {error}")
     if problems:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and launchers pass on to theirs what they get
 
 
 class Stopped(Exception):  # noqa: N818
@@ -24,21 +27,26 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StopRequest:
-    """The signal that has come, if one has."""
+    """The signal that has come, if one has, and when."""
 
     signal_number: int | None = None
+    time = 0.0
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Notes the first signal instead of ending the process; a second one ends it at once."""
+    """Notes the first signal instead of ending the process; another one, `ONE_REQUEST` later, ends it at once."""
     request, before = StopRequest(), {}
 
     def note(signal_number: int, frame: FrameType | None) -> None:
-        request.signal_number = signal_number
-        print(f"\n{signal.Signals(signal_number).name}: stops after this step; once more stops at once.", flush=True)
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+        if request.signal_number is None:
+            request.signal_number, request.time = signal_number, time.monotonic()
+            name = signal.Signals(signal_number).name
+            # print would raise where the signal came in the middle of another one
+            os.write(2, f"\n{name}: stops after this step; once more stops at once.\n".encode())
+        elif time.monotonic() - request.time >= ONE_REQUEST:
+            signal.signal(signal_number, before[signal_number])
+            signal.raise_signal(signal_number)
 
     for number in SIGNALS:
         before[number] = signal.signal(number, note)

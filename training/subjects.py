@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from checkpoints import NAME as CHECKPOINT
 from data import Cut, DreamBoothDataset, Example, collate
 from errors import InputError
 from families import Family
@@ -93,8 +94,10 @@ def _entry_problems(entry: Any) -> list[str]:
         if not all(isinstance(value, str) and value.strip() for value in values):
             problems.append(f"{name} must be text, got {entry[name]!r}")
     name = entry.get("name")
-    if isinstance(name, str) and not re.fullmatch(r"[\w-]+", name):
-        problems.append(f"name must be of letters, digits, - and _, for it names a folder, got {name!r}")
+    if isinstance(name, str) and (not re.fullmatch(r"[\w-]+", name) or CHECKPOINT.fullmatch(name)):
+        problems.append(
+            f"name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got {name!r}"
+        )
     return problems
 
 

@@ -14,6 +14,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,10 +22,10 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
-from checkpoints import Checkpoints, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from class_images import check_class_folder, complete_class_images
 from diffusers.utils import is_peft_available
 from families import Family, find_family, load_family
@@ -51,6 +52,7 @@ from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coef
 from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PATIENCE = timedelta(hours=2)  # of the other processes, while the main one makes validation pictures
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     accelerator = start_accelerator(settings)
     check_processes(settings, accelerator)
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
@@ -131,7 +134,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
     if buckets := parse_buckets(settings.aspect_ratio_buckets):
-        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in pictures.instance]
+        once = dict.fromkeys(pictures.instance)
+        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in once]
         accelerator.print(buckets_text(chosen, buckets))
 
     if not settings.train_text_encoder:
@@ -168,6 +172,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if a loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     check_trackers(settings)
     check_output_folder(settings)
@@ -183,6 +188,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     if len(subjects) < accelerator.num_processes:
         raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
     resumed = find_checkpoint(settings, accelerator.print)
+    check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = chain(*(subject.validation_prompt for subject in subjects))
@@ -192,6 +198,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
 
     facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} pictures)" for name, shown in pictures.items())
     if resumed is not None:
         check_same_run(resumed, facts)
     if accelerator.is_main_process:
@@ -260,6 +267,9 @@ def validate_subjects(
             with coeff_adapters(family.denoiser, name):
                 rows = validation_images(family, settings, accelerator)
             files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
+            if accelerator.is_main_process:
+                prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
+                log_pictures(accelerator.trackers, dict(zip(prompts, rows)), step)
     accelerator.wait_for_everyone()
     return files
 
@@ -288,6 +298,7 @@ def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
             mixed_precision=settings.mixed_precision,
             log_with=None if settings.report_to == "none" else settings.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:  # a precision that the device does not have
         raise InputError(f"--mixed_precision: {error}") from error

@@ -16,7 +16,7 @@ import score
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from prompts import PromptsError, read_prompts
+from prompts import PromptsError, read_manifest, read_prompts
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -137,8 +137,44 @@ def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path
     np.testing.assert_array_equal(after["00002-a-pig-face-seed5.png"], before["00002-a-pig-face-seed5.png"])
     again = make(weights, prompts, output, "--overwrite")
     np.testing.assert_array_equal(again["owl.png"], before["owl.png"])
-    with pytest.raises(PromptsError, match=r"made of other prompts or settings: .*owl.png; give --overwrite"):
+    others = r"made of other prompts, settings or weights: .*owl.png; give --overwrite"
+    with pytest.raises(PromptsError, match=others):
         make(weights, prompts, output, "--guidance_scale", "3")
+    file = weights / "owl" / "pytorch_coeff_weights.safetensors"
+    trained, other = file.read_bytes(), (weights / "fox" / file.name).read_bytes()
+    file.write_bytes(other)
+    try:
+        with pytest.raises(PromptsError, match=others):  # the same path, trained again
+            make(weights, prompts, output)
+    finally:
+        file.write_bytes(trained)
+
+
+def test_the_manifest_holds_the_pictures_of_all_files_of_prompts(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    output, second = tmp_path / "many", tmp_path / "second.jsonl"
+    second.write_text('{"prompt": "a pig face", "coeff": null, "file_name": "pig.png"}')
+    make(weights, prompts, output)
+    (output / "owl.png").unlink()  # by the user: it is no longer wanted
+    make(weights, second, output)
+    names = {"00001-a-sks-fox-face-seed0.png", "00002-a-pig-face-seed5.png", "pig.png"}
+    assert read_manifest(output / "manifest.jsonl").keys() == names
+
+
+def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
+    weights: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make(weights, prompts, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "load_pipeline", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(weights, prompts, tmp_path, "--overwrite", "--guidance_scale", "3")
+    after = make(weights, prompts, tmp_path, "--guidance_scale", "3")
+    assert before.keys() == after.keys()
+    assert all(np.abs(before[name].astype(int) - after[name]).max() > 10 for name in before)
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
@@ -153,12 +189,14 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
         '{"prompt": "b"}',
         '{"prompt": "b", "sede": 1}',
         '{"prompt": "b", "coeff": null, "file_name": "../b.png"}',
+        '{"prompt": "b", "coeff": null, "seed": -1}',
+        '{"prompt": "b", "coeff": null, "file_name": "%s.png"}' % ("b" * 200),
     ]
     path.write_text("\n".join(lines))
     with pytest.raises(PromptsError) as info:
         read_prompts(path, ["fox", "owl"], 0, 1)
     said = str(info.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in said] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9)]
+    assert [line.split(":")[0].strip() for line in said] == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 9, 10, 11)]
     reasons = [
         '"prompt"',
         "Expecting",
@@ -167,7 +205,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
         'which "coeff"',
         "'sede' is none of",
     ]
-    for line, words in zip(said, [*reasons, "without folders"]):
+    for line, words in zip(said, [*reasons, "without folders", "from 0 to", "at most 200 bytes"], strict=True):
         assert words in line
 
 
@@ -184,7 +222,41 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt", ["default"], 0, 1)
 
 
-def test_scores_are_cosines_of_the_encoders(tmp_path: Path) -> None:
+def test_prompts_of_any_script_are_read_and_name_files(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    prompt = "\u72d0" * 200 + "\u2028x"  # 600 bytes, and what Python alone takes for the end of a line
+    path.write_text(f"\ufeffa fox\n{prompt}\n", encoding="utf-8")
+    pictures = read_prompts(path, ["default"], seed=0, images=1)
+    assert [picture.prompt for picture in pictures] == ["a fox", prompt]
+    for picture in pictures:
+        Image.new("RGB", (8, 8)).save(tmp_path / picture.file_name)  # file systems allow 255 bytes
+    path.write_bytes("a f\xf6x".encode("latin-1"))
+    with pytest.raises(PromptsError, match=r"prompts.txt must be in UTF-8: .*0xf6"):
+        read_prompts(path, ["default"], 0, 1)
+
+
+def test_reference_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (32, 48), "red")
+    upright.paste("blue", (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    turned, clear = score.open_all([tmp_path / "turned.png", tmp_path / "clear.png"])
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(upright))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--pictures", str(tmp_path), "--clip_model", "none"]
+    with pytest.raises(PromptsError, match=r"there is no .*manifest.jsonl, which generate.py"):
+        score.main(score.parse_args(flags))
+    with pytest.raises(SystemExit):
+        score.parse_args([*flags, "--reference", "a", "b"])
+    assert "--reference: each needs a name of its own (name=path), got default, default" in capsys.readouterr().err
+
+
+def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
@@ -205,6 +277,9 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path) -> None:
     inputs = processor(text=["a fox"], images=[Image.open(folder / "b.png")], return_tensors="pt")
     logits = model(**inputs).logits_per_image / model.logit_scale.exp()
     assert rows[1]["clip_t"] == pytest.approx(logits.item(), abs=1e-5)
+    with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
+        patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
+        assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"] == rows
     (folder / "b.png").unlink()
     with pytest.raises(PromptsError, match=r"(?s)b.png is in the manifest.*x has no reference"):
         score.main(score.parse_args([*flags, "--reference", f"y={tmp_path / 'x'}"]))

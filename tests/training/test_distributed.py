@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,17 +21,21 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from settings import InputError, parse_settings
-from sharding import blocks, check_processes
+from sharding import blocks, check_processes, shard_frozen_weights, sharded_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import tiny_pipeline
+from test_each_family import PROMPTS, generators, make_family, make_pipeline, pixels, sizes_of
+from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import Tensor, nn
-from train_dreambooth import TrainingResult
+from train_dreambooth import TrainingResult, add_adapters
+
+from coeff_diffusers import coeff_parameters
 
 Argv = Callable[..., list[str]]
 Train = Callable[..., TrainingResult]
 SCRIPT = Path(train_dreambooth.__file__)
 ROOT = SCRIPT.parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+SUBJECTS = {"subjects": "subjects.yaml", "instance_prompt": None, "instance_data_dir": None}
 WEIGHTS = ("pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -118,10 +123,10 @@ def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, 
 # Which ways there are
 
 
-def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0) -> Any:
+def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0, precision: str = "no") -> Any:
     """In the place of one that was started so, which needs GPUs."""
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-    return SimpleNamespace(distributed_type=kind, num_processes=processes, state=state)
+    return SimpleNamespace(distributed_type=kind, num_processes=processes, state=state, mixed_precision=precision)
 
 
 @pytest.mark.parametrize(
@@ -129,23 +134,35 @@ def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0) -> An
     [
         ("FSDP", {}, {}, "accelerate was started with FSDP, which would divide what trains as well"),
         ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would divide the frozen model; use --fsdp"),
-        ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema cannot be had under DeepSpeed"),
-        ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint and"),
-        (
-            "DEEPSPEED",
-            {"stage": 2},
-            {"subjects": "s.yaml", "instance_data_dir": None, "instance_prompt": ""},
-            "where --subjects has other subjects in each",
-        ),
+        ("DEEPSPEED", {"stage": 2, "precision": "bf16"}, {}, "would cast what trains to bf16 as well"),
+        ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema and --subjects cannot be had under"),
+        ("DEEPSPEED", {"stage": 2}, SUBJECTS, "--subjects cannot be had under DeepSpeed"),
+        ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint, --use_ema"),
         ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
         ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
     ],
 )
 def test_a_way_that_the_script_does_not_know_is_refused(
-    argv: Argv, kind: str, options: dict[str, int], changes: dict[str, Any], message: str
+    argv: Argv, kind: str, options: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         check_processes(parse_settings(argv(**changes)), accelerator(DistributedType[kind], **options))
+
+
+def test_processes_wait_for_pictures_longer_than_ten_minutes(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**launched, "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    patience = []
+
+    def init(**options: Any) -> None:
+        patience.append(options["timeout"])
+        raise RuntimeError("no group is wanted, only what it would be made with")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(RuntimeError, match="no group is wanted"):
+        train_dreambooth.start_accelerator(parse_settings(argv()))
+    assert patience[0] >= timedelta(hours=1)
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "DEEPSPEED"])
@@ -173,6 +190,32 @@ def test_blocks_hold_most_of_a_denoiser_and_none_twice(name: str) -> None:
     assert not outside & (lists | {"mid_block"})
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, in which a model can be shared out all the same."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_denoiser_of_each_family_can_be_shared_out(name: str) -> None:
+    whole, shared = make_family(make_pipeline(name)), make_family(make_pipeline(name))
+    shard_frozen_weights(shared.denoiser, torch.device("cpu"))
+    assert sharded_names(shared.denoiser)
+    gradients = []
+    for family in (whole, shared):
+        add_adapters(family, family.settings)
+        latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+        conditions = family.conditions(PROMPTS)
+        errors = family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(0, 1))
+        gradients.append(torch.autograd.grad(errors.sum(), coeff_parameters(family.denoiser)))
+        assert all(p.grad is None for p in family.denoiser.parameters())
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)  # of weights that lie otherwise in memory
+
+
 # The files
 
 
@@ -181,6 +224,7 @@ def test_a_config_is_one_that_accelerate_reads(path: Path) -> None:
     config = load_config_from_file(str(path))  # raises for a key that it does not know
     assert isinstance(config, ClusterConfig)
     kinds = {"one_gpu.yaml": "NO", "deepspeed_zero2.yaml": "DEEPSPEED"}
+    assert config.mixed_precision == ("no" if path.name == "deepspeed_zero2.yaml" else "bf16")
     assert config.distributed_type == kinds.get(path.name, "MULTI_GPU")
     assert f"training/configs/{path.name}" in path.read_text()
     assert f"(../training/configs/{path.name})" in (ROOT / "docs" / "distributed.md").read_text()

@@ -24,7 +24,7 @@ from tiny_models import FAMILIES as NAMES
 from tiny_models import SIDE, call_settings, tiny_pipeline
 from tiny_sd import MAX_TOKENS
 from torch import Tensor
-from train_dreambooth import TrainingResult
+from train_dreambooth import TrainingResult, add_adapters
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weights
 
@@ -33,6 +33,13 @@ REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time run
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 EDM = ("EDM epsilon", "EDM v_prediction")  # Stable Diffusion XL with such a scheduler
 OF_LENGTH = tuple(name for name in NAMES if name not in CLIP_ONLY)  # whose prompts' length can be chosen
+TRAINABLE_TEXT = {  # pipeline -> the text encoders that train, and whether a LoRA can be on them
+    "StableDiffusionPipeline": ({"text_encoder"}, True),
+    "StableDiffusionXLPipeline": ({"text_encoder", "text_encoder_2"}, True),
+    "StableDiffusion3Pipeline": ({"text_encoder", "text_encoder_2"}, True),
+    "FluxPipeline": ({"text_encoder"}, True),
+}
+CAPPED = ("SanaPipeline", "Lumina2Pipeline")  # Gemma 2 caps its scores, which no sdpa does
 PROMPTS = ["a fox", "two grey cats"]
 
 
@@ -225,6 +232,19 @@ def test_checkpointed_gradients_are_the_same(family: Any) -> None:
     for gradient, other in zip(gradients(), expected, strict=True):
         assert gradient.abs().min() > 0
         torch.testing.assert_close(gradient, other)
+
+
+def test_all_that_trains_has_a_gradient(name: str) -> None:
+    """As averaging over processes needs it, which waits for each."""
+    trained_text = name not in CAPPED
+    lora = 2 if not trained_text or TRAINABLE_TEXT.get(name, ((), False))[1] else 0
+    family = make_family(make_pipeline(name), train_text_encoder=trained_text, lora_rank=lora)
+    parameters = add_adapters(family, family.settings)
+    latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
+    conditions = family.conditions(PROMPTS)
+    family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(0, 1)).sum().backward()
+    assert len(parameters) == 1 + trained_text + (lora > 0) + (lora > 0 and trained_text)
+    assert all(parameter.grad is not None for group in parameters.values() for parameter in group)
 
 
 @torch.no_grad()
@@ -518,15 +538,6 @@ def test_training_in_bfloat16_with_cached_latents_leaves_coefficients_in_float32
     for delta in load_file(result.coeff_file).values():
         assert delta.dtype == torch.float32
         assert (delta != 0).all()
-
-
-TRAINABLE_TEXT = {  # pipeline -> the text encoders that train, and whether a LoRA can be on them
-    "StableDiffusionPipeline": ({"text_encoder"}, True),
-    "StableDiffusionXLPipeline": ({"text_encoder", "text_encoder_2"}, True),
-    "StableDiffusion3Pipeline": ({"text_encoder", "text_encoder_2"}, True),
-    "FluxPipeline": ({"text_encoder"}, True),
-}
-CAPPED = ("SanaPipeline", "Lumina2Pipeline")  # Gemma 2 caps its scores, which no sdpa does
 
 
 @pytest.mark.parametrize("name", CAPPED)

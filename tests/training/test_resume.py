@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from checkpoints import Checkpoints, checkpoint_paths, problem_of
 from families.stable_diffusion import StableDiffusion
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from settings import InputError, parse_settings
 from stopping import Stopped, stop_request
@@ -219,6 +221,15 @@ def test_a_checkpoint_holds_the_files_that_the_run_would_have_written(train: Tra
         assert all(torch.equal(found[key], expected[key]) for key in expected | found)
 
 
+def test_a_later_checkpoint_is_never_kept_instead_of_the_newest(train: Train, tmp_path: Path) -> None:
+    flags = {"max_train_steps": 4, "checkpointing_steps": 1}
+    train(**flags)
+    (tmp_path / "out" / "checkpoint-4" / "state.pt").unlink()
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "out" / "checkpoint-9")  # torn, and never written anew
+    train(**flags, resume_from_checkpoint="checkpoint-2", checkpoints_total_limit=1)
+    assert [path.name for path in checkpoint_paths(tmp_path / "out")] == ["checkpoint-4"]
+
+
 def test_only_the_newest_are_kept_also_after_going_on(
     train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +302,24 @@ def test_a_checkpoint_that_is_not_there_is_named(train: Train) -> None:
         train(checkpointing_steps=2, resume_from_checkpoint="checkpoint-7")
 
 
+def test_checkpoints_of_two_runs_are_not_mixed(train: Train, tmp_path: Path) -> None:
+    flags = {"checkpointing_steps": 2}
+    whole, other = train(**flags), tmp_path / "other"
+    train(**flags, output_dir=other, seed=1)
+    asked = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    with pytest.raises(InputError, match="other, which holds checkpoints of its own; take another --output_dir"):
+        train(**flags, **asked, output_dir=other)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert_same_result(train(**flags, **asked, output_dir=tmp_path / "third"), whole)
+
+
+def test_processes_that_found_different_checkpoints_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.check_agreement(None)
+    monkeypatch.setattr(checkpoints, "gather_object", lambda found: [*found, 3])  # in the place of another machine
+    with pytest.raises(InputError, match=r"different steps, \[0, 3\] .* on a disk that they share"):
+        checkpoints.check_agreement(None)
+
+
 def test_a_new_run_does_not_start_among_another_ones_checkpoints(train: Train) -> None:
     train(checkpointing_steps=2)
     with pytest.raises(InputError, match=r"holds checkpoints of a run, up to checkpoint-2: .* latest"):
@@ -309,6 +338,16 @@ def test_another_run_is_not_gone_on_with(train: Train, tmp_path: Path, pictures:
         train(checkpointing_steps=2, resume_from_checkpoint="latest", instance_data_dir=tmp_path / "fewer")
 
 
+def test_pictures_may_be_moved_and_not_changed(train: Train, tmp_path: Path, pictures: Path) -> None:
+    whole = train(checkpointing_steps=2)
+    moved = {"instance_data_dir": shutil.copytree(pictures, tmp_path / "moved"), "checkpointing_steps": 2}
+    assert_same_result(train(**moved, resume_from_checkpoint="latest"), whole)
+    with Image.open(tmp_path / "moved" / "1.png") as image:
+        ImageOps.mirror(image).save(tmp_path / "moved" / "1.png")
+    with pytest.raises(InputError, match="pictures or captions are others"):
+        train(**moved, resume_from_checkpoint="latest")
+
+
 def test_a_loss_that_is_not_finite_names_pictures_and_checkpoint(
     argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +362,27 @@ def test_a_loss_that_is_not_finite_names_pictures_and_checkpoint(
     assert "the loss is inf at step 3 of 3" in str(error)
     assert "checkpoint-2 is whole; --resume_from_checkpoint latest" in str(error)
     assert ".png: a sks fox" in str(error)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_what_is_no_longer_finite_is_never_saved(
+    argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """As after a gradient that overflows while the loss does not; in the last step, too."""
+    original, calls = loop.clip_gradients, []
+
+    def clip(groups: list[list[nn.Parameter]], *args: Any) -> None:
+        original(groups, *args)
+        calls.append(1)
+        groups[0][0].grad.mul_(float("nan") if len(calls) == step else 1.0)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+    error = train_until(FloatingPointError, argv(checkpointing_steps=1, train_batch_size=1))
+    assert f"the norm of what trains is nan at step {step} of 3" in str(error)
+    assert f"checkpoint-{step - 1} is whole" in str(error)
+    assert ".png: a sks fox" in str(error)
+    assert checkpoint_paths(tmp_path / "out")[-1].name == f"checkpoint-{step - 1}"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 # Signals
@@ -346,11 +406,13 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert_same_result(train(resume_from_checkpoint="latest"), whole)
 
 
-def test_the_second_signal_ends_the_process_at_once() -> None:
+def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_request() as request:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once, as a launcher does that passes on what all had
         assert request.signal_number == signal.SIGINT
+        monkeypatch.setattr(stopping, "ONE_REQUEST", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

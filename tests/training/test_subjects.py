@@ -21,11 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from settings import DreamBoothSettings, InputError
 from subjects import losses_by_subject, read_subjects
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_pipeline
 from torch import Tensor
 from train_dreambooth import TrainingResult, main
 
-from coeff_diffusers import load_coeff_weights
+from coeff_diffusers import coeff_per_sample, load_coeff_weights
 
 Argv = Callable[..., list[str]]
 SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}
@@ -183,9 +184,13 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     entries[2]["validation_prompt"] = ["a dog", "a sks fox"]
     written(file, entries)
     few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
-    results = train_all(**few, cache_latents=True, center_crop=True)
+    results = train_all(**few, cache_latents=True, center_crop=True, report_to="tensorboard")
     assert [len(result.images) for result in results.values()] == [2, 0, 3]
     assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
+    tags = EventAccumulator(str(file.parent / "out" / "logs" / "dreambooth")).Reload().Tags()
+    asked = {tag.partition("/")[0] for tag in tags["images"]}
+    assert asked == {"fox: a sks fox", "old-dog: a dog", "old-dog: a sks fox"}
+    assert {"loss", *(f"loss/{name}" for name in NAMES)} <= set(tags["scalars"])
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     for name, picture in {"fox": results["fox"].images[1], "old-dog": results["old-dog"].images[2]}.items():
@@ -193,6 +198,26 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
         expected = pipe("a sks fox", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
         with Image.open(picture) as found:
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_what_the_page_shows_is_run(
+    train_all: Callable[..., dict[str, TrainingResult]], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(train_dreambooth.__file__).parents[1] / "docs" / "subjects.md").read_text(encoding="utf-8")
+    page = page.replace("in the snow", "ran")  # the tiny tokenizer takes 14 letters
+    blocks = {kind: page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("yaml", "python")}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.yaml").write_text(blocks["yaml"])
+    for name in ("rex", "tom"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / name / "1.png")
+        (tmp_path / "pictures" / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a sks"}')
+    few = {"max_train_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
+    train_all(subjects="pets.yaml", output_dir="outputs/pets", **few)
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    names = {"pipe": pipe, "load_coeff_weights": load_coeff_weights, "coeff_per_sample": coeff_per_sample}
+    exec(blocks["python"], names)
+    assert len(names["images"]) == 2
 
 
 # What cannot be used
@@ -204,19 +229,22 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
         {"name": "fox", "images": "in", "caption": "x"},
         {"name": "Fox", "images": 3, "prompt": " ", "validation_prompt": ["a", 1]},
         "dog",
+        {"name": "checkpoint-3", "images": "in", "prompt": "a"},
     ]
     with pytest.raises(InputError, match="--subjects: ") as error:
         read_subjects(written(tmp_path / "subjects.yaml", entries))
     problems = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert sorted(problems) == [
         "fox: several have this name",
-        "subject 1: name must be of letters, digits, - and _, for it names a folder, got 'a/b'",
+        "subject 1: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got 'a/b'",
         "subject 2: caption is none of caption_column, caption_extension, images, name, prompt, validation_prompt",
         "subject 2: has no prompt",
         "subject 3: images must be text, got 3",
         "subject 3: prompt must be text, got ' '",
         "subject 3: validation_prompt must be text, got ['a', 1]",
         "subject 4: must have name, images and prompt, got 'dog'",
+        "subject 5: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got "
+        "'checkpoint-3'",
     ]
 
 
