@@ -88,6 +88,21 @@ def test_each_subject_gets_what_it_gets_alone(
     assert_each_gets_what_it_gets_alone(train_all(**changes), tmp_path)
 
 
+def test_each_subject_has_its_own_class_pictures(
+    train_all: Callable[..., dict[str, TrainingResult]], file: Path, tmp_path: Path
+) -> None:
+    entries = yaml.safe_load(file.read_text())
+    kinds = {"fox": "beast", "cat": "cats", "old-dog": "beast"}
+    entries = [entry | {"class_data_dir": k, "class_prompt": f"a {k}"} for entry, k in zip(entries, kinds.values())]
+    written(file, entries)
+    few = {"num_class_images": 3, "prior_loss_weight": 0.5, "max_train_steps": 2}
+    assert_each_gets_what_it_gets_alone(train_all(with_prior_preservation=True, **few), tmp_path)
+    assert [len(list((tmp_path / folder).iterdir())) for folder in ("beast", "cats")] == [3, 3]
+    kept = {path: path.read_bytes() for path in (tmp_path / "cats").iterdir()}
+    beasts = {path.read_bytes() for path in (tmp_path / "beast").iterdir()}
+    assert not beasts & set(kept.values())
+
+
 @pytest.mark.parametrize("name", ["FluxPipeline", "PixArtSigmaPipeline", "SanaPipeline", "ZImagePipeline"])
 def test_transformers_are_trained_as_alone_too(
     train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, name: str
@@ -237,7 +252,8 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
     assert sorted(problems) == [
         "fox: several have this name",
         "subject 1: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got 'a/b'",
-        "subject 2: caption is none of caption_column, caption_extension, images, name, prompt, validation_prompt",
+        "subject 2: caption is none of caption_column, caption_extension, class_data_dir, class_prompt, "
+        "images, name, prompt, validation_prompt",
         "subject 2: has no prompt",
         "subject 3: images must be text, got 3",
         "subject 3: prompt must be text, got ' '",
@@ -246,6 +262,27 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
         "subject 5: name must be of letters, digits, - and _, for it names a folder, and not checkpoint-N, got "
         "'checkpoint-3'",
     ]
+
+
+def test_class_pictures_are_of_one_class_and_of_no_subject(tmp_path: Path) -> None:
+    folders = {"fox": ("in", "of-foxes"), "cat": ("of-foxes", "same"), "dog": ("here", "same")}
+    entries = [
+        {"name": name, "images": images, "prompt": "a", "class_data_dir": classes, "class_prompt": f"a {name}"}
+        for name, (images, classes) in folders.items()
+    ]
+    with pytest.raises(InputError) as error:
+        read_subjects(written(tmp_path / "subjects.yaml", entries))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        f"{tmp_path / 'of-foxes'} has pictures of a subject, and is a class_data_dir",
+        f"{tmp_path / 'same'} is the class_data_dir of several class_prompt",
+    ]
+
+
+def test_each_subject_needs_a_class_where_class_pictures_are_asked_for(
+    train_all: Callable[..., dict[str, TrainingResult]],
+) -> None:
+    with pytest.raises(InputError, match=r"fox: (.|\n)*needs --class_prompt(.|\n)*old-dog: (.|\n)*--class_data_dir"):
+        train_all(with_prior_preservation=True)
 
 
 @pytest.mark.parametrize("text", [None, "", "name: fox", "- [", "[]"])
