@@ -69,8 +69,8 @@ class DreamBoothSettings:
     cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
     subjects: str | None = flag(
         "Instead of one subject, a YAML file with many that are trained at once: a list with name, images (a folder) "
-        "and prompt of each, and caption_column, caption_extension, validation_prompt, class_data_dir, class_prompt if "
-        "wanted.",
+        "and prompt of each, and caption_column, caption_extension, validation_prompt, class_data_dir, "
+        "class_prompt if wanted.",
         None,
     )
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
