@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import coeff_processors, components, denoisers, known_processors
@@ -37,6 +36,8 @@ def coeff_per_sample(
     the same pictures.
 
     To train several adapters at once, have forward and backward pass inside; names are rows of the training batch.
+    Adapters with one rate of dropout drop the same entries: those that each would drop in a pass of its own from the
+    same state of the random numbers.
 
     Args:
         model: a diffusers model or a pipeline. Of a model that `torch.compile` returned, that object: other names
@@ -105,23 +106,23 @@ class _Samples:
         if wanted == self.current and not torch.is_grad_enabled():
             return  # the same as in the step before
         for processor in self.processors:
-            stack = _stack(processor, pictures, self.part.training)
-            processor.per_sample = stack.repeat(batch // len(pictures), 1, 1)
+            times = batch // len(pictures)
+            processor.per_sample = _stack(processor, pictures).repeat(times, 1, 1)
+            processor.per_sample_dropout = [_dropout(processor, name) for name, _ in pictures] * times
         self.current = wanted
 
 
-def _stack(processor: CoeffAttnProcessor, pictures: Pictures, training: bool) -> Tensor:
+def _stack(processor: CoeffAttnProcessor, pictures: Pictures) -> Tensor:
     """weight * Delta of each picture's adapter, zeros where it has none here: (pictures, H, H)."""
     device = next(iter(processor.coeff.values())).device
     zeros = torch.zeros(processor.num_heads, processor.num_heads, device=device)
     return torch.stack(
-        [
-            weight * F.dropout(processor.coeff[name], processor.configs[name].dropout, training)
-            if name in processor.coeff
-            else zeros
-            for name, weight in pictures
-        ]
+        [weight * processor.coeff[name] if name in processor.coeff else zeros for name, weight in pictures]
     )
+
+
+def _dropout(processor: CoeffAttnProcessor, name: str) -> float:
+    return processor.configs[name].dropout if name in processor.configs else 0.0
 
 
 def _of_running_call(model: Any, pictures: Pictures) -> Pictures:
@@ -201,3 +202,4 @@ def _before_calls(module: nn.Module, run: Callable[[Any, dict[str, Any]], object
 def _reset(processors: list[CoeffAttnProcessor]) -> None:
     for processor in processors:
         processor.per_sample = None
+        processor.per_sample_dropout = []

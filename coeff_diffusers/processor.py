@@ -88,6 +88,7 @@ class CoeffAttnProcessor(nn.Module):
         self.configs: dict[str, CoeffConfig] = {}
         self.call_scale = CallScale()
         self.per_sample: Tensor | None = None  # (samples, H, H) within coeff_per_sample
+        self.per_sample_dropout: list[float] = []  # of each of them
         self.add_adapter("default", CoeffConfig(dropout=dropout))
         self._present_signature()
 
@@ -136,7 +137,8 @@ class CoeffAttnProcessor(nn.Module):
         if not self.enabled or scale == 0.0:
             return None
         if self.per_sample is not None:
-            return self.per_sample if scale == 1.0 else scale * self.per_sample
+            delta = self._dropped(self.per_sample) if training and any(self.per_sample_dropout) else self.per_sample
+            return delta if scale == 1.0 else scale * delta
         active = {name: weight for name, weight in self.adapter_weights.items() if weight != 0.0}
         if not active:
             return None
@@ -145,6 +147,12 @@ class CoeffAttnProcessor(nn.Module):
             for name, weight in active.items()
         ]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+    def _dropped(self, per_sample: Tensor) -> Tensor:
+        """(samples, H, H) with entries dropped, in each sample those that one adapter alone would drop now."""
+        ones = torch.ones_like(per_sample[0])
+        masks = {rate: F.dropout(ones, rate) for rate in dict.fromkeys(self.per_sample_dropout)}
+        return per_sample * torch.stack([masks[rate] for rate in self.per_sample_dropout])
 
     def forward(self, attn: nn.Module, *args: Any, coeff_scale: float | None = None, **kwargs: Any) -> Any:
         """Runs the host's processor, with the maps mixed. The base model runs through the untouched call.

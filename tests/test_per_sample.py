@@ -234,6 +234,28 @@ def test_several_adapters_learn_in_one_batch_as_alone(unet) -> None:
         )  # other sums; the gradients are of order 1 to 100
 
 
+def test_dropout_takes_from_each_adapter_what_it_would_take_from_it_alone(unet) -> None:
+    for seed, name in enumerate(("dog", "cat")):
+        add_coeff_adapter(unet, CoeffConfig(dropout=0.5), adapter_name=name)
+        randomise(unet, name, seed)
+    runs = {}
+    with torch.no_grad():
+        for name in ("dog", "cat"):
+            with coeff_adapters(unet, name):
+                runs[name] = dropped_run(unet)
+        with coeff_per_sample(unet, ["dog", "cat"]):
+            together = dropped_run(unet)
+            whole = HOSTS["unet"].run(unet.eval())
+    same(together[0], runs["dog"][0])
+    same(together[1], runs["cat"][1])
+    assert (together - whole).abs().max() > 1e-2
+
+
+def dropped_run(unet):
+    torch.manual_seed(0)
+    return HOSTS["unet"].run(unet.train())
+
+
 def test_values_that_change_within_are_seen(unet, tmp_path) -> None:
     with_adapters(unet)
     file = save_coeff_weights(unet, tmp_path, adapter_name="cat")

@@ -40,16 +40,17 @@ class Pictures:
     Args:
         instance: the subject's pictures.
         classes: pictures of its class; none without prior preservation.
-        subjects: of several subjects, those that this process trains: subject -> its pictures, and no others.
+        subjects: of several subjects, those that this process trains: subject -> its own; no others then.
     """
 
     instance: list[Picture]
     classes: list[Picture] = field(default_factory=list)
-    subjects: dict[str, list[Picture]] = field(default_factory=dict)
+    subjects: dict[str, Pictures] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
-        return [picture.prompt for picture in chain(self.instance, self.classes, *self.subjects.values())]
+        own = [picture.prompt for picture in chain(self.instance, self.classes)]
+        return [*own, *chain(*(each.prompts for each in self.subjects.values()))]
 
 
 @dataclass
@@ -242,11 +243,11 @@ def make_batches(
     processes = 1 if pictures.subjects else accelerator.num_processes
     step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
-    def dataset(instance: list[Picture]) -> DreamBoothDataset:
+    def dataset(shown: Pictures) -> DreamBoothDataset:
         return DreamBoothDataset(
             (settings.max_train_steps - steps_done) * step_draws,
-            instance,
-            pictures.classes,
+            shown.instance,
+            shown.classes,
             resolution=settings.resolution,
             seed=settings.seed,
             center_crop=settings.center_crop,
@@ -258,9 +259,9 @@ def make_batches(
             first=steps_done * step_draws,
         )
 
-    each = {name: dataset(instance) for name, instance in pictures.subjects.items()}
+    each = {name: dataset(shown) for name, shown in pictures.subjects.items()}
     return DataLoader(
-        SubjectsDataset(each) if each else dataset(pictures.instance),
+        SubjectsDataset(each) if each else dataset(pictures),
         batch_size=settings.train_batch_size,
         collate_fn=collate_subjects if each else collate,
         num_workers=settings.dataloader_num_workers,

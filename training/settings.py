@@ -69,7 +69,8 @@ class DreamBoothSettings:
     cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
     subjects: str | None = flag(
         "Instead of one subject, a YAML file with many that are trained at once: a list with name, images (a folder) "
-        "and prompt of each, and caption_column, caption_extension and validation_prompt if wanted.",
+        "and prompt of each, and caption_column, caption_extension, validation_prompt, class_data_dir, "
+        "class_prompt if wanted.",
         None,
     )
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
@@ -404,7 +405,9 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
     class_flags = {"--class_data_dir": settings.class_data_dir, "--class_prompt": settings.class_prompt}
     missing = [name for name, value in class_flags.items() if not value]
     problems = [f"--with_prior_preservation needs {name}" for name in missing if settings.with_prior_preservation]
-    if not settings.with_prior_preservation:
+    if settings.subjects:
+        problems = []  # the file says these of each subject
+    elif not settings.with_prior_preservation:
         problems += [f"{name} needs --with_prior_preservation" for name in class_flags if name not in missing]
     if not settings.instance_prompt.strip() and not settings.subjects:
         problems.append("--instance_prompt must not be empty")
@@ -450,9 +453,10 @@ def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
     """What each subject has for itself, and what cannot be had for many at once as for one alone."""
     excluded = {
         "instance_prompt instance_data_dir dataset_name dataset_config_name image_column caption_column "
-        "caption_extension cache_dir validation_prompt final_validation_prompt": "the file says this of each subject",
+        "caption_extension cache_dir class_data_dir class_prompt validation_prompt "
+        "final_validation_prompt": "the file says this of each subject",
         "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
-        "with_prior_preservation aspect_ratio_buckets coeff coeff_dropout lora_rank train_text_encoder optimizer "
+        "aspect_ratio_buckets coeff lora_rank train_text_encoder optimizer "
         "scale_lr push_to_hub fsdp": "it is for one subject",
     }
     defaults = {setting.name: setting.default for setting in fields(settings)}

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import yaml
 from checkpoints import NAME as CHECKPOINT
+from class_images import check_class_folder
 from data import Cut, DreamBoothDataset, Example, collate
 from errors import InputError
 from families import Family
+from latents import check_cacheable
 from losses import dreambooth_loss
 from settings import DreamBoothSettings
 from sources import Picture, folder_pictures
@@ -39,6 +41,8 @@ class Subject:
         caption_column: as --caption_column.
         caption_extension: as --caption_extension.
         validation_prompt: as --validation_prompt.
+        class_data_dir: as --class_data_dir, from the file's own folder on.
+        class_prompt: as --class_prompt.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Subject:
     caption_column: str | None = None
     caption_extension: str | None = None
     validation_prompt: tuple[str, ...] = ()
+    class_data_dir: str | None = None
+    class_prompt: str | None = None
 
     def alone(self, settings: DreamBoothSettings) -> DreamBoothSettings:
         """The settings of the run that trains this subject and no other, to the same coefficients."""
@@ -59,6 +65,8 @@ class Subject:
             caption_column=self.caption_column,
             caption_extension=self.caption_extension,
             validation_prompt=self.validation_prompt,
+            class_data_dir=self.class_data_dir,
+            class_prompt=self.class_prompt,
             output_dir=str(Path(settings.output_dir) / self.name),
         )
 
@@ -80,7 +88,10 @@ def read_subjects(path: str | Path) -> list[Subject]:
     problems += [f"{name}: several have this name" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
         raise InputError(f"--subjects: {path}:\n  " + "\n  ".join(problems))
-    return [_subject(entry, Path(path).parent) for entry in entries]
+    subjects = [_subject(entry, Path(path).parent) for entry in entries]
+    if problems := _class_folder_problems(subjects):
+        raise InputError(f"--subjects: {path}:\n  " + "\n  ".join(problems))
+    return subjects
 
 
 def _entry_problems(entry: Any) -> list[str]:
@@ -104,7 +115,23 @@ def _entry_problems(entry: Any) -> list[str]:
 def _subject(entry: dict[str, Any], folder: Path) -> Subject:
     prompts = entry.get("validation_prompt", [])
     prompts = tuple(prompts) if isinstance(prompts, list) else (prompts,)
-    return Subject(**{**entry, "images": str(folder / entry["images"]), "validation_prompt": prompts})
+    folders = {name: str(folder / entry[name]) for name in ("images", "class_data_dir") if name in entry}
+    return Subject(**{**entry, **folders, "validation_prompt": prompts})
+
+
+def _class_folder_problems(subjects: Sequence[Subject]) -> list[str]:
+    """Class pictures are written into their folder, so it must be of one class and of no subject."""
+    prompts: dict[Path, set[str | None]] = {}
+    for subject in subjects:
+        if subject.class_data_dir is not None:
+            prompts.setdefault(Path(subject.class_data_dir).resolve(), set()).add(subject.class_prompt)
+    shown = {Path(subject.images).resolve() for subject in subjects}
+    problems = [
+        f"{folder} has pictures of a subject, and is a class_data_dir" for folder in prompts if folder in shown
+    ]
+    return problems + [
+        f"{folder} is the class_data_dir of several class_prompt" for folder, of in prompts.items() if len(of) > 1
+    ]
 
 
 def check_subjects(subjects: Sequence[Subject], settings: DreamBoothSettings, model: Any) -> None:
@@ -124,7 +151,9 @@ def read_subject_pictures(subjects: Sequence[Subject], settings: DreamBoothSetti
     pictures, problems = {}, []
     for subject in subjects:
         try:
-            subject.alone(settings)
+            alone = subject.alone(settings)
+            if settings.with_prior_preservation:
+                check_cacheable(check_class_folder(alone), settings)
             pictures[subject.name] = folder_pictures(
                 subject.images, "subjects", subject.prompt, subject.caption_column, subject.caption_extension
             )
@@ -173,7 +202,8 @@ def collate_subjects(draws: list[dict[str, list[Example]]]) -> dict[str, Any]:
     """A batch, subject after subject, with the subject of each row."""
     names = list(draws[0])
     rows = [draw[name] for name in names for draw in draws]
-    return collate(rows) | {"subjects": [name for name in names for _ in draws]}
+    kinds = len(rows[0])  # those of the subjects come first, then as many of their classes
+    return collate(rows) | {"subjects": [name for name in names for _ in draws] * kinds}
 
 
 @contextmanager

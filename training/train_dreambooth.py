@@ -191,13 +191,17 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    prompts = chain(*(subject.validation_prompt for subject in subjects))
+    prompts = chain(*((*subject.validation_prompt, subject.class_prompt or "") for subject in subjects))
     family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
     check_adapters(family, settings)
     check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
+    classes: dict[str, list[Picture]] = {name: [] for name in pictures}
+    if settings.with_prior_preservation:
+        classes = {each.name: complete_class_images(family, each.alone(settings), accelerator) for each in subjects}
 
-    facts = facts_of_run(settings, list(chain(*pictures.values())), accelerator.num_processes)
+    everything = list(chain(*pictures.values(), *classes.values()))
+    facts = facts_of_run(settings, everything, accelerator.num_processes)
     facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} pictures)" for name, shown in pictures.items())
     if resumed is not None:
         check_same_run(resumed, facts)
@@ -211,7 +215,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_trainable(family, together)
     accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
 
-    own_pictures = Pictures([], subjects={name: pictures[name] for name in alone})
+    own_pictures = Pictures([], subjects={name: Pictures(pictures[name], classes[name]) for name in alone})
     family.remember_prompts([*own_pictures.prompts, *([""] if settings.caption_dropout else [])])
     calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
     with accelerator.autocast():
