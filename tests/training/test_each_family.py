@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
 from families import FAMILIES, DiffusionFamily, Family
+from hosts import visible
 from memory import release_text_encoders
 from peft import PeftModel
 from PIL import Image
@@ -31,6 +39,7 @@ from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weig
 PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # they hold latents as (B, tokens, channels)
 REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time runs from noise to the picture
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+SCHNELL = "FLUX.1 schnell"  # which is told no guidance scale
 EDM = ("EDM epsilon", "EDM v_prediction")  # Stable Diffusion XL with such a scheduler
 OF_LENGTH = tuple(name for name in NAMES if name not in CLIP_ONLY)  # whose prompts' length can be chosen
 TRAINABLE_TEXT = {  # pipeline -> the text encoders that train, and whether a LoRA can be on them
@@ -44,7 +53,13 @@ PROMPTS = ["a fox", "two grey cats"]
 
 
 def make_pipeline(name: str) -> Any:
-    pipeline: Any = tiny_pipeline("StableDiffusionXLPipeline" if name in EDM else name)
+    pipeline: Any = tiny_pipeline(
+        {SCHNELL: "FluxPipeline"}.get(name, "StableDiffusionXLPipeline" if name in EDM else name)
+    )
+    if name == SCHNELL:
+        config = {**pipeline.transformer.config, "guidance_embeds": False}
+        pipeline.register_modules(transformer=visible(FluxTransformer2DModel.from_config(config)))
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     if name in EDM:  # as Playground 2.5
         kind = EDMDPMSolverMultistepScheduler if name == "EDM epsilon" else EDMEulerScheduler
         pipeline.scheduler = kind(prediction_type=name.removeprefix("EDM "))
@@ -116,7 +131,7 @@ def noted_steps(scheduler: Any) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*NAMES, *EDM])
+@pytest.mark.parametrize("name", [*NAMES, *EDM, SCHNELL])
 def test_the_answer_is_the_one_that_the_pipeline_takes(name: str) -> None:
     """Latents, timestep and prompt of each step of the pipeline, given to the family, get what its scheduler got."""
     pipeline, (height, width) = make_pipeline(name), (SIDE, 2 * SIDE)
@@ -126,19 +141,23 @@ def test_the_answer_is_the_one_that_the_pipeline_takes(name: str) -> None:
     if name in (*EDM, "StableDiffusionXLPipeline"):
         changes |= {"original_size": (50, 40), "crops_coords_top_left": (3, 7), "target_size": (30, 60)}
         sizes = torch.tensor([[50, 40, 3, 7, 30, 60]] * 2)
-    if name not in ("FluxPipeline", "QwenImagePipeline"):  # without guidance the denoiser is asked once a step
+    if name not in (
+        "FluxPipeline",
+        SCHNELL,
+        "QwenImagePipeline",
+    ):  # without guidance the denoiser is asked once a step
         changes["guidance_scale"] = 0.0 if name == "ZImagePipeline" else 1.0
     with noted_steps(pipeline.scheduler) as steps:
         call(pipeline, **changes)
     conditions = family.conditions(PROMPTS)
     shape = family.sample_latents(family.encode_images(pixels(2, height, width)), generators(0, 1)).shape
     # where each number of the family's latents stands in the pipeline's
-    places = packed(name, torch.arange(shape.numel()).view(shape)).flatten().argsort()
+    places = packed(type(pipeline).__name__, torch.arange(shape.numel()).view(shape)).flatten().argsort()
     assert len(steps) == 2
     for answer, timestep, noisy in steps:
         mine = noisy.flatten()[places].view(shape)
         prediction = family.predict(family.denoiser, mine, timestep.expand(2), conditions, sizes)
-        torch.testing.assert_close(packed(name, prediction), answer)
+        torch.testing.assert_close(packed(type(pipeline).__name__, prediction), answer)
 
 
 def perfect_answer(name: str, family: Any, noisy: Tensor, timesteps: Tensor, clean: Tensor) -> Tensor:
@@ -398,6 +417,15 @@ def test_sizes(name: str, family: Any) -> None:
     assert (family.own_resolution, family.size_multiple) == (own, multiple)
     with pytest.raises(InputError, match=f"--resolution must be a multiple of {multiple} on this model"):
         family.check_size(SIDE + multiple // 2, "resolution")
+
+
+def test_pictures_beyond_the_positions_of_stable_diffusion_3_are_refused() -> None:
+    family = make_family(make_pipeline("StableDiffusion3Pipeline"))
+    assert family.check_size(96, "resolution") == 96  # 24 positions of 4 pixels
+    with pytest.raises(InputError, match="--resolution must be 96 at most on this model, .*, got 100"):
+        family.check_size(100, "resolution")
+    with pytest.raises(ValueError, match="pos_embed_max_size"):
+        call(family.pipeline, height=100)
 
 
 def test_denoisers_of_more_channels_are_refused(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from settings import DreamBoothSettings
+from settings import DreamBoothSettings, InputError
 from torch import Tensor, nn
 
 from .base import Conditions, FlowFamily
@@ -30,6 +30,14 @@ class StableDiffusion3(FlowFamily):
     @property
     def size_multiple(self) -> int:
         return int(self.pipeline.patch_size * self.pipeline.vae_scale_factor)
+
+    def check_size(self, side: int, setting: str) -> int:
+        longest = self.pipeline.transformer.config.pos_embed_max_size * self.size_multiple
+        if side > longest:
+            raise InputError(
+                f"--{setting} must be {longest} at most on this model, whose positions end there, got {side}"
+            )
+        return super().check_size(side, setting)
 
     def token_limits(self) -> dict[str, int]:
         limits = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
