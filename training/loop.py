@@ -64,7 +64,7 @@ class Trainee:
             number of processes.
         ema: moving averages of the parameters, with `--use_ema`.
         subjects: of several subjects, those that this process trains: subject -> its parameters.
-        losses_by_subject: of these, subject -> the loss of each optimizer step.
+        losses_by_subject: of several subjects, of all processes: subject -> the loss of each optimizer step.
     """
 
     parameters: dict[str, list[nn.Parameter]]
@@ -89,6 +89,13 @@ class Trainee:
     @property
     def rates(self) -> dict[str, float]:
         return dict(zip(self.parameters, rates_in_use(self.optimizer)))
+
+    def note_losses(self, own: dict[str, float]) -> float:
+        """Adds a step's loss of each subject, this process's and the others', and returns the mean over them all."""
+        of_all = {subject: loss for share in gather_object([own]) for subject, loss in share.items()}
+        for subject, loss in of_all.items():
+            self.losses_by_subject.setdefault(subject, []).append(loss)
+        return sum(of_all.values()) / len(of_all)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -190,9 +197,10 @@ def train(
                 trainee.lr_scheduler.step()
                 if trainee.ema is not None:
                     trainee.ema.step(trainee.all_parameters)
-            losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
-            for subject, loss in zip(pictures.subjects, step_losses.tolist()):
-                trainee.losses_by_subject.setdefault(subject, []).append(loss)
+            if pictures.subjects:
+                losses.append(trainee.note_losses(dict(zip(pictures.subjects, step_losses.tolist()))))
+            else:
+                losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
             step_losses.zero_()
             report(progress, losses, rates, accelerator, trainee.losses_by_subject)
             after_step(trainee, losses, request.signal_number, settings, accelerator, validate, checkpoints)

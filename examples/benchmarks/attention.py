@@ -3,7 +3,9 @@
     make bench            or            python examples/benchmarks/attention.py --repeats 5
 
 Prints a table and writes it to `outputs/benchmarks/attention.md`. Times are medians; calls of both kinds alternate, so
-that a change of the machine's load meets both. Memory is the peak above inputs and outputs, of a process of its own.
+that a change of the machine's load meets both. With `--threads 1` it is the thread's processor time that counts, which
+other processes hardly disturb; several threads need an idle machine. Memory is the peak above inputs and outputs, of a
+process of its own.
 """
 
 from __future__ import annotations
@@ -55,13 +57,14 @@ def time_ratios(shape: tuple[int, ...], repeats: int) -> tuple[float, float]:
 
 
 def ratio(run: Callable[[Callable[..., Tensor]], None], repeats: int) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[Callable[..., Tensor], list[float]] = {unmixed: [], mixed_attention: []}
     for attempt in range(repeats + 1):
         for attention, seconds in times.items():
-            start = time.perf_counter()
+            start = clock()
             run(attention)
             if attempt:  # the first call of each warms up
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
     return statistics.median(times[mixed_attention]) / statistics.median(times[unmixed])
 
 

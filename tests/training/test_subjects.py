@@ -138,7 +138,8 @@ def test_subjects_are_shared_out_over_processes_and_nothing_is_averaged(
     train_all: Callable[..., dict[str, TrainingResult]], argv: Argv, file: Path, tmp_path: Path
 ) -> None:
     """Also over a checkpoint, which holds what all processes train."""
-    expected = {name: coefficients(result) for name, result in train_all(output_dir=tmp_path / "one").items()}
+    one = train_all(output_dir=tmp_path / "one")
+    expected = {name: coefficients(result) for name, result in one.items()}
     flags = argv(**SUBJECTS, subjects=file, output_dir=tmp_path / "two", checkpointing_steps=2)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(Path(train_dreambooth.__file__)), *flags]
@@ -152,6 +153,12 @@ def test_subjects_are_shared_out_over_processes_and_nothing_is_averaged(
     for name, coeff in expected.items():
         found = load_file(tmp_path / "two" / name / "pytorch_coeff_weights.safetensors")
         torch.testing.assert_close(found, coeff, rtol=1e-3, atol=1e-5)  # as above
+    state = torch.load(tmp_path / "two" / "checkpoint-2" / "state.pt")
+    for share in state["trainee"]["processes"]:
+        assert list(share["losses_by_subject"]) == NAMES
+    # two subjects in one process, one in the other
+    means = [sum(losses) / 3 for losses in zip(*(result.losses for result in one.values()))]
+    assert state["losses"] == pytest.approx(means[:2], rel=1e-4)
 
 
 # Going on
