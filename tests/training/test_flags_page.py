@@ -43,5 +43,7 @@ def test_flags_named_in_the_text_exist() -> None:
 
 def test_the_commands_of_the_readme_are_understood() -> None:
     blocks = re.findall(r"```bash\n(accelerate launch training/train_dreambooth.py.*?)```", README, re.DOTALL)
-    models = [parse_settings(shlex.split(block)[3:]).pretrained_model_name_or_path for block in blocks]
+    models = [
+        parse_settings(shlex.split(block.replace("\\\n", ""))[3:]).pretrained_model_name_or_path for block in blocks
+    ]
     assert models == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "black-forest-labs/FLUX.1-dev"]
