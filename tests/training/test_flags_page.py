@@ -1,13 +1,15 @@
-"""docs/training.md names every flag of the training script, and none that is not there."""
+"""docs/training.md names every flag of the script, and none that is not there; README.md's commands are understood."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from settings import DreamBoothSettings
+from settings import DreamBoothSettings, parse_settings
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 FLAGS = {setting.name for setting in fields(DreamBoothSettings)} | {"config"}
 
@@ -37,3 +39,11 @@ def test_every_flag_stands_in_one_row_and_those_left_out_do_not_exist() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     text = "\n".join(line for line in PAGE.splitlines() if not line.startswith("|"))
     assert {name.removeprefix("no_") for name in flags_in(text)} <= FLAGS
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    blocks = re.findall(r"```bash\n(accelerate launch training/train_dreambooth.py.*?)```", README, re.DOTALL)
+    models = [
+        parse_settings(shlex.split(block.replace("\\\n", ""))[3:]).pretrained_model_name_or_path for block in blocks
+    ]
+    assert models == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "black-forest-labs/FLUX.1-dev"]
