@@ -25,7 +25,6 @@ from coeff_diffusers import load_coeff_weights
 
 sys.path += [str(Path(demo.__file__).parents[1] / "training"), str(Path(demo.__file__).parent / "emoji")]
 import train_dreambooth
-from data import crop
 from families.stable_diffusion import StableDiffusion
 from scenes import Scene, render
 from settings import parse_settings
@@ -78,8 +77,8 @@ def subject_loss(pipe: Any, subject: str, flags: list[str], draws: int = 16) -> 
     glyph = Image.open(demo.SUBJECTS / f"{subject.replace(' ', '-')}.png").convert("RGBA")
     losses = []
     for background in demo.NEW_BACKGROUNDS:
-        picture, _ = crop(render(Scene(subject, background), glyph), 64, True, False, torch.Generator())
-        moments = step.family.encode_images(picture[None]).repeat_interleave(draws, dim=0)
+        pixels = pipe.image_processor.preprocess(render(Scene(subject, background), glyph))  # (1, 3, 64, 64)
+        moments = step.family.encode_images(pixels).repeat_interleave(draws, dim=0)
         prompts, sizes = [demo.prompt(subject, background)] * draws, torch.tensor([[64, 64, 0, 0, 64, 64]] * draws)
         losses.append(step(moments, prompts, sizes, torch.arange(draws)).mean().item())
     return sum(losses) / len(losses)
