@@ -1,4 +1,4 @@
-"""The hosts as fixtures, and what separates one run of accelerate in this process from the next."""
+"""The hosts as fixtures, and what makes one run in this process independent of the others, and of the machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps its state for the life of a process, which here has many runs."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in the processes that a test starts, which then round alike.
+
+    Two threads only wait for one another on tensors of this size.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=HOSTS)
