@@ -12,12 +12,15 @@ Letters: B batch, H heads (i output, j source), T queries, S keys, D head width 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import team
+from .products import by_linear, by_onednn, multiply
+from .team import Member
 
 # Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. An accelerator must be filled: a
@@ -25,8 +28,9 @@ from torch import Tensor
 _BLOCK_ENTRIES_CPU = 6 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
 _BLOCK_MEMORY_SHARE = 1 / 128
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_MIN_WORK = 2**20  # multiplications in a product, some 20 microseconds; below, calls cost more than they bring
+_TEAM_MIN_WORK = (
+    2**25
+)  # multiplications of queries by keys, about a millisecond; below, threads wait more than they work
 
 
 def mixed_attention(
@@ -141,17 +145,28 @@ def _blockwise(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """The reference, a block of samples and query rows at a time, in one buffer that all blocks share."""
+    """The reference, a block of samples and query rows at a time. Each member of a team takes every other block."""
     alpha = _alpha(coeff, query)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, attn_mask, is_causal, buffers=1)
-        for b, rows in blocks:
-            keys, values = blocks.merged(key, b) * scale, blocks.merged(value, b)
-            for t in rows:
-                maps = blocks.maps(keys, b, t)
-                mixed = blocks.mix(alpha[b], maps, into=0)
-                _multiply(mixed, values, out[b, :, t].flatten(0, 1))
+    threads = _threads(query, key)
+    blocks = _Blocks(query, key, attn_mask, is_causal, threads, at_once=threads, buffers=9 / 8)
+    keys, values = blocks.operand(key), blocks.operand(value)
+
+    def work(member: Member) -> None:
+        buffer = _LiftedBuffer(blocks)
+        for b in blocks.samples:
+            own = member.share(blocks.merged_heads(b))
+            blocks.fill(keys, key, b, own, scale)
+            blocks.fill(values, value, b, own)
+            member.wait()
+            for t in blocks.rows[member.index :: member.size]:
+                maps, every = buffer.lifted(b, t), slice(0, blocks.merged_heads(b))
+                blocks.form_maps(blocks.merged(query[:, :, t], b), keys[every], b, t, maps, every)
+                mixed = buffer.mix(alpha[b], b, t)
+                multiply(mixed, values[every], out[b, :, t].flatten(0, 1))
+            member.wait()  # before others come into the place of these keys and values
+
+    team.run(work, threads)
     return out
 
 
@@ -181,39 +196,56 @@ def _blockwise_backward(
 
     With M = alpha maps:    dV = M^T dO,  dM = dO V^T,  dalpha = dM maps^T,  dmaps = alpha^T dM,
                             dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q scale.
+
+    The members of a team take some heads each, and some rows of all heads where heads are mixed.
     """
     alpha = _alpha(coeff, query)
-    grads = _empty_gradients(query, key, value, alpha, wanted)
-    grad_query, grad_key, grad_value, grad_alpha = grads
-    with torch.autocast(query.device.type, enabled=False):
-        blocks = _Blocks(query, key, attn_mask, is_causal, buffers=2)
-        for b, rows in blocks:
-            keys, values = blocks.merged(key, b) * scale, blocks.merged(value, b)
-            for t in rows:
-                maps = blocks.maps(keys, b, t)
-                block_grad = blocks.merged(grad_out[:, :, t], b)
+    threads = _threads(query, key)
+    blocks = _Blocks(query, key, attn_mask, is_causal, threads, at_once=1, buffers=2 + 1 / 8)
+    grad_query, grad_key, grad_value, grad_alpha = _empty_gradients(query, key, value, alpha, wanted, threads)
+    keys, values = blocks.operand(key), blocks.operand(value)
+    buffers = [blocks.new_buffer() for _ in range(2)]
+
+    def work(member: Member) -> None:
+        for b in blocks.samples:
+            own = member.share(blocks.merged_heads(b))
+            blocks.fill(keys, key, b, own, scale)
+            blocks.fill(values, value, b, own)
+            for t in blocks.rows:
+                maps, other = (blocks.in_buffer(buffer, b, t) for buffer in buffers)
+                part = member.share(t.stop - t.start)
+                queries, block_grad = (blocks.merged(x[:, :, t], b)[own] for x in (query, grad_out))
+                blocks.form_maps(queries, keys[own], b, t, maps[own], own)
+                member.wait()
                 if wanted[2]:
-                    mixed = blocks.mix(alpha[b], maps, into=1)
-                    _add_product(grad_value[b].flatten(0, 1), block_grad.mT, mixed)
+                    blocks.mix(alpha[b], maps[:, part], out=other[:, part])
+                    member.wait()
+                    grad_value[b].flatten(0, 1)[own].baddbmm_(block_grad.mT, other[own])
                 if not (wanted[0] or wanted[1] or wanted[3]):
                     continue
-                grad_mixed = _multiply(block_grad, values.mT, blocks.lifted(1, maps.shape))
+                multiply(block_grad, values[own].mT, other[own])
+                member.wait()
                 if wanted[3]:
-                    grad_alpha[b].baddbmm_(blocks.by_sample(grad_mixed), blocks.by_sample(maps).mT)
-                if not (wanted[0] or wanted[1]):
-                    continue
-                grad_scores = _softmax_backward(blocks.mix(alpha[b].mT, grad_mixed, into=1), maps)
+                    grads, sources = (blocks.by_sample(x[:, part]) for x in (other, maps))
+                    grad_alpha[member.index, b].baddbmm_(grads, sources.mT)
+                if wanted[0] or wanted[1]:
+                    blocks.mix_in_place(alpha[b].mT, other[:, part])
+                member.wait()
+                if wanted[0] or wanted[1]:
+                    _softmax_backward(other[own], maps[own])
                 if wanted[0]:
-                    _multiply(grad_scores, keys, grad_query[b, :, t].flatten(0, 1))
+                    multiply(other[own], keys[own], grad_query[b, :, t].flatten(0, 1)[own])
                 if wanted[1]:
-                    queries = blocks.merged(query[:, :, t], b)
-                    _add_product(grad_key[b].flatten(0, 1), queries.mT, grad_scores)
-    grad_coeff = grad_alpha if coeff.ndim == 3 or not wanted[3] else grad_alpha.sum(0)
+                    grad_key[b].flatten(0, 1)[own].baddbmm_(queries.mT, other[own])
+
+    team.run(work, threads)
+    if wanted[3]:
+        grad_alpha = grad_alpha.sum(0) if coeff.ndim == 3 else grad_alpha.sum((0, 1))
     if wanted[1]:
         grad_key = (grad_key.mT * scale).to(key.dtype).contiguous()
     if wanted[2]:
         grad_value = grad_value.mT.contiguous().to(value.dtype)
-    return grad_query, grad_key, grad_value, grad_coeff.to(coeff.dtype)
+    return grad_query, grad_key, grad_value, grad_alpha.to(coeff.dtype)
 
 
 @_blockwise_backward.register_fake
@@ -237,14 +269,14 @@ _blockwise.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Blocks:
-    """Blocks of (samples, query rows), whose maps fit a budget, and the buffers that they share.
+    """Blocks of (samples, query rows), whose maps fit a budget.
 
     Whole samples are taken together while they are small, else some rows of one sample. Heads and samples of a block
-    are merged into one dimension, (b * H), for the batched products.
+    are merged into one dimension, (b * H), for the batched products. A team's blocks are of one sample.
 
-    Maps are mixed within one buffer, which leaves room for twice the rows that two buffers would. It has an eighth
-    more rows than the block; the maps lie at its end, and mixing moves them to its beginning, an eighth at a time, so
-    that no entry is written before it was read for the last time.
+    Args:
+        at_once: how many blocks are in memory.
+        buffers: the size of one with its buffers, in maps.
     """
 
     def __init__(
@@ -253,31 +285,32 @@ class _Blocks:
         key: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool,
-        buffers: int,
+        threads: int,
+        at_once: int,
+        buffers: float,
     ) -> None:
-        self.query, self.attn_mask, self.is_causal = query, attn_mask, is_causal
+        self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
         self.wide = _accumulation_dtype(query.dtype)
-        B, self.heads, self.T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device) // buffers * 8 // 9
-        self.samples = min(B, max(1, entries // max(1, self.heads * self.T * self.S)))
-        self.rows = self.T if self.samples > 1 else max(1, min(self.T, entries // max(1, self.heads * self.S)))
-        self.lift = -(-self.rows // 8)
-        size = self.samples * self.heads * (self.rows + self.lift) * self.S
-        self.storage = [torch.empty(size, dtype=self.wide, device=query.device) for _ in range(buffers)]
+        B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
+        most = int(_block_entries(query.device) / at_once / buffers / max(1, self.heads * self.S))
+        samples = 1 if threads > 1 else max(1, min(B, most // max(1, T)))
+        self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
+        count = -(-T // max(1, most)) if samples == 1 else 1
+        count = min(-(-count // at_once) * at_once, T)  # as many for each member
+        self.rows = [slice(T * i // count, T * (i + 1) // count) for i in range(count)]
+        self.most_rows, self.most_heads = -(-T // max(1, count)), samples * self.heads
 
-    def __iter__(self) -> Iterator[tuple[slice, list[slice]]]:
-        rows = [slice(t, min(t + self.rows, self.T)) for t in range(0, self.T, max(1, self.rows))]
-        for b in range(0, self.query.shape[0], max(1, self.samples)):
-            yield slice(b, min(b + self.samples, self.query.shape[0])), rows
+    def new_buffer(self, extra_rows: int = 0) -> Tensor:
+        shape = (self.most_heads, self.most_rows + extra_rows, self.S)
+        return torch.empty(shape, dtype=self.wide, device=self.device)
 
-    def buffer(self, index: int, shape: torch.Size) -> Tensor:
-        """(b * H, t + lift, S) for maps of shape (b * H, t, S)."""
-        heads, rows, keys = shape
-        return self.storage[index][: heads * (rows + self.lift) * keys].view(heads, rows + self.lift, keys)
+    def in_buffer(self, buffer: Tensor, b: slice, t: slice) -> Tensor:
+        """(b * H, t, S). A head has the same place in every block, for members may be in different ones."""
+        return buffer[: self.merged_heads(b), : t.stop - t.start]
 
-    def lifted(self, index: int, shape: torch.Size) -> Tensor:
-        """Where maps of a shape (b * H, t, S) lie before they are mixed."""
-        return self.buffer(index, shape)[:, self.lift :]
+    def merged_heads(self, b: slice) -> int:
+        count: int = (b.stop - b.start) * self.heads
+        return count
 
     def merged(self, x: Tensor, b: slice) -> Tensor:
         """(b * H, ., .) of (B, H, ., .), in the accumulation dtype; contiguous, which models' views are not."""
@@ -285,34 +318,79 @@ class _Blocks:
 
     def by_sample(self, x: Tensor) -> Tensor:
         """(b * H, t, S) as (b, H, t * S)."""
-        return x.view(-1, self.heads, x.shape[1] * x.shape[2])
+        heads, rows, keys = x.shape
+        return x.view(heads // max(1, self.heads), self.heads, rows * keys)
 
-    def maps(self, keys: Tensor, b: slice, t: slice) -> Tensor:
-        """The maps (b * H, t, S) of a block, lifted in buffer 0. `keys` (b * H, S, D) bear the scale."""
-        queries = self.merged(self.query[:, :, t], b)
-        maps = self.lifted(0, torch.Size((len(queries), queries.shape[1], self.S)))
-        plain = self.attn_mask is None and not self.is_causal
-        if plain and _use_onednn(queries, keys.mT):
-            for head in range(len(maps)):  # while a head's scores are in the cache
-                torch.softmax(_onednn_linear(queries[head], keys[head]), dim=-1, out=maps[head])
-            return maps
-        scores = _multiply(queries, keys.mT, maps).view(-1, self.heads, *maps.shape[1:])
-        masked = _masked(scores, self._block_mask(b, t), self.is_causal, t.start)
-        return maps.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
+    def operand(self, x: Tensor) -> Tensor:
+        """Room for the keys or values (b * H, S, .) of a block, as [`fill`] puts them there."""
+        return torch.empty(self.most_heads, *x.shape[2:], dtype=self.wide, device=self.device)
 
-    def mix(self, alpha: Tensor, lifted: Tensor, into: int) -> Tensor:
-        """einsum("ij, bjts -> bits", alpha, lifted), at the beginning of a buffer, which may be the same."""
-        maps = self.by_sample(lifted)
-        mixed = self.buffer(into, lifted.shape)[:, : lifted.shape[1]]
-        for part, result in zip(*(x.split(max(1, self.lift * self.S), dim=-1) for x in (maps, self.by_sample(mixed)))):
-            torch.bmm(alpha, part, out=result)
-        return mixed
+    def fill(self, operand: Tensor, x: Tensor, b: slice, own: slice, scale: float = 1.0) -> None:
+        operand[own] = x[b].flatten(0, 1)[own]
+        if scale != 1.0:
+            operand[own] *= scale
 
-    def _block_mask(self, b: slice, t: slice) -> Tensor | None:
+    def form_maps(self, queries: Tensor, keys: Tensor, b: slice, t: slice, out: Tensor, own: slice) -> None:
+        """The maps (., t, S) of the `own` heads of a block, of queries (., t, D) and keys (., S, D) with the scale."""
+        if self.attn_mask is None and not self.is_causal and by_onednn(queries, keys.mT):
+            for head in range(len(out)):  # while a head's scores are in the cache
+                torch.softmax(by_linear(queries[head], keys[head].mT), dim=-1, out=out[head])
+            return
+        scores = multiply(queries, keys.mT, out).unflatten(0, (b.stop - b.start, -1))
+        masked = _masked(scores, self._block_mask(b, t, own), self.is_causal, t.start)
+        out.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
+
+    def _block_mask(self, b: slice, t: slice, own: slice) -> Tensor | None:
         if self.attn_mask is None:
             return None
         mask = self.attn_mask[b if self.attn_mask.shape[0] > 1 else slice(None)]
+        if own.stop - own.start < self.merged_heads(b):  # of one sample
+            mask = mask[:, own if mask.shape[1] > 1 else slice(None)]
         return mask[:, :, t if mask.shape[2] > 1 else slice(None)]
+
+    def mix(self, alpha: Tensor, maps: Tensor, out: Tensor) -> None:
+        """einsum("ij, bjts -> bits", alpha, maps)."""
+        torch.bmm(alpha, self.by_sample(maps), out=self.by_sample(out))
+
+    def mix_in_place(self, alpha: Tensor, maps: Tensor) -> None:
+        """[`mix`] by way of a small buffer."""
+        columns = self.by_sample(maps)
+        some = torch.empty_like(columns[:, :, : -(-columns.shape[2] // 8)], memory_format=torch.contiguous_format)
+        for part in columns.split(max(1, some.shape[2]), dim=-1):
+            mixed = some[:, :, : part.shape[2]]
+            part.copy_(torch.bmm(alpha, part, out=mixed))
+
+
+class _LiftedBuffer:
+    """Where the maps of a block are mixed without a second buffer, which would halve its rows.
+
+    It has an eighth more rows than the block. The maps lie at its end, and mixing moves them to its beginning, an
+    eighth at a time, so that no entry is written before it was read for the last time.
+    """
+
+    def __init__(self, blocks: _Blocks) -> None:
+        self.blocks, self.lift = blocks, -(-blocks.most_rows // 8)
+        self.storage = blocks.new_buffer(self.lift)
+
+    def lifted(self, b: slice, t: slice) -> Tensor:
+        """(b * H, t, S), at the end."""
+        return self.blocks.in_buffer(self.storage[:, self.lift :], b, t)
+
+    def mix(self, alpha: Tensor, b: slice, t: slice) -> Tensor:
+        """einsum("ij, bjts -> bits", alpha, lifted), at the beginning."""
+        mixed = self.blocks.in_buffer(self.storage, b, t)
+        parts = (
+            self.blocks.by_sample(x).split(max(1, self.lift * self.blocks.S), -1) for x in (self.lifted(b, t), mixed)
+        )
+        for lifted, result in zip(*parts):
+            torch.bmm(alpha, lifted, out=result)
+        return mixed
+
+
+def _threads(query: Tensor, key: Tensor) -> int:
+    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores."""
+    work = query.numel() * key.shape[2]
+    return torch.get_num_threads() if team.can_share(query.device) and work >= _TEAM_MIN_WORK else 1
 
 
 def _block_entries(device: torch.device) -> int:
@@ -325,67 +403,26 @@ def _block_entries(device: torch.device) -> int:
 
 
 def _empty_gradients(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, wanted: list[bool]
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, wanted: list[bool], threads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where the blocks put their gradients.
 
     Those of key, value and alpha are sums over blocks, and kept wide; those of key and value as (B, H, width, S), to
-    which a block is added faster.
+    which a block is added faster; that of alpha as a sum for each thread.
     """
     return (
         query.new_empty(query.shape if wanted[0] else 0),
         alpha.new_zeros(key.mT.shape if wanted[1] else 0),
         alpha.new_zeros(value.mT.shape if wanted[2] else 0),
-        alpha.new_zeros(alpha.shape if wanted[3] else 0),
+        alpha.new_zeros((threads, *alpha.shape) if wanted[3] else 0),
     )
 
 
-def _softmax_backward(grad_maps: Tensor, maps: Tensor) -> Tensor:
+def _softmax_backward(grad_maps: Tensor, maps: Tensor) -> None:
     """The gradient of the scores, in the place of that of the maps, (b * H, t, S)."""
     heads = zip(grad_maps, maps) if maps.device.type == "cpu" else [(grad_maps, maps)]  # a head's rows lie together
     for grad, of_head in heads:
         torch.ops.aten._softmax_backward_data.out(grad, of_head, -1, maps.dtype, grad_input=grad)
-    return grad_maps
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, batched, also where out has fewer bits; returns out."""
-    if _use_onednn(a, b):
-        for i in range(len(out)):
-            out[i] = _onednn_linear(a[i], b[i].mT)
-    elif out.dtype == a.dtype:
-        torch.bmm(a, b, out=out)
-    else:
-        out.copy_(torch.bmm(a, b))
-    return out
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, batched."""
-    if _use_onednn(a, b):
-        for i in range(len(a)):
-            total[i] += _onednn_linear(a[i], b[i].mT)
-    else:
-        total.baddbmm_(a, b)
-
-
-# On the AMD CPU where this was measured oneDNN multiplies float32 matrices up to twice as fast as MKL, which torch.bmm
-# and scaled_dot_product_attention call. torch reaches it through this operator only, which its compiler calls for
-# linear layers; where it is not there, torch.bmm does the work.
-
-
-def _use_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether a @ b, batched, is worth a call for each matrix."""
-    work = a.shape[1] * a.shape[2] * b.shape[2]
-    return _ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and work >= _ONEDNN_MIN_WORK
-
-
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT, (rows, K) by (columns, K)."""
-    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
-        weight = weight.contiguous()  # oneDNN takes other strides, and then a hundred times as long
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:

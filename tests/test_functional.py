@@ -11,17 +11,24 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from coeff_diffusers import functional, mixed_attention
+from coeff_diffusers import functional, mixed_attention, products
 from coeff_diffusers.functional import mixed_attention_reference
 
 B, H, T, S, D, E = 2, 3, 5, 7, 4, 6
 FORMS = [mixed_attention, mixed_attention_reference]
 
 
-@pytest.fixture(autouse=True, params=[1, 250, 2**19], ids=["a row a block", "ragged blocks", "one block"])
-def block_entries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", request.param)
-    return request.param
+@pytest.fixture(
+    autouse=True,
+    params=[(1, 1), (250, 1), (2**19, 1), (250, 2), (2**19, 3)],
+    ids=["a row a block", "ragged blocks", "one block", "two threads", "three threads"],
+)
+def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """How the work is divided into blocks, and over how many threads."""
+    entries, threads = request.param
+    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", entries)
+    monkeypatch.setattr(functional, "_TEAM_MIN_WORK", 0)
+    torch.set_num_threads(threads)
 
 
 def inputs(dtype: torch.dtype = torch.float64, per_sample: bool = False, requires_grad: bool = True) -> list[Tensor]:
@@ -99,7 +106,7 @@ def test_grouped_queries_repeat_key_and_value_heads(form) -> None:
     torch.testing.assert_close(form(query, key, value, coeff, enable_gqa=True), repeated)
 
 
-@pytest.mark.parametrize("block_entries", [100], indirect=True)  # ragged blocks take every path
+@pytest.mark.parametrize("division", [(100, 1), (100, 2)], indirect=True)  # ragged blocks take every path
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}, {"attn_mask": True}], ids=str)
 def test_gradients_are_the_numerical_ones(per_sample, options) -> None:
@@ -118,7 +125,7 @@ def test_one_gradient_alone_is_the_reference_s(wanted) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("block_entries", [2**19], indirect=True)  # it is the reference that runs
+@pytest.mark.parametrize("division", [(2**19, 1)], indirect=True)  # it is the reference that runs
 def test_a_mask_that_needs_a_gradient_gets_it() -> None:
     mask = torch.randn(T, S, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     args = inputs(requires_grad=False)
@@ -206,11 +213,12 @@ def test_non_contiguous_inputs() -> None:
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, masked) -> None:
-    monkeypatch.setattr(functional, "_ONEDNN", onednn)
-    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    monkeypatch.setattr(products, "_ONEDNN", onednn)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
     calls = []
-    linear = functional._onednn_linear
-    monkeypatch.setattr(functional, "_onednn_linear", lambda x, weight: calls.append(1) or linear(x, weight))
+    linear = products.by_linear
+    for module in (functional, products):
+        monkeypatch.setattr(module, "by_linear", lambda a, b: calls.append(1) or linear(a, b))
     mask = torch.randn(B, 1, T, S, generator=torch.Generator().manual_seed(1)) if masked else None
     args, exact = inputs(torch.float32), inputs(torch.float64)
     out, expected = mixed_attention(*args, mask), mixed_attention_reference(*exact, mask)
@@ -228,8 +236,8 @@ def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, m
     "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"masked": True}], ids=str
 )
 def test_float32_is_exact_over_ragged_sizes_with_all_gradients(monkeypatch, onednn, tokens, keys, options) -> None:
-    monkeypatch.setattr(functional, "_ONEDNN", onednn)
-    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    monkeypatch.setattr(products, "_ONEDNN", onednn)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
     generator = torch.Generator().manual_seed(0)
     groups = 2 if "enable_gqa" in options else 4
     shapes = [(B, 4, tokens, D), (B, groups, keys, D), (B, groups, keys, E), (4, 4)]
@@ -271,7 +279,7 @@ def test_mixing_within_one_buffer_reads_every_entry_before_it_is_written() -> No
 
 def test_onednn_gets_no_strides_that_it_is_slow_with(monkeypatch) -> None:
     """Models give views of (B, tokens, H, width); such weights made a step of Stable Diffusion take minutes."""
-    monkeypatch.setattr(functional, "_ONEDNN_MIN_WORK", 0)
+    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
     weights = []
 
     class Recorded:
@@ -279,7 +287,7 @@ def test_onednn_gets_no_strides_that_it_is_slow_with(monkeypatch) -> None:
             weights.append(weight)
             return x @ weight.mT
 
-    monkeypatch.setattr(functional.torch.ops, "mkldnn", Recorded())
+    monkeypatch.setattr(products.torch.ops, "mkldnn", Recorded())
     views = [torch.randn(B, n, H, D).transpose(1, 2).requires_grad_() for n in (T, S, S)]
     mixed_attention(*views, torch.randn(H, H, requires_grad=True)).sum().backward()
     assert weights
