@@ -23,14 +23,14 @@ from .products import by_linear, by_onednn, multiply
 from .team import Member
 
 # Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
-# hundred rows and more were measured to be faster than blocks that stay in a cache. An accelerator must be filled: a
-# block may take a 128th part of its memory; where that is not known, 2**25 float32 are 128 MB. That is not measured.
+# hundred rows and more were measured to be faster than blocks that stay in a cache. Each thread of a team, up to the
+# 16th, has nearly half of that where they share blocks, and 0.7 of it where each has its own, whose rows are fewer. An
+# accelerator must be filled: a block may take a 128th part of its memory; where that is not known, 2**25 float32 are
+# 128 MB. That is not measured.
 _BLOCK_ENTRIES_CPU = 6 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
 _BLOCK_MEMORY_SHARE = 1 / 128
-_TEAM_MIN_WORK = (
-    2**25
-)  # multiplications of queries by keys, about a millisecond; below, threads wait more than they work
+_TEAM_MIN_WORK = 2**29  # multiplications of queries by keys, some 15 ms of a core; see _threads
 
 
 def mixed_attention(
@@ -292,7 +292,8 @@ class _Blocks:
         self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
         self.wide = _accumulation_dtype(query.dtype)
         B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
-        most = int(_block_entries(query.device) / at_once / buffers / max(1, self.heads * self.S))
+        entries = _block_entries(query.device, threads, apart=at_once > 1)
+        most = int(entries / at_once / buffers / max(1, self.heads * self.S))
         samples = 1 if threads > 1 else max(1, min(B, most // max(1, T)))
         self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
         count = -(-T // max(1, most)) if samples == 1 else 1
@@ -388,15 +389,18 @@ class _LiftedBuffer:
 
 
 def _threads(query: Tensor, key: Tensor) -> int:
-    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores."""
+    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores.
+
+    For some milliseconds after torch's last function its threads look out for more, and take a core from the team.
+    """
     work = query.numel() * key.shape[2]
     return torch.get_num_threads() if team.can_share(query.device) and work >= _TEAM_MIN_WORK else 1
 
 
-def _block_entries(device: torch.device) -> int:
-    """How many entries of the maps the buffers of a block may have together."""
+def _block_entries(device: torch.device, threads: int, apart: bool) -> float:
+    """How many entries of the maps the buffers of all blocks in memory may have together."""
     if device.type == "cpu":
-        return _BLOCK_ENTRIES_CPU
+        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * (0.7 if apart else 0.45))
     if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
         return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
     return _BLOCK_ENTRIES_ACCELERATOR
