@@ -1,14 +1,17 @@
 """Pictures from the model as it stands, which leave training exactly as it was.
 
 The pipeline runs the live denoiser where it is and in the precision it trains in: it is neither moved nor cast. The
-VAE, which may wait in the CPU's memory meanwhile, comes and goes.
+VAE, which may wait in the CPU's memory meanwhile, comes and goes, and decodes in the precision that the pipeline gives
+it: that of SDXL overflows in float16, to which autocast would cast it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,11 +34,27 @@ def validation_images(
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             accelerator.autocast(),
             vae_on(family, device),
+            decoding_without_autocast(family.pipeline.vae),
         ):
             return [[image for call in row for image in call()] for row in validation_calls(family, settings)]
     finally:
         for model, was_training in modes:
             model.train(was_training)
+
+
+@contextmanager
+def decoding_without_autocast(vae: Any) -> Iterator[None]:
+    decode = vae.decode
+
+    def as_it_is(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = as_it_is
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def of_final_pictures(settings: DreamBoothSettings) -> DreamBoothSettings:
