@@ -60,12 +60,15 @@ def find_family(settings: DreamBoothSettings) -> type[Family]:
 
 def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.device, dtype: torch.dtype) -> Family:
     """Loads and freezes everything. Safety checkers take no part in training."""
-    arguments = dict(kind.load_arguments)
+    name, revision = settings.pretrained_model_name_or_path, settings.revision
+    config = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+    left_out = [component for component, of in config.items() if of in ([None, None], (None, None))]
+    arguments = dict.fromkeys(left_out) | dict(kind.load_arguments)
     if settings.pretrained_vae_model_name_or_path:
         arguments["vae"] = load_vae(settings.pretrained_vae_model_name_or_path, dtype)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        settings.pretrained_model_name_or_path,
-        revision=settings.revision,
+        name,
+        revision=revision,
         variant=settings.variant,
         dtype=dtype,
         **arguments,

@@ -126,8 +126,13 @@ class Family(ABC):
 
     def token_limits(self) -> dict[str, int]:
         """Tokenizer's component name -> how many tokens its encoder takes, start and end included."""
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        return {"tokenizer": min(tokenizer.model_max_length, encoder.config.max_position_embeddings)}
+        encoders = ((name.replace("text_encoder", "tokenizer"), name) for name in self.text_encoder_names)
+        there = {name: (getattr(self.pipeline, name), getattr(self.pipeline, encoder)) for name, encoder in encoders}
+        return {
+            name: min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            for name, (tokenizer, encoder) in there.items()
+            if encoder is not None
+        }
 
     def check_prompts(self, prompts: list[str]) -> None:
         """Raises InputError naming every prompt of which no text encoder would see the end."""
@@ -145,17 +150,27 @@ class Family(ABC):
                 + "\n  ".join(problems)
             )
 
+    def unconditional(self) -> Conditions:
+        """What --caption_dropout trains on: what the pipeline guides away from if it is given no negative prompt."""
+        return self.encode_prompts([""])[0]
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditions]:
+        """As [`encode_prompts`], with what is unconditional for the empty prompt."""
+        told = [prompt for prompt in prompts if prompt]
+        conditions = iter(self.encode_prompts(told) if told else [])
+        return [next(conditions) if prompt else self.unconditional() for prompt in prompts]
+
     @torch.no_grad()
     def remember_prompts(self, prompts: Sequence[str]) -> None:
         """Encodes prompts once for the whole run, so that the text encoders are no longer needed for them."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._remembered:
-                self._remembered[prompt] = self.encode_prompts([prompt])[0]
+                self._remembered[prompt] = self.encode([prompt])[0]
 
     def conditions(self, prompts: list[str]) -> Conditions:
         """Of a batch, each tensor with a dimension for it: remembered, or encoded now."""
         if any(prompt not in self._remembered for prompt in prompts):
-            return self.collate(self.encode_prompts(prompts))
+            return self.collate(self.encode(prompts))
         return self.collate([self._remembered[prompt] for prompt in prompts])
 
     def collate(self, conditions: list[Conditions]) -> Conditions:

@@ -45,6 +45,13 @@ class Lumina2(FlowFamily):
         )
         return [{"prompt_embeds": embedding, "mask": kept} for embedding, kept in zip(embeddings, mask)]
 
+    def unconditional(self) -> Conditions:
+        """Without the system prompt."""
+        _, _, embeddings, mask = self.pipeline.encode_prompt(
+            "", device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeddings[0], "mask": mask[0]}
+
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor
     ) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .base import Conditions, FlowFamily, pad_prompts
 
+NEGATIVE_PROMPT = " "  # of the pipeline's own example
+
 
 class QwenImage(FlowFamily):
     """Latents (B, C, height, width) are those of the VAE, which is one of videos, without its dimension of frames."""
@@ -50,6 +52,9 @@ class QwenImage(FlowFamily):
         lengths = [embeddings.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
         return [{"prompt_embeds": embedding[:length]} for embedding, length in zip(embeddings, lengths)]
 
+    def unconditional(self) -> Conditions:
+        return self.encode_prompts([NEGATIVE_PROMPT])[0]
+
     def collate(self, conditions: list[Conditions]) -> Conditions:
         return pad_prompts(conditions)
 
@@ -58,9 +63,8 @@ class QwenImage(FlowFamily):
         arguments = super().call_arguments(prompts)
         if guidance_scale is not None:
             arguments["true_cfg_scale"] = guidance_scale
-        return (
-            arguments if guidance_scale is not None and guidance_scale <= 1 else arguments | {"negative_prompt": " "}
-        )
+        guided = guidance_scale is None or guidance_scale > 1
+        return arguments | {"negative_prompt": NEGATIVE_PROMPT} if guided else arguments
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         return super().encode_images(pixels.unsqueeze(2)).squeeze(3)

@@ -21,6 +21,11 @@ class Sana(FlowFamily):
 
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
+        if settings.mixed_precision == "fp16":
+            raise InputError(
+                "--mixed_precision fp16: autocast computes this model's linear attention in float16, where it is not "
+                "finite; use bf16 or no"
+            )
         self.check_channels(pipeline.vae.config.latent_channels)
         self.instruction: list[str] = call_parameters(pipeline)["complex_human_instruction"].default
 
@@ -58,6 +63,13 @@ class Sana(FlowFamily):
             complex_human_instruction=self.instruction,
         )
         return [{"prompt_embeds": embedding, "mask": kept} for embedding, kept in zip(embeddings, mask)]
+
+    def unconditional(self) -> Conditions:
+        """Without the instruction."""
+        _, _, embeddings, mask = self.pipeline.encode_prompt(
+            "", device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"prompt_embeds": embeddings[0], "mask": mask[0]}
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from settings import DreamBoothSettings
+from settings import DreamBoothSettings, InputError
 from torch import Tensor, nn
 
 from .base import Conditions, DiffusionFamily
@@ -18,6 +18,8 @@ class StableDiffusion(DiffusionFamily):
     def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(pipeline.vae.config.latent_channels)
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise InputError("the UNet was distilled to take the guidance scale: such models cannot be trained")
 
     @property
     def own_resolution(self) -> int:

@@ -41,7 +41,8 @@ class StableDiffusion3(FlowFamily):
 
     def token_limits(self) -> dict[str, int]:
         limits = dict.fromkeys(("tokenizer", "tokenizer_2"), self.pipeline.tokenizer_max_length)
-        return limits | {"tokenizer_3": self.max_sequence_length}
+        has_t5 = self.pipeline.text_encoder_3 is not None
+        return limits | ({"tokenizer_3": self.max_sequence_length} if has_t5 else {})
 
     def encode_prompts(self, prompts: list[str]) -> list[Conditions]:
         """`prompt_embeds`: (tokens, width) of CLIP's, then of T5's; `pooled`: (width,) of CLIP's side by side."""

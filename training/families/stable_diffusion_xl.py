@@ -55,6 +55,13 @@ class StableDiffusionXL(DiffusionFamily):
         )
         return [{"prompt_embeds": embedding, "pooled": one} for embedding, one in zip(embeddings, pooled)]
 
+    def unconditional(self) -> Conditions:
+        """Zeros, where the pipeline has them in the place of a prompt."""
+        _, embeddings, _, pooled = self.pipeline.encode_prompt(
+            "", device=self.device, do_classifier_free_guidance=True
+        )
+        return {"prompt_embeds": embeddings[0], "pooled": pooled[0]}
+
     def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self.mean.to(latents)) / self.deviation.to(latents)
 
