@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from families import Family
+from torch import nn
 
 
 def release_text_encoders(family: Family, calls: Iterable[Callable[[], object]]) -> list[str]:
@@ -28,18 +29,48 @@ def release_text_encoders(family: Family, calls: Iterable[Callable[[], object]])
     pipeline = family.pipeline
     record = _EncodedPrompts(pipeline.encode_prompt)
     pipeline.encode_prompt = record
-    stop = family.denoiser.register_forward_pre_hook(_stop)
+    _encode_prompts_of(calls, family.denoiser)
+    record.encode = None
+    names = [name for name in family.text_encoder_names if getattr(pipeline, name, None) is not None]
+    pipeline.register_modules(**dict.fromkeys(names))
+    free_memory()
+    return names
+
+
+@torch.no_grad()
+def release_frozen_text_encoders(
+    family: Family, prompts: Iterable[str], calls: Iterable[Callable[[], object]]
+) -> None:
+    """Where others of the pipeline's text encoders train, leaves the frozen ones' answers in their place.
+
+    Args:
+        family: some of whose text encoders train, or all.
+        prompts: that are trained on.
+        calls: the pipeline's calls that are still to come, as in [`release_text_encoders`].
+    """
+    there = {name: getattr(family.pipeline, name) for name in family.text_encoder_names}
+    trained = [id(encoder) for encoder in family.trained_text_encoders]
+    frozen = {name: e for name, e in there.items() if e is not None and id(e) not in trained}
+    records = {name: _EncodedTokens(encoder) for name, encoder in frozen.items()}
+    if not records:
+        return
+    family.pipeline.register_modules(**records)
+    for prompt in dict.fromkeys(prompts):
+        family.encode([prompt])
+    _encode_prompts_of(calls, family.denoiser)
+    for record in records.values():
+        record.encoder = None
+    free_memory()
+
+
+def _encode_prompts_of(calls: Iterable[Callable[[], object]], denoiser: nn.Module) -> None:
+    stop = denoiser.register_forward_pre_hook(_stop)
     try:
         for call in calls:
             with suppress(_AboutToDenoise):
                 call()
     finally:
         stop.remove()
-    record.encode = None
-    names = [name for name in family.text_encoder_names if getattr(pipeline, name, None) is not None]
-    pipeline.register_modules(**dict.fromkeys(names))
-    free_memory()
-    return names
 
 
 class _AboutToDenoise(Exception):  # noqa: N818
@@ -67,6 +98,31 @@ class _EncodedPrompts:
                 )
             self.answers[asked] = self.encode(*args, **kwargs)
         return self.answers[asked]
+
+
+class _EncodedTokens(nn.Module):
+    """In the place of a frozen text encoder: answers for the tokens that it has been asked for before, without it.
+
+    Each row is encoded alone, so that an answer does not depend on what else is in a batch.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.config, self.dtype = encoder, encoder.config, encoder.dtype
+        self.answers: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        """The last hidden states (B, tokens, width) of tokens (B, tokens)."""
+        rows = [tuple(row) for row in input_ids.tolist()]
+        for row, ids in zip(rows, input_ids):
+            if row not in self.answers:
+                if self.encoder is None:
+                    raise RuntimeError(
+                        "a text encoder that does not train was released when the run's prompts had been encoded, "
+                        f"and this one has other tokens: {list(row)}"
+                    )
+                self.answers[row] = self.encoder(ids[None], *args, **kwargs)[0][0]
+        return (torch.stack([self.answers[row] for row in rows]),)
 
 
 def peak_memory_text(accelerator: Accelerator) -> str:

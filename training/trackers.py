@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,15 @@ def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> No
         for name, value in settings.public().items()
     }
     accelerator.init_trackers("dreambooth", config=plain)
+
+
+def log(values: Mapping[str, float], step: int, accelerator: Accelerator) -> None:
+    """Logs; if that fails, as on a full disk, it says so, and the run goes on without a log."""
+    try:
+        accelerator.log(dict(values), step=step)
+    except OSError as error:
+        print(f"The log could not be written: {error}. The run goes on without it.", file=sys.stderr)
+        accelerator.trackers = []
 
 
 def log_pictures(trackers: Sequence[Any], pictures: Mapping[str, list[Image.Image]], step: int) -> None:

@@ -34,9 +34,10 @@ from hub_data import dataset_pictures
 from latents import check_cacheable
 from loop import Pictures, Trainee, train
 from lora import add_lora, lora_targets, save_lora
-from memory import peak_memory_text, release_text_encoders
+from memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders
 from optimizers import check_optimizer
 from output import check_output_folder, size_text, write_grid, write_text
+from PIL import Image
 from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, InputError, parse_settings
 from sharding import check_processes, held
 from sources import Picture, folder_pictures
@@ -138,11 +139,16 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in once]
         accelerator.print(buckets_text(chosen, buckets))
 
+    shown = [*pictures.prompts, *([""] if settings.caption_dropout else [])]
+    to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
+    calls = [call for row in validation_calls(family, to_come) for call in row]
     if not settings.train_text_encoder:
-        family.remember_prompts([*pictures.prompts, *([""] if settings.caption_dropout else [])])
-        to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
-        with accelerator.autocast():
-            release_text_encoders(family, [call for row in validation_calls(family, to_come) for call in row])
+        family.remember_prompts(shown)
+    with accelerator.autocast():
+        if settings.train_text_encoder:
+            release_frozen_text_encoders(family, shown, calls)
+        else:
+            release_text_encoders(family, calls)
 
     start_trackers(settings, accelerator)
     show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
@@ -270,10 +276,8 @@ def validate_subjects(
         if settings.validation_prompt:
             with coeff_adapters(family.denoiser, name):
                 rows = validation_images(family, settings, accelerator)
-            files[name] = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
-            if accelerator.is_main_process:
-                prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
-                log_pictures(accelerator.trackers, dict(zip(prompts, rows)), step)
+            prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
+            files[name] = write_pictures(dict(zip(prompts, rows)), settings, accelerator, step)
     accelerator.wait_for_everyone()
     return files
 
@@ -421,10 +425,24 @@ def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelera
     if settings.validation_prompt and (accelerator.is_main_process or settings.fsdp):
         rows = validation_images(family, settings, accelerator)
     if settings.validation_prompt and accelerator.is_main_process:
-        files = write_grid(rows, Path(settings.output_dir) / "validation" / f"step-{step:06d}")
-        log_pictures(accelerator.trackers, dict(zip(settings.validation_prompt, rows)), step)
+        files = write_pictures(dict(zip(settings.validation_prompt, rows)), settings, accelerator, step)
     accelerator.wait_for_everyone()
     return files
+
+
+def write_pictures(
+    rows: dict[str, list[Image.Image]], settings: DreamBoothSettings, accelerator: Accelerator, step: int
+) -> list[Path]:
+    """Writes and logs a row a prompt, and returns the files; if that fails, as on a full disk, it says so."""
+    folder = Path(settings.output_dir) / "validation" / f"step-{step:06d}"
+    try:
+        files = write_grid(list(rows.values()), folder)
+        if accelerator.is_main_process:
+            log_pictures(accelerator.trackers, rows, step)
+        return files
+    except OSError as error:
+        print(f"The pictures of step {step} could not be written: {error}. The run goes on.", file=sys.stderr)
+        return []
 
 
 def write_weights(
