@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from errors import InputError
 from safetensors import SafetensorError
 from settings import DreamBoothSettings
@@ -290,18 +290,26 @@ class Checkpoints:
 
             try:
                 self.last = save_checkpoint(self.folder, state, write_weights)
-                keep_newest(self.folder, self.settings.checkpoints_total_limit, self.last)
             except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
-                print(
-                    f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()} The run goes on.",
-                    file=sys.stderr,
-                )
+                problem = f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()}"
+                print(f"{problem} The run goes on.", file=sys.stderr)
+            else:
+                self._remove_others(self.last)
         last = [self.last]
         broadcast_object_list(last)  # after which all have waited for the main process
         self.last = last[0]
+
+    def _remove_others(self, newest: Path) -> None:
+        try:
+            keep_newest(self.folder, self.settings.checkpoints_total_limit, newest)
+        except OSError as error:  # a file in the way, or no room for the name that a checkpoint is removed under
+            print(f"{newest} was written, but older checkpoints could not be removed: {error}.", file=sys.stderr)
 
     def safe_text(self) -> str:
         """What is not lost, and how to go on from it."""
         if self.last is None:
             return "There is no checkpoint yet."
-        return f"{self.last} is whole; --resume_from_checkpoint latest goes on from it."
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            return f"{self.last} is whole, but runs under DeepSpeed cannot be continued."
+        own = self.last.resolve().parent == self.folder.resolve()
+        return f"{self.last} is whole; --resume_from_checkpoint {'latest' if own else self.last} goes on from it."

@@ -24,12 +24,13 @@ from optimizers import make_optimizer, rates_in_use
 from settings import DreamBoothSettings
 from sources import Picture
 from step import DenoisingStep
-from stopping import Stopped, stop_request
+from stopping import Stopped, StopRequest, leave_stopping_to_the_main_process, stop_request
 from subjects import SubjectsDataset, clip_gradients, collate_subjects, losses_by_subject, own_coefficients
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from trackers import log
 from validation import all_validation_prompts
 
 
@@ -174,9 +175,10 @@ def train(
     )
     with progress, stop_request() as request:
         for number, batch in enumerate(batches, len(losses) * settings.gradient_accumulation_steps):
-            # of the coefficients' dropout, another in each process; from the place in the run, to be the same when it
-            # is continued
-            torch.manual_seed(seed_of(settings.seed, "dropout", number, accelerator.process_index))
+            # of the adapters' dropout, another in each process unless each has its own subjects; from the place in the
+            # run, to be the same when it is continued
+            process = 0 if pictures.subjects else accelerator.process_index
+            torch.manual_seed(seed_of(settings.seed, "dropout", number, process))
             with accelerator.accumulate(step), own_coefficients(family, batch):
                 errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
                 by_subject = losses_by_subject(errors, batch, settings.prior_loss_weight)
@@ -203,14 +205,14 @@ def train(
                 losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
             step_losses.zero_()
             report(progress, losses, rates, accelerator, trainee.losses_by_subject)
-            after_step(trainee, losses, request.signal_number, settings, accelerator, validate, checkpoints)
+            after_step(trainee, losses, request, settings, accelerator, validate, checkpoints)
     return losses
 
 
 def after_step(
     trainee: Trainee,
     losses: list[float],
-    signal_number: int | None,
+    request: StopRequest,
     settings: DreamBoothSettings,
     accelerator: Accelerator,
     validate: Callable[[int], object],
@@ -218,19 +220,26 @@ def after_step(
 ) -> None:
     """Saves, stops and validates, where it is time to. Raises Stopped after a signal."""
     done, last = len(losses), len(losses) == settings.max_train_steps
-    if signal_number is not None:
-        accelerator.set_trigger()
-    stop = accelerator.check_trigger() and not last  # in all processes, if one of them had the signal
-    if stop or done % settings.checkpointing_steps == 0:
+
+    def stop() -> bool:
+        """In all processes, if one of them had the signal."""
+        if request.signal_number is not None:
+            accelerator.set_trigger()
+        return accelerator.check_trigger() and not last
+
+    stops = stop()
+    if not stops and done % settings.checkpointing_steps == 0:
         checkpoints.save(trainee, losses)
-    if stop:
-        raise Stopped(
-            f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
-            signal_number or signal.SIGTERM,
-        )
-    if done % settings.validation_steps == 0 and not last:
+    if not stops and not last and done % settings.validation_steps == 0:
         with trainee.averaged():
             validate(done)
+        stops = stop()  # pictures take their time
+    if stops:
+        checkpoints.save(trainee, losses)
+        raise Stopped(
+            f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
+            request.signal_number or signal.SIGTERM,
+        )
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSettings) -> LRScheduler:
@@ -273,6 +282,7 @@ def make_batches(
         batch_size=settings.train_batch_size,
         collate_fn=collate_subjects if each else collate,
         num_workers=settings.dataloader_num_workers,
+        worker_init_fn=leave_stopping_to_the_main_process,
     )
 
 
@@ -317,6 +327,6 @@ def report(
     """Shows and logs the step that is through, with the learning rates that it used."""
     values = {"loss": losses[-1]} | {f"learning_rate/{what}": rate for what, rate in rates.items()}
     values |= {f"loss/{subject}": of_steps[-1] for subject, of_steps in by_subject.items()}
-    accelerator.log(values, step=len(losses))
+    log(values, len(losses), accelerator)
     progress.set_postfix(loss=f"{losses[-1]:.4f}", lr=", ".join(f"{rate:.2g}" for rate in rates.values()))
     progress.update()

@@ -33,6 +33,12 @@ class StopRequest:
     time = 0.0
 
 
+def leave_stopping_to_the_main_process(worker: int) -> None:
+    """In a process that reads pictures, which a signal to all processes reaches as well, and the step still needs."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Notes the first signal instead of ending the process; another one, `ONE_REQUEST` later, ends it at once."""
