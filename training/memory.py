@@ -108,7 +108,8 @@ class _EncodedTokens(nn.Module):
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.encoder, self.config, self.dtype = encoder, encoder.config, encoder.dtype
+        self.encoder = encoder
+        self.config, self.dtype, self.device = encoder.config, encoder.dtype, encoder.device  # that pipelines ask for
         self.answers: dict[tuple[int, ...], torch.Tensor] = {}
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from families import FAMILIES, DiffusionFamily, Family
 from hosts import visible
-from memory import release_text_encoders
+from memory import release_frozen_text_encoders, release_text_encoders
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,6 +33,7 @@ from tiny_models import SIDE, call_settings, tiny_pipeline
 from tiny_sd import MAX_TOKENS
 from torch import Tensor
 from train_dreambooth import TrainingResult, add_adapters
+from validation import decoding_without_autocast
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weights
 
@@ -309,6 +310,20 @@ def test_a_vae_that_overflows_in_float16_encodes_in_float32() -> None:
     torch.testing.assert_close(moments, _encoded(pipeline.vae.float(), pixels() * 1e5))
 
 
+@torch.no_grad()
+def test_a_vae_that_overflows_in_float16_decodes_in_float32_under_autocast() -> None:
+    pipeline = make_pipeline("StableDiffusionXLPipeline")
+    pipeline.vae.decoder.conv_in.weight.mul_(3e3)
+    vae, seen = pipeline.vae.half(), []
+    vae.decoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with decoding_without_autocast(vae), torch.autocast("cpu", dtype=torch.float16):
+        vae.float()  # as the pipeline does before it decodes
+        decoded = vae.decode(torch.randn(1, 4, 8, 8, dtype=torch.float16)).sample
+    assert decoded.isfinite().all()
+    assert seen == [torch.float32]
+    assert "decode" not in vars(vae)
+
+
 def _encoded(vae: Any, images: Tensor) -> Tensor:
     distribution = vae.encode(images).latent_dist
     return torch.stack([distribution.mean, distribution.std], dim=1)
@@ -397,6 +412,92 @@ def test_released_text_encoders_are_not_needed(family: Family) -> None:
     np.testing.assert_array_equal(call(pipeline), before)
 
 
+@torch.no_grad()
+def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(name: str, family: Any) -> None:
+    """Without a negative prompt, or with that of the pipeline's own example."""
+    rows: list[Tensor] = []
+
+    def note(module: Any, args: tuple[Any, ...], told: dict[str, Any]) -> None:
+        states = args[2] if name == "ZImagePipeline" else told["encoder_hidden_states"]
+        masks = told.get("encoder_attention_mask", told.get("encoder_hidden_states_mask"))
+        rows.extend(states if masks is None else [row[mask.bool()] for row, mask in zip(states, masks)])
+
+    hook = family.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    guided: dict[str, Any] = {"guidance_scale": 3.0}
+    if name in ("QwenImagePipeline", "FluxPipeline"):
+        guided = {"true_cfg_scale": 3.0, "negative_prompt": " " if name == "QwenImagePipeline" else ""}
+    call(family.pipeline, PROMPTS[:1], num_inference_steps=2, **guided)
+    hook.remove()
+    conditions = family.conditions([""])
+    [dropped] = conditions["prompt_embeds"]
+    if "mask" in conditions:
+        dropped = dropped[conditions["mask"][0].bool()]
+    found = [row for row in rows if row.shape == dropped.shape and torch.equal(row, dropped)]
+    assert found
+    assert len(found) < len(rows)
+
+
+def test_the_empty_prompt_keeps_its_place_in_a_batch(family: Any) -> None:
+    together = family.conditions([PROMPTS[0], "", PROMPTS[1]])
+    for row, prompt in enumerate([PROMPTS[0], "", PROMPTS[1]]):
+        alone = family.conditions([prompt])
+        for key, value in alone.items():
+            # padded to the longest, and encoded in a batch of another size
+            part = together[key][row][: value.shape[1]] if value.ndim > 1 else together[key][row]
+            torch.testing.assert_close(part, value[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_text_encoders_that_do_not_train_are_released_and_their_answers_kept(name: str) -> None:
+    pipeline = make_pipeline(name)
+    family = make_family(pipeline)
+    before, expected = call(pipeline), family.conditions(PROMPTS)
+    family.trained_text_encoders = [
+        getattr(pipeline, part)
+        for part in ("text_encoder", "text_encoder_2")
+        if "CLIP" in type(getattr(pipeline, part)).__name__
+    ]
+    t5 = "text_encoder_3" if name == "StableDiffusion3Pipeline" else "text_encoder_2"
+    count = sum(p.numel() for p in getattr(pipeline, t5).parameters())
+    assert count
+    release_frozen_text_encoders(family, PROMPTS, [lambda: call(pipeline)])
+    assert sum(p.numel() for p in getattr(pipeline, t5).parameters()) == 0
+    for key, value in family.conditions(PROMPTS).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)  # rows are encoded one by one
+    np.testing.assert_allclose(call(pipeline), before, atol=1e-3)
+    with pytest.raises(RuntimeError, match="a text encoder that does not train was released"):
+        family.conditions(["a prompt that nobody knows"])
+
+
+def test_pipelines_without_their_optional_text_encoders_are_trained(
+    tmp_path: Path, train: Callable[..., TrainingResult]
+) -> None:
+    for name, parts in {
+        "StableDiffusionXLPipeline": ("text_encoder", "tokenizer"),
+        "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
+    }.items():
+        pipeline: Any = tiny_pipeline(name)
+        pipeline.register_modules(**dict.fromkeys(parts))
+        if name == "StableDiffusionXLPipeline":  # it has the width of both encoders
+            pipeline.unet = visible(_unet_of_one_encoder(pipeline))
+        pipeline.save_pretrained(tmp_path / name)
+        train(pretrained_model_name_or_path=tmp_path / name, output_dir=tmp_path / f"{name}-out", resolution=SIDE)
+        with pytest.raises(InputError, match=r"the tokenizer takes \d+ tokens"):
+            train(
+                pretrained_model_name_or_path=tmp_path / name,
+                output_dir=tmp_path / "long",
+                resolution=SIDE,
+                instance_prompt="a fox " * 300,
+            )
+
+
+def _unet_of_one_encoder(pipeline: Any) -> Any:
+    width = pipeline.text_encoder_2.config.hidden_size
+    torch.manual_seed(0)
+    return type(pipeline.unet).from_config({**pipeline.unet.config, "cross_attention_dim": width})
+
+
 # Models
 
 
@@ -439,7 +540,11 @@ def test_denoisers_of_more_channels_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("QwenImagePipeline", {"guidance_embeds": True}), ("StableDiffusionXLPipeline", {"time_cond_proj_dim": 8})],
+    [
+        ("QwenImagePipeline", {"guidance_embeds": True}),
+        ("StableDiffusionPipeline", {"time_cond_proj_dim": 8}),
+        ("StableDiffusionXLPipeline", {"time_cond_proj_dim": 8}),
+    ],
 )
 def test_denoisers_distilled_to_take_the_guidance_scale_are_refused(name: str, config: dict[str, Any]) -> None:
     pipeline = make_pipeline(name)
@@ -457,6 +562,7 @@ def test_denoisers_distilled_to_take_the_guidance_scale_are_refused(name: str, c
         ("EDM epsilon", "offset_noise", True, "one of EDM"),
         ("PixArtSigmaPipeline", "precondition_outputs", True, "this model is not trained by flow matching"),
         ("StableDiffusion3Pipeline", "guidance_scale", 3.5, "does not take it as a condition"),
+        ("SanaPipeline", "mixed_precision", "fp16", "linear attention in float16"),
     ],
 )
 def test_settings_of_other_families_are_refused(name: str, setting: str, value: object, why: str) -> None:
