@@ -288,6 +288,38 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     assert "checkpoint-1 is whole; --resume_from_checkpoint latest goes on from it. The run goes on." in said
 
 
+def test_a_log_and_pictures_that_cannot_be_written_do_not_end_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    pictures = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
+    whole = train(output_dir=tmp_path / "whole")
+    monkeypatch.setattr(Accelerator, "log", full)
+    monkeypatch.setattr(train_dreambooth, "write_grid", full)
+    result = train(report_to="tensorboard", validation_steps=2, **pictures)
+    assert_same_result(result, whole)
+    assert result.images == []
+    said = capsys.readouterr().err
+    assert said.count("The log could not be written: [Errno 28] No space left on device. The run goes on") == 3
+    assert "The pictures of step 2 could not be written: [Errno 28]" in said
+    assert "The pictures of step 3 could not be written: [Errno 28]" in said
+
+
+def test_older_checkpoints_that_cannot_be_removed_are_no_failed_save(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "keep_newest", full)
+    train(checkpointing_steps=2, checkpoints_total_limit=1)
+    said = capsys.readouterr().err
+    assert "checkpoint-2 was written, but older checkpoints could not be removed: [Errno 28]" in said
+    assert problem_of(tmp_path / "out" / "checkpoint-2") is None
+
+
 # What is refused, and what is said
 
 
@@ -364,6 +396,16 @@ def test_a_loss_that_is_not_finite_names_pictures_and_checkpoint(
     assert ".png: a sks fox" in str(error)
 
 
+def test_the_advice_names_a_checkpoint_that_is_not_of_this_folder(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(checkpointing_steps=2)
+    other = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    monkeypatch.setattr(StableDiffusion, "errors", lambda *args: torch.full((2,), float("nan"), requires_grad=True))
+    error = train_until(FloatingPointError, argv(checkpointing_steps=2, **other))
+    assert f"--resume_from_checkpoint {other['resume_from_checkpoint']} goes on from it" in str(error)
+
+
 @pytest.mark.parametrize("step", [2, 3])
 def test_what_is_no_longer_finite_is_never_saved(
     argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -429,6 +471,51 @@ def test_the_script_ends_with_the_exit_code_of_the_signal(argv: Callable[..., li
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 143
     assert "goes on from it" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_saves_whatever_workers_read_pictures(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """As terminals and schedulers send it, while a step waits for pictures or computes."""
+    flags = argv(max_train_steps=100_000, checkpointing_steps=100_000, dataloader_num_workers=2)
+    child = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    said = ""
+    while "training:   0%|          | 2" not in said:
+        said += child.stderr.read(1)
+        assert child.poll() is None, said
+    os.killpg(child.pid, signal.SIGTERM)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 143, said
+    assert "goes on from it" in said.splitlines()[-1]
+    assert said.count("SIGTERM: stops after this step") == 1
+    [saved] = checkpoint_paths(tmp_path / "out")
+    assert problem_of(saved) is None
+
+
+def test_a_signal_during_validation_is_answered_after_it(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        "validation_prompt": ["a fox"],
+        "num_validation_images": 1,
+        "validation_num_inference_steps": 1,
+        "validation_steps": 1,
+    }
+    whole = train(output_dir=tmp_path / "whole")
+    original = train_dreambooth.validation_images
+
+    def images(*args: Any) -> list:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dreambooth, "validation_images", images)
+        stopped = train_until(Stopped, argv(**flags))
+    assert str(stopped).startswith("stopped after step 1 of 3. ")
+    assert_same_result(train(resume_from_checkpoint="latest"), whole)
 
 
 # Averages

@@ -138,9 +138,9 @@ def test_subjects_are_shared_out_over_processes_and_nothing_is_averaged(
     train_all: Callable[..., dict[str, TrainingResult]], argv: Argv, file: Path, tmp_path: Path
 ) -> None:
     """Also over a checkpoint, which holds what all processes train."""
-    one = train_all(output_dir=tmp_path / "one")
+    one = train_all(output_dir=tmp_path / "one", coeff_dropout=0.3)
     expected = {name: coefficients(result) for name, result in one.items()}
-    flags = argv(**SUBJECTS, subjects=file, output_dir=tmp_path / "two", checkpointing_steps=2)
+    flags = argv(**SUBJECTS, subjects=file, output_dir=tmp_path / "two", checkpointing_steps=2, coeff_dropout=0.3)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(Path(train_dreambooth.__file__)), *flags]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
