@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -193,6 +193,18 @@ def named_paths(flag: str, values: Sequence[str]) -> dict[str, str]:
     return dict(pairs)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {number}")
+        return number
+
+    return whole_number
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -210,15 +222,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
     what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
-    parser.add_argument("--num_images_per_prompt", type=int, help="2 of --prompt, 1 of --prompts_file by default")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures at a time, of --prompts_file")
+    parser.add_argument(
+        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=1, help="pictures at a time, of --prompts_file")
     parser.add_argument("--overwrite", action="store_true", help="make pictures again that are there already")
-    parser.add_argument("--num_inference_steps", type=int, help="the pipeline's own default if not given")
+    parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
-    parser.add_argument("--height", type=int, help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--width", type=int, help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
+    parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first picture of each prompt")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))

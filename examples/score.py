@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from generate import named_paths
+from generate import at_least, named_paths
 from PIL import Image
 from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, write_whole
 from torch import Tensor
@@ -177,7 +177,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
     parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     args = parser.parse_args(argv)
     try:

@@ -177,6 +177,25 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [
+        ("--batch_size", "0", 1),
+        ("--num_images_per_prompt", "0", 1),
+        ("--num_inference_steps", "-2", 1),
+        ("--height", "0", 1),
+        ("--width", "-8", 1),
+        ("--seed", "-1", 0),
+    ],
+)
+def test_counts_that_are_too_small_are_refused_by_flag(
+    flag: str, value: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.parse_args(flags(tmp_path, tmp_path / "prompts.txt", tmp_path, flag, value))
+    assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
+
+
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     lines = [
@@ -254,6 +273,9 @@ def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         score.parse_args([*flags, "--reference", "a", "b"])
     assert "--reference: each needs a name of its own (name=path), got default, default" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score.parse_args([*flags, "--batch_size", "0"])
+    assert "argument --batch_size: must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
