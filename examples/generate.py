@@ -225,8 +225,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=1, help="pictures at a time, of --prompts_file")
-    parser.add_argument("--overwrite", action="store_true", help="make pictures again that are there already")
+    parser.add_argument("--batch_size", type=at_least(1), help="pictures at a time, of --prompts_file; 1 by default")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make pictures of --prompts_file again that are there"
+    )
     parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
@@ -243,6 +245,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.prompt and len(args.coeff_weights) > 1:
         parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
+    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
+    if args.prompt and given:
+        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its pictures anew, one at a time")
+    args.batch_size = args.batch_size or 1
     if args.num_images_per_prompt is None:
         args.num_images_per_prompt = 2 if args.prompt else 1
     return args

@@ -196,6 +196,13 @@ def test_counts_that_are_too_small_are_refused_by_flag(
     assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
 
 
+def test_a_sheet_refuses_the_flags_of_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "a"]
+    with pytest.raises(SystemExit):
+        generate.parse_args([*sheet, "--batch_size", "2", "--overwrite"])
+    assert "--batch_size, --overwrite: of --prompts_file; --prompt makes all" in capsys.readouterr().err
+
+
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     lines = [
