@@ -127,7 +127,7 @@ def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
 
 
 def make_batch(pipe: Any, batch: Sequence[Picture], args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Makes these pictures in one call, each with its own coefficients, and writes each file whole or not at all."""
+    """Makes these pictures in one call, each with its own coefficients."""
     if batch[0].negative_prompt is not None:
         options = options | {"negative_prompt": [picture.negative_prompt for picture in batch]}
     with coefficients_of(pipe, [picture.coeff for picture in batch], args.coeff_scale):
@@ -137,8 +137,13 @@ def make_batch(pipe: Any, batch: Sequence[Picture], args: argparse.Namespace, op
             **options,
         ).images
     for picture, image in zip(batch, images):
-        with whole_file(args.output_dir / picture.file_name) as temporary, open(temporary, "wb") as file:
-            image.save(file, format=Image.registered_extensions()[Path(picture.file_name).suffix])
+        write_picture(image, args.output_dir / picture.file_name)
+
+
+def write_picture(image: Image.Image, path: Path) -> None:
+    """Whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        image.save(file, format=Image.registered_extensions()[path.suffix])
 
 
 def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> AbstractContextManager[None]:
@@ -156,9 +161,10 @@ def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         base = generate(pipe, args.prompt, seeds, **options)
     for kind, pictures in (("base", base), ("tuned", tuned)):
         for (prompt, seed), picture in pictures.items():
-            picture.save(args.output_dir / f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png")
+            name = f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png"
+            write_picture(picture, args.output_dir / name)
     path = args.output_dir / "sheet.png"
-    compare([("without coefficients", base), ("with coefficients", tuned)]).save(path)
+    write_picture(compare([("without coefficients", base), ("with coefficients", tuned)]), path)
     print(f"wrote {path} and {len(base) + len(tuned)} single pictures")
     return path
 

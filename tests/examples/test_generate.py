@@ -68,6 +68,14 @@ def flags(weights: Path, prompts: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def sheet_flags(weights: Path, output: Path) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(demo.MODEL), "--coeff_weights", str(weights / "fox"),
+        "--prompt", "a sks fox face", "--num_images_per_prompt", "1", "--num_inference_steps", "1",
+        "--output_dir", str(output), "--device", "cpu",
+    ]  # fmt: skip
+
+
 def pixels(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
 
@@ -171,6 +179,21 @@ def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
     after = make(weights, prompts, tmp_path, "--guidance_scale", "3")
     assert before.keys() == after.keys()
     assert all(np.abs(before[name].astype(int) - after[name]).max() > 10 for name in before)
+
+
+def test_a_sheet_s_pictures_are_written_whole_or_not_at_all(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image.Image, "save", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(generate.parse_args(sheet_flags(weights, tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def stop_halfway(_: Image.Image, target: Any, **options: Any) -> None:
+    with open(target, "wb") if isinstance(target, Path) else target as file:
+        file.write(b"half a picture")
+    raise KeyboardInterrupt
 
 
 def stop(*_: Any) -> None:
