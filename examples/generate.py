@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from PIL import Image
 from prompts import MANIFEST, Manifest, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
@@ -46,6 +47,11 @@ def main(args: argparse.Namespace) -> Path:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     return make_all(args, options) if args.prompts_file else make_sheet(args, options)
+
+
+def processes() -> PartialState:
+    """This process among those that accelerate started: on CPUs, too, which `PartialState` must be told of."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device | str) -> Any:
@@ -71,7 +77,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         "dtype": args.dtype,
         **options,
     }
-    state, manifest = PartialState(), args.output_dir / MANIFEST
+    state, manifest = processes(), args.output_dir / MANIFEST
     known = read_manifest(manifest) if manifest.exists() else {}
     missing = still_to_make(pictures, made_with, known, args.output_dir, args.overwrite)
     state.wait_for_everyone()  # nobody writes before all have looked
@@ -154,7 +160,8 @@ def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> Abs
 
 def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Makes pictures with the coefficients and without, and the sheet that compares them; returns the sheet."""
-    pipe = load_pipeline(args, args.device or PartialState().device)
+    state = processes()
+    pipe = load_pipeline(args, args.device or state.device)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from generate import at_least, named_paths
+from generate import at_least, named_paths, processes
 from PIL import Image
 from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, write_whole
 from torch import Tensor
@@ -37,7 +36,7 @@ Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    state = PartialState()
+    state = processes()
     pictures = [picture for picture, _ in read_manifest(args.pictures / MANIFEST).values()]
     references = {name: reference_pictures(Path(folder)) for name, folder in args.reference.items()}
     check(pictures, references, args.pictures)
