@@ -161,6 +161,11 @@ def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> Abs
 def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Makes pictures with the coefficients and without, and the sheet that compares them; returns the sheet."""
     state = processes()
+    if state.num_processes > 1:
+        raise PromptsError(
+            f"--prompt makes its pictures on one process, and here are {state.num_processes}: start it with python, "
+            "or give --prompts_file, whose pictures are shared out"
+        )
     pipe = load_pipeline(args, args.device or state.device)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     tuned = generate(pipe, args.prompt, seeds, **options)

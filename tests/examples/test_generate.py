@@ -137,6 +137,13 @@ def on_two_processes(script: ModuleType, arguments: list[str]) -> subprocess.Com
     return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
+def test_a_sheet_is_not_made_by_two_processes_at_once(weights: Path, tmp_path: Path) -> None:
+    done = on_two_processes(generate, sheet_flags(weights, tmp_path / "sheet"))
+    assert done.returncode != 0
+    assert "error: --prompt makes its pictures on one process, and here are 2: start" in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "many"
     before = make(weights, prompts, output)
