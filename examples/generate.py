@@ -32,13 +32,24 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from prompts import MANIFEST, Manifest, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
+from prompts import (
+    MANIFEST,
+    Manifest,
+    Picture,
+    PromptsError,
+    file_name,
+    read_manifest,
+    read_prompts,
+    value_of,
+    write_manifest,
+)
 from sheet import sheet
 from tqdm import tqdm
 
 from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
-from coeff_diffusers.checkpoint import whole_file
+from coeff_diffusers.checkpoint import find_file, whole_file
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 
@@ -54,12 +65,12 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device | str) -> Any:
+def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
     pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
-    for name, path in args.coeff_weights.items():
-        load_coeff_weights(pipe, path, weight_name=args.weight_name, adapter_name=name)
-    set_coeff_adapters(pipe, list(args.coeff_weights)[-1], args.coeff_scale)
+    for name, file in files.items():
+        load_coeff_weights(pipe, file, adapter_name=name)
+    set_coeff_adapters(pipe, list(files)[-1], args.coeff_scale)
     if args.lora_weights:
         pipe.load_lora_weights(args.lora_weights)
     return pipe
@@ -68,12 +79,15 @@ def load_pipeline(args: argparse.Namespace, device: torch.device | str) -> Any:
 def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Makes the pictures of the prompts' file, shared out over the processes; returns the manifest."""
     pictures = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
+    files = coeff_files(args.coeff_weights, args.weight_name)
     made_with = {
         "model": args.pretrained_model_name_or_path,
         "coeff_weights": args.coeff_weights,
+        "weight_name": {name: file.name for name, file in files.items()},
         "coeff_scale": args.coeff_scale,
         "lora_weights": args.lora_weights,
-        "sha256": {path: digest(Path(path)) for path in (*args.coeff_weights.values(), args.lora_weights) if path},
+        "sha256": {args.coeff_weights[name]: digest([file]) for name, file in files.items()}
+        | ({args.lora_weights: lora_digest(args.lora_weights)} if args.lora_weights else {}),
         "dtype": args.dtype,
         **options,
     }
@@ -88,7 +102,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
     state.wait_for_everyone()  # nobody makes a picture that would be taken away
     if missing:
-        pipe = load_pipeline(args, args.device or state.device)
+        pipe = load_pipeline(args, files, args.device or state.device)
         pipe.set_progress_bar_config(disable=True)
         with state.split_between_processes(batches(missing, args.batch_size)) as share:
             for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
@@ -118,12 +132,30 @@ def still_to_make(
     return [picture for picture in pictures if picture not in there]
 
 
-def digest(path: Path) -> str | None:
-    """SHA-256 of a file of weights, or of all in a folder; `None` of what is not on this machine."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    return (
-        hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest() if files else None
-    )
+def coeff_files(coeff_weights: dict[str, str], weight_name: str | None) -> dict[str, Path]:
+    """Name -> the file that is loaded: the one that was meant in a folder, or a repository's in the Hub's cache."""
+    with value_of("--coeff_weights"):
+        return {name: find_file(path, weight_name) for name, path in coeff_weights.items()}
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of files of weights."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def lora_digest(source: str) -> str | None:
+    """SHA-256 of a LoRA file, of all in a folder, or of a repository's `pytorch_lora_weights.safetensors`.
+
+    `None` of a repository that has no file of that name: diffusers chooses another, and does not say which.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        return digest(files) if files else None
+    try:
+        return digest([path if path.is_file() else find_file(source, LORA_WEIGHT_NAME_SAFE)])
+    except OSError:
+        return None
 
 
 def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
@@ -166,7 +198,8 @@ def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
             f"--prompt makes its pictures on one process, and here are {state.num_processes}: start it with python, "
             "or give --prompts_file, whose pictures are shared out"
         )
-    pipe = load_pipeline(args, args.device or state.device)
+    files = coeff_files(args.coeff_weights, args.weight_name)
+    pipe = load_pipeline(args, files, args.device or state.device)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):

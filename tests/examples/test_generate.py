@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import score
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from prompts import PromptsError, read_manifest, read_prompts
 from transformers import (
@@ -165,6 +167,43 @@ def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path
             make(weights, prompts, output)
     finally:
         file.write_bytes(trained)
+
+
+def test_pictures_of_another_file_in_the_folder_are_others(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    for name, kept in (("fox", "first"), ("owl", "second")):
+        for adapter in ("fox", "owl"):
+            (folder / adapter).mkdir(parents=True, exist_ok=True)
+            shutil.copy(weights / name / "pytorch_coeff_weights.safetensors", folder / adapter / f"{kept}.safetensors")
+    output = tmp_path / "many"
+    make(folder, prompts, output, "--weight_name", "first.safetensors")
+    for _, made_with in read_manifest(output / "manifest.jsonl").values():
+        assert made_with["weight_name"] == {"fox": "first.safetensors", "owl": "first.safetensors"}
+    with pytest.raises(PromptsError, match="made of other prompts, settings or weights"):
+        make(folder, prompts, output, "--weight_name", "second.safetensors")
+    (folder / "fox" / "third.safetensors").write_bytes(b"no part of these pictures")
+    make(folder, prompts, output, "--weight_name", "first.safetensors")
+
+
+def test_weights_are_known_by_the_file_that_is_loaded(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = weights / "fox" / "pytorch_coeff_weights.safetensors"
+    kept = {("someone/fox", "fox.safetensors"), ("someone/lora", "pytorch_lora_weights.safetensors")}
+
+    def download(repository: str, filename: str, **_: Any) -> str:
+        if (repository, filename) not in kept:
+            raise LocalEntryNotFoundError("offline")
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert generate.coeff_files({"fox": "someone/fox"}, "fox.safetensors") == {"fox": file}
+    assert generate.lora_digest("someone/lora") == generate.digest([file])
+    assert generate.lora_digest("someone/other") is None
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"a LoRA")
+    assert generate.lora_digest(str(tmp_path)) == generate.digest([tmp_path / "pytorch_lora_weights.bin"])
+    with pytest.raises(PromptsError, match="--coeff_weights: 'someone/owl' is no file or folder here, .*offline"):
+        generate.coeff_files({"owl": "someone/owl"}, None)
 
 
 def test_the_manifest_holds_the_pictures_of_all_files_of_prompts(weights: Path, prompts: Path, tmp_path: Path) -> None:
