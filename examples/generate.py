@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,16 @@ def processes() -> PartialState:
 
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
-    pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
-    for name, file in files.items():
-        load_coeff_weights(pipe, file, adapter_name=name)
+    with value_of("--pretrained_model_name_or_path"):
+        pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
+    pipe.to(device)
+    with value_of("--coeff_weights"):
+        for name, file in files.items():
+            load_coeff_weights(pipe, file, adapter_name=name)
     set_coeff_adapters(pipe, list(files)[-1], args.coeff_scale)
     if args.lora_weights:
-        pipe.load_lora_weights(args.lora_weights)
+        with value_of("--lora_weights"):
+            pipe.load_lora_weights(args.lora_weights)
     return pipe
 
 
@@ -94,19 +98,19 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     state, manifest = processes(), args.output_dir / MANIFEST
     known = read_manifest(manifest) if manifest.exists() else {}
     missing = still_to_make(pictures, made_with, known, args.output_dir, args.overwrite)
-    state.wait_for_everyone()  # nobody writes before all have looked
-    if state.is_main_process:
-        for picture in missing:  # first, or a run that is stopped here leaves old ones under the manifest of the new
-            (args.output_dir / picture.file_name).unlink(missing_ok=True)
-        kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
-        write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
-    state.wait_for_everyone()  # nobody makes a picture that would be taken away
-    if missing:
-        pipe = load_pipeline(args, files, args.device or state.device)
-        pipe.set_progress_bar_config(disable=True)
-        with state.split_between_processes(batches(missing, args.batch_size)) as share:
-            for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
-                make_batch(pipe, batch, args, options)
+    with state.split_between_processes(batches(missing, args.batch_size)) as share:
+        made = make_batches(share, args, files, options, state)
+        first = next(made, [])
+        state.wait_for_everyone()  # nobody writes before all have looked, and seen their settings work
+        if state.is_main_process:
+            for picture in missing:  # first, or a run that is stopped here leaves old ones under the new manifest
+                (args.output_dir / picture.file_name).unlink(missing_ok=True)
+            kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
+            write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
+        state.wait_for_everyone()  # nobody writes a picture that would be taken away
+        for batch in chain([first], made):
+            for picture, image in batch:
+                write_picture(image, args.output_dir / picture.file_name)
     state.wait_for_everyone()
     state.print(f"wrote {len(missing)} pictures ({len(pictures) - len(missing)} were there) and {manifest}")
     return manifest
@@ -164,18 +168,35 @@ def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def make_batch(pipe: Any, batch: Sequence[Picture], args: argparse.Namespace, options: dict[str, Any]) -> None:
+def make_batches(
+    share: Sequence[Sequence[Picture]],
+    args: argparse.Namespace,
+    files: dict[str, Path],
+    options: dict[str, Any],
+    state: PartialState,
+) -> Iterator[list[tuple[Picture, Image.Image]]]:
+    """Makes batch by batch, as they are asked for. Loads the pipeline for the first; writes nothing."""
+    if not share:
+        return
+    pipe = load_pipeline(args, files, args.device or state.device)
+    pipe.set_progress_bar_config(disable=True)
+    for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
+        yield list(zip(batch, make_batch(pipe, batch, args.coeff_scale, options)))
+
+
+def make_batch(
+    pipe: Any, batch: Sequence[Picture], coeff_scale: float, options: dict[str, Any]
+) -> Sequence[Image.Image]:
     """Makes these pictures in one call, each with its own coefficients."""
     if batch[0].negative_prompt is not None:
         options = options | {"negative_prompt": [picture.negative_prompt for picture in batch]}
-    with coefficients_of(pipe, [picture.coeff for picture in batch], args.coeff_scale):
-        images = pipe(
+    with coefficients_of(pipe, [picture.coeff for picture in batch], coeff_scale):
+        images: Sequence[Image.Image] = pipe(
             [picture.prompt for picture in batch],
             generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
             **options,
         ).images
-    for picture, image in zip(batch, images):
-        write_picture(image, args.output_dir / picture.file_name)
+    return images
 
 
 def write_picture(image: Image.Image, path: Path) -> None:

@@ -221,12 +221,38 @@ def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
 ) -> None:
     before = make(weights, prompts, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "load_pipeline", stop)
+        patched.setattr(generate, "write_picture", stop)
         with pytest.raises(KeyboardInterrupt):
             make(weights, prompts, tmp_path, "--overwrite", "--guidance_scale", "3")
     after = make(weights, prompts, tmp_path, "--guidance_scale", "3")
     assert before.keys() == after.keys()
     assert all(np.abs(before[name].astype(int) - after[name]).max() > 10 for name in before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ("--coeff_weights", "fox=/none/fox", "owl=/none/owl"),
+            "--coeff_weights: there is no file or folder /none/fox",
+        ),
+        (("--weight_name", "none.safetensors"), "--coeff_weights: there is no none.safetensors in .*fox; it holds"),
+        (("--lora_weights", "/none/lora"), "--lora_weights: .*'/none/lora'"),
+        (("--pretrained_model_name_or_path", "/none/model"), '--pretrained_model_name_or_path: .*"/none/model"'),
+        (("--height", "13", "--width", "13"), "divisible by 8 but are 13"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_overwrite_that_cannot_start_changes_nothing(
+    changes: tuple[str, ...], said: str, weights: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "many"
+    make(weights, prompts, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(ValueError, match=said) as info:
+        make(weights, prompts, output, "--overwrite", *changes)
+    assert isinstance(info.value, PromptsError) == said.startswith("--")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
 def test_a_sheet_s_pictures_are_written_whole_or_not_at_all(
