@@ -20,7 +20,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from prompts import PromptsError, read_manifest, read_prompts
+from prompts import Picture, PromptsError, read_manifest, read_prompts, write_manifest
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -382,6 +382,17 @@ def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "argument --batch_size: must be 1 or more, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--clip_model", "--dino_model"])
+def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) -> None:
+    picture = Picture("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
+    write_manifest({"a.png": (picture, {})}, tmp_path / "manifest.jsonl")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
+    given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
+    with pytest.raises(PromptsError, match=f"{flag}: .*none"):
+        score.main(score.parse_args(["--pictures", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
+
+
 def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -406,8 +417,13 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
         patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
         assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"] == rows
+    (tmp_path / "x" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "x" / "3.jpg").write_bytes((tmp_path / "x" / "1.png").read_bytes()[:60])
+    with pytest.raises(PromptsError, match=r"(?s)cannot be read as pictures:.*/2.png: .*/3.jpg: "):
+        score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))
     (folder / "b.png").unlink()
-    with pytest.raises(PromptsError, match=r"(?s)b.png is in the manifest.*x has no reference"):
+    surplus = "(?s)b.png is in the manifest.*x has no reference.*--reference y: .* coefficients of that name, only x"
+    with pytest.raises(PromptsError, match=surplus):
         score.main(score.parse_args([*flags, "--reference", f"y={tmp_path / 'x'}"]))
 
 
