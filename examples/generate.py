@@ -22,22 +22,34 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from prompts import MANIFEST, Manifest, Picture, PromptsError, file_name, read_manifest, read_prompts, write_manifest
+from prompts import (
+    MANIFEST,
+    Manifest,
+    Picture,
+    PromptsError,
+    file_name,
+    read_manifest,
+    read_prompts,
+    value_of,
+    write_manifest,
+)
 from sheet import sheet
 from tqdm import tqdm
 
 from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
-from coeff_diffusers.checkpoint import whole_file
+from coeff_diffusers.checkpoint import find_file, whole_file
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 
@@ -48,45 +60,57 @@ def main(args: argparse.Namespace) -> Path:
     return make_all(args, options) if args.prompts_file else make_sheet(args, options)
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device | str) -> Any:
+def processes() -> PartialState:
+    """This process among those that accelerate started: on CPUs, too, which `PartialState` must be told of."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
-    pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype).to(device)
-    for name, path in args.coeff_weights.items():
-        load_coeff_weights(pipe, path, weight_name=args.weight_name, adapter_name=name)
-    set_coeff_adapters(pipe, list(args.coeff_weights)[-1], args.coeff_scale)
+    with value_of("--pretrained_model_name_or_path"):
+        pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
+    pipe.to(device)
+    with value_of("--coeff_weights"):
+        for name, file in files.items():
+            load_coeff_weights(pipe, file, adapter_name=name)
+    set_coeff_adapters(pipe, list(files)[-1], args.coeff_scale)
     if args.lora_weights:
-        pipe.load_lora_weights(args.lora_weights)
+        with value_of("--lora_weights"):
+            pipe.load_lora_weights(args.lora_weights)
     return pipe
 
 
 def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Makes the pictures of the prompts' file, shared out over the processes; returns the manifest."""
     pictures = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
+    files = coeff_files(args.coeff_weights, args.weight_name)
     made_with = {
         "model": args.pretrained_model_name_or_path,
         "coeff_weights": args.coeff_weights,
+        "weight_name": {name: file.name for name, file in files.items()},
         "coeff_scale": args.coeff_scale,
         "lora_weights": args.lora_weights,
-        "sha256": {path: digest(Path(path)) for path in (*args.coeff_weights.values(), args.lora_weights) if path},
+        "sha256": {args.coeff_weights[name]: digest([file]) for name, file in files.items()}
+        | ({args.lora_weights: lora_digest(args.lora_weights)} if args.lora_weights else {}),
         "dtype": args.dtype,
         **options,
     }
-    state, manifest = PartialState(), args.output_dir / MANIFEST
+    state, manifest = processes(), args.output_dir / MANIFEST
     known = read_manifest(manifest) if manifest.exists() else {}
     missing = still_to_make(pictures, made_with, known, args.output_dir, args.overwrite)
-    state.wait_for_everyone()  # nobody writes before all have looked
-    if state.is_main_process:
-        for picture in missing:  # first, or a run that is stopped here leaves old ones under the manifest of the new
-            (args.output_dir / picture.file_name).unlink(missing_ok=True)
-        kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
-        write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
-    state.wait_for_everyone()  # nobody makes a picture that would be taken away
-    if missing:
-        pipe = load_pipeline(args, args.device or state.device)
-        pipe.set_progress_bar_config(disable=True)
-        with state.split_between_processes(batches(missing, args.batch_size)) as share:
-            for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
-                make_batch(pipe, batch, args, options)
+    with state.split_between_processes(batches(missing, args.batch_size)) as share:
+        made = make_batches(share, args, files, options, state)
+        first = next(made, [])
+        state.wait_for_everyone()  # nobody writes before all have looked, and seen their settings work
+        if state.is_main_process:
+            for picture in missing:  # first, or a run that is stopped here leaves old ones under the new manifest
+                (args.output_dir / picture.file_name).unlink(missing_ok=True)
+            kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
+            write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
+        state.wait_for_everyone()  # nobody writes a picture that would be taken away
+        for batch in chain([first], made):
+            for picture, image in batch:
+                write_picture(image, args.output_dir / picture.file_name)
     state.wait_for_everyone()
     state.print(f"wrote {len(missing)} pictures ({len(pictures) - len(missing)} were there) and {manifest}")
     return manifest
@@ -112,12 +136,30 @@ def still_to_make(
     return [picture for picture in pictures if picture not in there]
 
 
-def digest(path: Path) -> str | None:
-    """SHA-256 of a file of weights, or of all in a folder; `None` of what is not on this machine."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    return (
-        hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)).hexdigest() if files else None
-    )
+def coeff_files(coeff_weights: dict[str, str], weight_name: str | None) -> dict[str, Path]:
+    """Name -> the file that is loaded: the one that was meant in a folder, or a repository's in the Hub's cache."""
+    with value_of("--coeff_weights"):
+        return {name: find_file(path, weight_name) for name, path in coeff_weights.items()}
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of files of weights."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def lora_digest(source: str) -> str | None:
+    """SHA-256 of a LoRA file, of all in a folder, or of a repository's `pytorch_lora_weights.safetensors`.
+
+    `None` of a repository that has no file of that name: diffusers chooses another, and does not say which.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        return digest(files) if files else None
+    try:
+        return digest([path if path.is_file() else find_file(source, LORA_WEIGHT_NAME_SAFE)])
+    except OSError:
+        return None
 
 
 def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
@@ -126,19 +168,41 @@ def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def make_batch(pipe: Any, batch: Sequence[Picture], args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Makes these pictures in one call, each with its own coefficients, and writes each file whole or not at all."""
+def make_batches(
+    share: Sequence[Sequence[Picture]],
+    args: argparse.Namespace,
+    files: dict[str, Path],
+    options: dict[str, Any],
+    state: PartialState,
+) -> Iterator[list[tuple[Picture, Image.Image]]]:
+    """Makes batch by batch, as they are asked for. Loads the pipeline for the first; writes nothing."""
+    if not share:
+        return
+    pipe = load_pipeline(args, files, args.device or state.device)
+    pipe.set_progress_bar_config(disable=True)
+    for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
+        yield list(zip(batch, make_batch(pipe, batch, args.coeff_scale, options)))
+
+
+def make_batch(
+    pipe: Any, batch: Sequence[Picture], coeff_scale: float, options: dict[str, Any]
+) -> Sequence[Image.Image]:
+    """Makes these pictures in one call, each with its own coefficients."""
     if batch[0].negative_prompt is not None:
         options = options | {"negative_prompt": [picture.negative_prompt for picture in batch]}
-    with coefficients_of(pipe, [picture.coeff for picture in batch], args.coeff_scale):
-        images = pipe(
+    with coefficients_of(pipe, [picture.coeff for picture in batch], coeff_scale):
+        images: Sequence[Image.Image] = pipe(
             [picture.prompt for picture in batch],
             generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
             **options,
         ).images
-    for picture, image in zip(batch, images):
-        with whole_file(args.output_dir / picture.file_name) as temporary, open(temporary, "wb") as file:
-            image.save(file, format=Image.registered_extensions()[Path(picture.file_name).suffix])
+    return images
+
+
+def write_picture(image: Image.Image, path: Path) -> None:
+    """Whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        image.save(file, format=Image.registered_extensions()[path.suffix])
 
 
 def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> AbstractContextManager[None]:
@@ -149,16 +213,24 @@ def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> Abs
 
 def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     """Makes pictures with the coefficients and without, and the sheet that compares them; returns the sheet."""
-    pipe = load_pipeline(args, args.device or PartialState().device)
+    state = processes()
+    if state.num_processes > 1:
+        raise PromptsError(
+            f"--prompt makes its pictures on one process, and here are {state.num_processes}: start it with python, "
+            "or give --prompts_file, whose pictures are shared out"
+        )
+    files = coeff_files(args.coeff_weights, args.weight_name)
+    pipe = load_pipeline(args, files, args.device or state.device)
     seeds = range(args.seed, args.seed + args.num_images_per_prompt)
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):
         base = generate(pipe, args.prompt, seeds, **options)
     for kind, pictures in (("base", base), ("tuned", tuned)):
         for (prompt, seed), picture in pictures.items():
-            picture.save(args.output_dir / f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png")
+            name = f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png"
+            write_picture(picture, args.output_dir / name)
     path = args.output_dir / "sheet.png"
-    compare([("without coefficients", base), ("with coefficients", tuned)]).save(path)
+    write_picture(compare([("without coefficients", base), ("with coefficients", tuned)]), path)
     print(f"wrote {path} and {len(base) + len(tuned)} single pictures")
     return path
 
@@ -193,6 +265,18 @@ def named_paths(flag: str, values: Sequence[str]) -> dict[str, str]:
     return dict(pairs)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {number}")
+        return number
+
+    return whole_number
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -210,15 +294,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
     what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
-    parser.add_argument("--num_images_per_prompt", type=int, help="2 of --prompt, 1 of --prompts_file by default")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures at a time, of --prompts_file")
-    parser.add_argument("--overwrite", action="store_true", help="make pictures again that are there already")
-    parser.add_argument("--num_inference_steps", type=int, help="the pipeline's own default if not given")
+    parser.add_argument(
+        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), help="pictures at a time, of --prompts_file; 1 by default")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make pictures of --prompts_file again that are there"
+    )
+    parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
-    parser.add_argument("--height", type=int, help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--width", type=int, help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
+    parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first picture of each prompt")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
@@ -229,6 +317,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.prompt and len(args.coeff_weights) > 1:
         parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
+    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
+    if args.prompt and given:
+        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its pictures anew, one at a time")
+    args.batch_size = args.batch_size or 1
     if args.num_images_per_prompt is None:
         args.num_images_per_prompt = 2 if args.prompt else 1
     return args

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ NAME_BYTES = 200  # of 255 that file systems allow, with room for what a file is
 
 class PromptsError(ValueError):
     """What was given cannot be used. The command line shows the message alone."""
+
+
+@contextmanager
+def value_of(flag: str) -> Iterator[None]:
+    """What is said of the value of this flag, as a PromptsError that names the flag."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise PromptsError(f"{flag}: {error}") from error
 
 
 @dataclass(frozen=True)

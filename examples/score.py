@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from generate import named_paths
+from generate import at_least, named_paths, processes
 from PIL import Image
-from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, write_whole
+from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, value_of, write_whole
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
@@ -37,7 +36,7 @@ Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    state = PartialState()
+    state = processes()
     pictures = [picture for picture, _ in read_manifest(args.pictures / MANIFEST).values()]
     references = {name: reference_pictures(Path(folder)) for name, folder in args.reference.items()}
     check(pictures, references, args.pictures)
@@ -78,13 +77,16 @@ def reference_pictures(folder: Path) -> list[Path]:
 
 
 def check(pictures: Sequence[Picture], references: dict[str, list[Path]], folder: Path) -> None:
-    """Raises PromptsError naming pictures that are missing, and coefficients without reference pictures."""
+    """Raises PromptsError naming pictures that are missing, and names that manifest or references alone have."""
     missing = [picture.file_name for picture in pictures if not (folder / picture.file_name).exists()]
     problems = [f"{name} is in the manifest and not in the folder" for name in missing]
     names = dict.fromkeys(picture.coeff for picture in pictures if picture.coeff is not None)
     if references:
         problems += [f"{name} has no reference pictures: --reference {name}=FOLDER" for name in names
                      if name not in references]  # fmt: skip
+    known = ", ".join(names) or "with the base model"
+    problems += [f"--reference {name}: no picture was made with coefficients of that name, only {known}"
+                 for name in references if name not in names]  # fmt: skip
     if problems:
         raise PromptsError(f"{folder} cannot be evaluated:\n  " + "\n  ".join(problems))
 
@@ -93,8 +95,10 @@ class Clip:
     """A CLIP model's picture and text encoder."""
 
     def __init__(self, name_or_path: str, device: Any) -> None:
-        self.model = CLIPModel.from_pretrained(name_or_path).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(name_or_path)
+        with value_of("--clip_model"):
+            self.model = CLIPModel.from_pretrained(name_or_path).eval()
+            self.processor = AutoProcessor.from_pretrained(name_or_path)
+        self.model.to(device)
 
     @torch.no_grad()
     def images(self, files: list[Path]) -> Tensor:
@@ -115,8 +119,10 @@ def vectors(features: Any) -> Tensor:
 
 def dino(name_or_path: str, device: Any) -> Encoder:
     """The first token of a vision transformer."""
-    model = AutoModel.from_pretrained(name_or_path).to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(name_or_path)
+    with value_of("--dino_model"):
+        model = AutoModel.from_pretrained(name_or_path).eval()
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    model.to(device)
 
     @torch.no_grad()
     def encode(files: list[Path]) -> Tensor:
@@ -127,10 +133,16 @@ def dino(name_or_path: str, device: Any) -> Encoder:
 
 
 def open_all(files: Sequence[Path]) -> list[Image.Image]:
-    pictures = []
+    """Raises PromptsError naming those that cannot be read as pictures."""
+    pictures, problems = [], []
     for file in files:
-        with Image.open(file) as picture:
-            pictures.append(upright_rgb(picture, "white"))
+        try:
+            with Image.open(file) as picture:
+                pictures.append(upright_rgb(picture, "white"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(f"{file}: {type(error).__name__}: {error}")
+    if problems:
+        raise PromptsError("these cannot be read as pictures:\n  " + "\n  ".join(problems))
     return pictures
 
 
@@ -177,7 +189,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
     parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     args = parser.parse_args(argv)
     try:

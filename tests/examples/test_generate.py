@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import demo
@@ -15,8 +18,9 @@ import pytest
 import score
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from prompts import PromptsError, read_manifest, read_prompts
+from prompts import Picture, PromptsError, read_manifest, read_prompts, write_manifest
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -68,6 +72,14 @@ def flags(weights: Path, prompts: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def sheet_flags(weights: Path, output: Path) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(demo.MODEL), "--coeff_weights", str(weights / "fox"),
+        "--prompt", "a sks fox face", "--num_images_per_prompt", "1", "--num_inference_steps", "1",
+        "--output_dir", str(output), "--device", "cpu",
+    ]  # fmt: skip
+
+
 def pixels(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
 
@@ -100,23 +112,13 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
     scoring = ["--clip_model", str(clip), "--dino_model", str(tiny_vit(tmp_path / "vit")), "--device", "cpu"]
     scoring += ["--reference", f"fox={references}", f"owl={references}"]
     expected = score.main(score.parse_args(["--pictures", str(tmp_path / "one"), *scoring]))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--cpu",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     for script, arguments in (
         (generate, flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
         (score, ["--pictures", str(tmp_path / "two"), *scoring]),
     ):
-        done = subprocess.run([*launch, script.__file__, *arguments], capture_output=True, text=True)
+        done = on_two_processes(script, arguments)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("wrote ") == 1  # or each took itself for the only one
     two = pixels(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:
@@ -125,6 +127,23 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
     assert found["mean"]["all"].keys() == {"clip_t", "clip_i", "dino", "pictures"}
     for row, other in zip(found["pictures"], expected["pictures"]):
         assert row == pytest.approx(other, abs=1e-5)  # float32 in batches of other sizes
+
+
+def on_two_processes(script: ModuleType, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    config = Path(__file__).parents[2] / "training" / "configs" / "multi_gpu.yaml"  # --cpu starts one process
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file", str(config),
+        "--mixed_precision", "no", "--main_process_port", "0", str(script.__file__),
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_sheet_is_not_made_by_two_processes_at_once(weights: Path, tmp_path: Path) -> None:
+    done = on_two_processes(generate, sheet_flags(weights, tmp_path / "sheet"))
+    assert done.returncode != 0
+    assert "error: --prompt makes its pictures on one process, and here are 2: start" in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path, tmp_path: Path) -> None:
@@ -150,6 +169,43 @@ def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path
         file.write_bytes(trained)
 
 
+def test_pictures_of_another_file_in_the_folder_are_others(weights: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    for name, kept in (("fox", "first"), ("owl", "second")):
+        for adapter in ("fox", "owl"):
+            (folder / adapter).mkdir(parents=True, exist_ok=True)
+            shutil.copy(weights / name / "pytorch_coeff_weights.safetensors", folder / adapter / f"{kept}.safetensors")
+    output = tmp_path / "many"
+    make(folder, prompts, output, "--weight_name", "first.safetensors")
+    for _, made_with in read_manifest(output / "manifest.jsonl").values():
+        assert made_with["weight_name"] == {"fox": "first.safetensors", "owl": "first.safetensors"}
+    with pytest.raises(PromptsError, match="made of other prompts, settings or weights"):
+        make(folder, prompts, output, "--weight_name", "second.safetensors")
+    (folder / "fox" / "third.safetensors").write_bytes(b"no part of these pictures")
+    make(folder, prompts, output, "--weight_name", "first.safetensors")
+
+
+def test_weights_are_known_by_the_file_that_is_loaded(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = weights / "fox" / "pytorch_coeff_weights.safetensors"
+    kept = {("someone/fox", "fox.safetensors"), ("someone/lora", "pytorch_lora_weights.safetensors")}
+
+    def download(repository: str, filename: str, **_: Any) -> str:
+        if (repository, filename) not in kept:
+            raise LocalEntryNotFoundError("offline")
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert generate.coeff_files({"fox": "someone/fox"}, "fox.safetensors") == {"fox": file}
+    assert generate.lora_digest("someone/lora") == generate.digest([file])
+    assert generate.lora_digest("someone/other") is None
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"a LoRA")
+    assert generate.lora_digest(str(tmp_path)) == generate.digest([tmp_path / "pytorch_lora_weights.bin"])
+    with pytest.raises(PromptsError, match="--coeff_weights: 'someone/owl' is no file or folder here, .*offline"):
+        generate.coeff_files({"owl": "someone/owl"}, None)
+
+
 def test_the_manifest_holds_the_pictures_of_all_files_of_prompts(weights: Path, prompts: Path, tmp_path: Path) -> None:
     output, second = tmp_path / "many", tmp_path / "second.jsonl"
     second.write_text('{"prompt": "a pig face", "coeff": null, "file_name": "pig.png"}')
@@ -165,7 +221,7 @@ def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
 ) -> None:
     before = make(weights, prompts, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "load_pipeline", stop)
+        patched.setattr(generate, "write_picture", stop)
         with pytest.raises(KeyboardInterrupt):
             make(weights, prompts, tmp_path, "--overwrite", "--guidance_scale", "3")
     after = make(weights, prompts, tmp_path, "--guidance_scale", "3")
@@ -173,8 +229,75 @@ def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
     assert all(np.abs(before[name].astype(int) - after[name]).max() > 10 for name in before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ("--coeff_weights", "fox=/none/fox", "owl=/none/owl"),
+            "--coeff_weights: there is no file or folder /none/fox",
+        ),
+        (("--weight_name", "none.safetensors"), "--coeff_weights: there is no none.safetensors in .*fox; it holds"),
+        (("--lora_weights", "/none/lora"), "--lora_weights: .*'/none/lora'"),
+        (("--pretrained_model_name_or_path", "/none/model"), '--pretrained_model_name_or_path: .*"/none/model"'),
+        (("--height", "13", "--width", "13"), "divisible by 8 but are 13"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_an_overwrite_that_cannot_start_changes_nothing(
+    changes: tuple[str, ...], said: str, weights: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "many"
+    make(weights, prompts, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(ValueError, match=said) as info:
+        make(weights, prompts, output, "--overwrite", *changes)
+    assert isinstance(info.value, PromptsError) == said.startswith("--")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_sheet_s_pictures_are_written_whole_or_not_at_all(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image.Image, "save", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(generate.parse_args(sheet_flags(weights, tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def stop_halfway(_: Image.Image, target: Any, **options: Any) -> None:
+    with open(target, "wb") if isinstance(target, Path) else target as file:
+        file.write(b"half a picture")
+    raise KeyboardInterrupt
+
+
 def stop(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"),
+    [
+        ("--batch_size", "0", 1),
+        ("--num_images_per_prompt", "0", 1),
+        ("--num_inference_steps", "-2", 1),
+        ("--height", "0", 1),
+        ("--width", "-8", 1),
+        ("--seed", "-1", 0),
+    ],
+)
+def test_counts_that_are_too_small_are_refused_by_flag(
+    flag: str, value: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.parse_args(flags(tmp_path, tmp_path / "prompts.txt", tmp_path, flag, value))
+    assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
+
+
+def test_a_sheet_refuses_the_flags_of_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "a"]
+    with pytest.raises(SystemExit):
+        generate.parse_args([*sheet, "--batch_size", "2", "--overwrite"])
+    assert "--batch_size, --overwrite: of --prompts_file; --prompt makes all" in capsys.readouterr().err
 
 
 def test_every_bad_line_is_named(tmp_path: Path) -> None:
@@ -254,6 +377,20 @@ def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         score.parse_args([*flags, "--reference", "a", "b"])
     assert "--reference: each needs a name of its own (name=path), got default, default" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score.parse_args([*flags, "--batch_size", "0"])
+    assert "argument --batch_size: must be 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--clip_model", "--dino_model"])
+def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) -> None:
+    picture = Picture("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
+    write_manifest({"a.png": (picture, {})}, tmp_path / "manifest.jsonl")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
+    given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
+    with pytest.raises(PromptsError, match=f"{flag}: .*none"):
+        score.main(score.parse_args(["--pictures", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
 
 
 def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +417,13 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
         patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
         assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"] == rows
+    (tmp_path / "x" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "x" / "3.jpg").write_bytes((tmp_path / "x" / "1.png").read_bytes()[:60])
+    with pytest.raises(PromptsError, match=r"(?s)cannot be read as pictures:.*/2.png: .*/3.jpg: "):
+        score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))
     (folder / "b.png").unlink()
-    with pytest.raises(PromptsError, match=r"(?s)b.png is in the manifest.*x has no reference"):
+    surplus = "(?s)b.png is in the manifest.*x has no reference.*--reference y: .* coefficients of that name, only x"
+    with pytest.raises(PromptsError, match=surplus):
         score.main(score.parse_args([*flags, "--reference", f"y={tmp_path / 'x'}"]))
 
 
