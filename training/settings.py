@@ -360,7 +360,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         ),
         "0 or more": (
             lambda value: value >= 0,
-            "seed lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
+            "lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
             "lora_weight_decay adam_weight_decay_text_encoder validation_guidance_scale",
         ),
         "above 0": (
@@ -368,6 +368,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
+        "in [0, 2^32 - 1]": (lambda value: 0 <= value < 2**32, "seed"),  # what numpy takes
         "in [0, 1)": (
             lambda value: 0 <= value < 1,
             "coeff_dropout lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay",

@@ -166,7 +166,8 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
-        ({"seed": -1}, "--seed must be 0 or more, got -1"),
+        ({"seed": -1}, "--seed must be in [0, 2^32 - 1], got -1"),
+        ({"seed": 2**32}, "--seed must be in [0, 2^32 - 1], got 4294967296"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "--learning_rate must be above 0, got nan"),
         ({"learning_rate": float("inf")}, "--learning_rate must be above 0, got inf"),
