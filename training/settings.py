@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -364,7 +365,7 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "lora_weight_decay adam_weight_decay_text_encoder validation_guidance_scale",
         ),
         "above 0": (
-            lambda value: 0 < value < float("inf"),
+            lambda value: value > 0,
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
@@ -374,11 +375,13 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
             "coeff_dropout lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay",
         ),
     }
-    return [
-        f"--{name} must be {rule}, got {getattr(settings, name)}"
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    endless = [name for name, value in given.items() if isinstance(value, float) and not math.isfinite(value)]
+    return [f"--{name} must be a finite number, got {given[name]}" for name in endless] + [
+        f"--{name} must be {rule}, got {given[name]}"
         for rule, (holds, names) in ranges.items()
         for name in names.split()
-        if getattr(settings, name) is not None and not holds(getattr(settings, name))
+        if name in given and name not in endless and not holds(given[name])
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -169,8 +170,8 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed must be in [0, 2^32 - 1], got -1"),
         ({"seed": 2**32}, "--seed must be in [0, 2^32 - 1], got 4294967296"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate must be above 0, got nan"),
-        ({"learning_rate": float("inf")}, "--learning_rate must be above 0, got inf"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be a finite number, got nan"),
+        ({"learning_rate": float("inf")}, "--learning_rate must be a finite number, got inf"),
         ({"coeff_dropout": 1.0}, "--coeff_dropout must be in [0, 1), got 1.0"),
         ({"coeff_kinds": ("self", "croos")}, "--coeff_kinds must be of self, cross, joint, got croos"),
         ({"mixed_precision": "fp8"}, "--mixed_precision must be of no, fp16, bf16, got fp8"),
@@ -198,6 +199,19 @@ def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], problem: 
     assert lines[0] == "these settings cannot be used:"
     assert len(lines) == 2
     assert lines[1].startswith(f"  {problem}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_every_number_must_be_finite(value: str) -> None:
+    hints = typing.get_type_hints(DreamBoothSettings)
+    names = [name for name, hint in hints.items() if hint in (float, float | None)]
+    assert len(names) > 20
+    with pytest.raises(InputError) as error:
+        parsed(*(f"--{name}={value}" for name in names))
+    lines = str(error.value).splitlines()
+    for name in names:
+        assert f"  --{name} must be a finite number, got {value}" in lines
+    assert len([line for line in lines if "must be" in line]) == len(names)
 
 
 def test_all_problems_are_listed_at_once() -> None:
