@@ -305,7 +305,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
         _add_flag(parser, setting, hints[setting.name])
     given = vars(parser.parse_args(argv))
     config = given.pop("config", None)
-    values = _under(read_config(config, hints) if config else {}, given)
+    may_be_no = [setting.name for setting in fields(DreamBoothSettings) if "no" in (setting.metadata["choices"] or ())]
+    values = _under(read_config(config, hints, may_be_no) if config else {}, given)
     missing = [f"--{s.name}" for s in fields(DreamBoothSettings) if s.default is MISSING and s.name not in values]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")

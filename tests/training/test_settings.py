@@ -123,13 +123,15 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
     text = (
         "seed: 0\nlearning_rte: 1\ntrain_batch_size: '4'\nseed: 1\ncenter_crop: 1\nlearning_rate: high\n"
         "coeff_kinds: [self, 3]\ninstance_prompt:\nmax_train_steps: 1.5\nlora_rank: true\n"
-        "lr_power: true\n"
+        "lr_power: true\n? [class_prompt]\n: a dog\ninstance_data_dir: off\nvalidation_prompt: [a dog, no]\n"
+        f"mode_scale: {'9' * 400}\n"
     )
     with pytest.raises(InputError) as error:
         configured(tmp_path, text)
     assert str(error.value).splitlines() == [
         f"--config: {tmp_path / 'run.yaml'}:",
         "  seed: is given twice",
+        "  line 12: what stands before the colon must be text",
         "  learning_rte: is no setting",
         "  train_batch_size: must be a whole number, got '4'",
         "  center_crop: must be true or false, got 1",
@@ -139,6 +141,9 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
         "  max_train_steps: must be a whole number, got 1.5",
         "  lora_rank: must be a whole number, got True",
         "  lr_power: must be a number, got True",
+        "  instance_data_dir: must be text, got False; yes, no, on and off are text in quotes",
+        "  validation_prompt: must be text, got False; yes, no, on and off are text in quotes",
+        f"  mode_scale: must be a number, got {'9' * 400}",
     ]
 
 
@@ -147,6 +152,7 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
     [
         ("- seed: 0\n", "must be lines of 'setting: value'"),
         ("seed: [0\n", "cannot be read: while parsing"),
+        ("instance_prompt: 2020-13-45\n", "cannot be read: month must be in 1..12"),
         ("seed: !!python/object/apply:os.getcwd []\n", "cannot be read: could not determine a constructor"),
     ],
 )
