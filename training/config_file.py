@@ -59,7 +59,10 @@ def yaml_root(path: str | Path, setting: str) -> Iterator[tuple[yaml.SafeLoader,
 
 
 def given_twice(node: yaml.MappingNode) -> list[str]:
-    """A line for each key that is there several times, which YAML's own loader would hide."""
+    """A line for each key that is there several times, which YAML's own loader would hide.
+
+    The node must not have been loaded yet: loading adds keys that are merged in by `<<`.
+    """
     names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     return [f"{name}: is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
 
