@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError
+from settings import DreamBoothSettings, InputError, parse_settings
 from subjects import losses_by_subject, read_subject_pictures, read_subjects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_pipeline
@@ -208,6 +208,8 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
     results = train_all(**few, cache_latents=True, center_crop=True, report_to="tensorboard")
     assert [len(result.images) for result in results.values()] == [2, 0, 3]
+    for result in results.values():  # also of the cat, which has no prompt for the pictures
+        assert parse_settings(["--config", str(result.settings_file)]) == result.settings
     assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
     tags = EventAccumulator(str(file.parent / "out" / "logs" / "dreambooth")).Reload().Tags()
     asked = {tag.partition("/")[0] for tag in tags["images"]}
