@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def train_and_load(pipe: Any, args: argparse.Namespace, name: str, flags: list[str]) -> int:
     """Trains as the demo does, with further flags, and loads what came out; returns how many numbers were trained."""
     output = args.output_dir / name.replace(" ", "-")
-    run = argparse.Namespace(**{**vars(args), "output_dir": output})
+    changes = {"output_dir": output} | ({"learning_rate": None} if "--no_coeff" in flags else {})
+    run = argparse.Namespace(**{**vars(args), **changes})
     result = train_dreambooth.main([*demo.training_flags(run, args.output_dir / "instance_images"), *flags])
     assert result is not None
     if result.lora_file is not None:

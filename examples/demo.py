@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
-    """The flags of training/train_dreambooth.py; also what examples/compare_adapters.py trains with."""
+    """The flags of training/train_dreambooth.py, but for what is `None`; examples/compare_adapters.py has them too."""
     flags = {
         "pretrained_model_name_or_path": MODEL,
         "instance_data_dir": instance_dir,
@@ -75,7 +75,7 @@ def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
         "report_to": "none",
         "seed": args.seed,
     }
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
 
 
 def write_instance_images(subject: str, folder: Path) -> list[Image.Image]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,23 @@ def write_config(values: Mapping[str, Any]) -> str:
     return HEADER + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def read_config(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a file, of the types in `hints` (setting -> type).
+def read_config(path: str | Path, hints: Mapping[str, Any], may_be_no: Collection[str] = ()) -> dict[str, Any]:
+    """The values of a file.
+
+    Args:
+        path: the file.
+        hints: setting -> type.
+        may_be_no: the settings of which "no" is a choice: it is false in YAML.
 
     Raises:
         InputError: if the file cannot be read, or has keys that are unknown or given twice, or values of another type;
             all of them are listed.
     """
-    entries = _entries(path)
-    names = [name for name, _ in entries]
-    problems = [f"{name}: is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    entries, problems = _entries(path)
     values = {}
     for name, value in entries:
         try:
-            values[name] = _as_type(value, hints[name])
+            values[name] = _as_type("no" if value is False and name in may_be_no else value, hints[name])
         except KeyError:
             problems.append(f"{name}: is no setting")
         except TypeError as error:
@@ -42,18 +46,41 @@ def read_config(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _entries(path: str | Path) -> list[tuple[str, Any]]:
-    """Keys and values in their order; a key that is there twice stays so, which `yaml.safe_load` would hide."""
+@contextmanager
+def yaml_root(path: str | Path, setting: str) -> Iterator[tuple[yaml.SafeLoader, yaml.Node | None]]:
+    """A file's loader and its root, `None` of an empty one; what YAML does not understand within is an InputError."""
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
-        node = loader.get_single_node()
+        yield loader, loader.get_single_node()
+    except InputError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, or a day such as 2020-13-45
+        raise InputError(f"--{setting}: {path} cannot be read: {error}") from error
+
+
+def given_twice(node: yaml.MappingNode) -> list[str]:
+    """A line for each key that is there several times, which YAML's own loader would hide.
+
+    The node must not have been loaded yet: loading adds keys that are merged in by `<<`.
+    """
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    return [f"{name}: is given twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def _entries(path: str | Path) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Keys and values in their order, and what is wrong with the keys."""
+    with yaml_root(path, "config") as (loader, node):
         if node is None:
-            return []
+            return [], []
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"--config: {path} must be lines of 'setting: value'")
-        return [(key.value, loader.construct_object(value, deep=True)) for key, value in node.value]
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config: {path} cannot be read: {error}") from error
+        problems, entries = given_twice(node), []
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                entries.append((key.value, loader.construct_object(value, deep=True)))
+            else:
+                problems.append(f"line {key.start_mark.line + 1}: what stands before the colon must be text")
+        return entries, problems
 
 
 def _as_type(value: Any, hint: Any) -> Any:
@@ -65,13 +92,12 @@ def _as_type(value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         return tuple(_as_type(each, kind) for each in (value if isinstance(value, list) else [value]))
-    if hint is str and value is False:  # `mixed_precision: no` is false in YAML
-        return "no"
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)  # 1e-4 is text in YAML, which wants 1.0e-4
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(value) is not hint:
-        raise TypeError(f"must be {KINDS[hint]}, got {value!r}")
+        quoted = "; yes, no, on and off are text in quotes" if hint is str and isinstance(value, bool) else ""
+        raise TypeError(f"must be {KINDS[hint]}, got {value!r}{quoted}")
     return value

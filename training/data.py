@@ -24,12 +24,22 @@ from torch.utils.data import Dataset
 def upright_rgb(image: Image.Image, background: str) -> Image.Image:
     """Turned as its EXIF entry says, and in RGB. What is transparent shows the background's colour."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
     if not image.mode.endswith("A") and "transparency" not in image.info:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of a grey picture with 16, which Pillow's own conversion cuts off at 255; with alpha, if one grey is clear."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        grey.putalpha(Image.fromarray(opaque))
+    return grey
 
 
 def cover(height: int, width: int, size: Size) -> Size:

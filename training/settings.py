@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -31,6 +32,17 @@ EXCLUSIVE = {
     "validation_steps": "validation_epochs",
     "validation_epochs": "validation_steps",
 }
+# A run's config.yaml may hold these without a use: rates that it scaled, numbers of pictures for a subject that has no
+# prompt. So they are questioned on the command line alone.
+FILLED_IN = (
+    *RATES,
+    "resolution",
+    "num_validation_images",
+    "validation_steps",
+    "validation_epochs",
+    "validation_num_inference_steps",
+    "validation_guidance_scale",
+)
 ALIASES = {"lora_rank": "rank"}  # diffusers' name, which is also accepted
 
 
@@ -188,8 +200,8 @@ class DreamBoothSettings:
     scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
     lr_scheduler: str = flag("How the learning rates change over the run.", "constant", LR_SCHEDULERS)
     lr_warmup_steps: int = flag("Optimizer steps in which the learning rates rise from 0.", 0)
-    lr_num_cycles: int = flag("Restarts of cosine_with_restarts.", 1)
-    lr_power: float = flag("Power of polynomial.", 1.0)
+    lr_num_cycles: int = flag("Restarts of --lr_scheduler cosine_with_restarts.", 1)
+    lr_power: float = flag("Power of --lr_scheduler polynomial.", 1.0)
     adam_beta1: float = flag("AdamW's decay of the gradient's mean.", 0.9)
     adam_beta2: float = flag("AdamW's decay of the gradient's square.", 0.999)
     adam_weight_decay: float = flag("AdamW's weight decay of the coefficients.", 0.0)
@@ -275,11 +287,11 @@ class DreamBoothSettings:
             *_range_problems(self),
             *_choice_problems(self),
             *_combination_problems(self),
+            *_idle_problems(self, {setting.name for setting in fields(self)} - set(FILLED_IN)),
             *_optimizer_problems(self),
             *_hub_problems(self),
         ]
-        if problems:
-            raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
+        _raise_if(problems)
 
     def to_yaml(self) -> str:
         """The file that `--config` reads."""
@@ -304,11 +316,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
         _add_flag(parser, setting, hints[setting.name])
     given = vars(parser.parse_args(argv))
     config = given.pop("config", None)
-    values = _under(read_config(config, hints) if config else {}, given)
+    may_be_no = [setting.name for setting in fields(DreamBoothSettings) if "no" in (setting.metadata["choices"] or ())]
+    values = _under(read_config(config, hints, may_be_no) if config else {}, given)
     missing = [f"--{s.name}" for s in fields(DreamBoothSettings) if s.default is MISSING and s.name not in values]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return DreamBoothSettings(**values)
+    settings = DreamBoothSettings(**values)
+    _raise_if(_idle_problems(settings, set(FILLED_IN) & set(given)))
+    return settings
 
 
 def _under(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -348,6 +363,11 @@ def _add_flag(parser: argparse.ArgumentParser, setting: Field[Any], hint: Any) -
     )
 
 
+def _raise_if(problems: Sequence[str]) -> None:
+    if problems:
+        raise InputError("these settings cannot be used:\n  " + "\n  ".join(problems))
+
+
 def _range_problems(settings: DreamBoothSettings) -> list[str]:
     """Numbers out of range, a line each. `None` means "not given" and is in range."""
     ranges = {
@@ -360,24 +380,27 @@ def _range_problems(settings: DreamBoothSettings) -> list[str]:
         ),
         "0 or more": (
             lambda value: value >= 0,
-            "seed lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
+            "lora_rank prior_loss_weight dataloader_num_workers lr_warmup_steps adam_weight_decay "
             "lora_weight_decay adam_weight_decay_text_encoder validation_guidance_scale",
         ),
         "above 0": (
-            lambda value: 0 < value < float("inf"),
+            lambda value: value > 0,
             "lora_alpha learning_rate lora_learning_rate text_encoder_lr text_encoder_lora_lr lr_power adam_epsilon "
             "max_grad_norm snr_gamma logit_std",
         ),
+        "in [0, 2^32 - 1]": (lambda value: 0 <= value < 2**32, "seed"),  # what numpy takes
         "in [0, 1)": (
             lambda value: 0 <= value < 1,
             "coeff_dropout lora_dropout caption_dropout adam_beta1 adam_beta2 prodigy_beta3 ema_decay",
         ),
     }
-    return [
-        f"--{name} must be {rule}, got {getattr(settings, name)}"
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    endless = [name for name, value in given.items() if isinstance(value, float) and not math.isfinite(value)]
+    return [f"--{name} must be a finite number, got {given[name]}" for name in endless] + [
+        f"--{name} must be {rule}, got {given[name]}"
         for rule, (holds, names) in ranges.items()
         for name in names.split()
-        if getattr(settings, name) is not None and not holds(getattr(settings, name))
+        if name in given and name not in endless and not holds(given[name])
     ]
 
 
@@ -417,9 +440,6 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
         defaults = _default_rates(settings)
         names = ("text_encoder_lr", "text_encoder_lora_lr")
         problems += [f"--{n} needs --train_text_encoder" for n in names if getattr(settings, n) != defaults[n]]
-    for name in ("lora_alpha", "lora_dropout", "lora_layers", "use_dora"):
-        if getattr(settings, name) and not settings.lora_rank:
-            problems.append(f"--{name} needs a --lora_rank of 1 or more")
     if settings.max_train_steps is not None and settings.num_train_epochs is not None:
         problems.append("--max_train_steps and --num_train_epochs exclude each other")
     if settings.validation_steps is not None and settings.validation_epochs is not None:
@@ -429,6 +449,53 @@ def _combination_problems(settings: DreamBoothSettings) -> list[str]:
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
     return problems + _source_problems(settings) + _folder_problems(settings)
+
+
+def _idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[str]:
+    """Those of the names that have another value than by default, and no effect beside the other settings."""
+    s = settings
+    no_coefficients = "is of the coefficients, which --no_coeff leaves out"
+    shown = s.validation_prompt or s.final_validation_prompt or s.subjects
+    uses = {
+        "coeff_kinds coeff_include coeff_exclude coeff_dropout": (s.coeff, no_coefficients),
+        "adam_weight_decay": (s.coeff, f"{no_coefficients}: use --lora_weight_decay"),
+        "learning_rate": (s.coeff or s.optimizer == "prodigy", f"{no_coefficients}: use --lora_learning_rate"),
+        "text_encoder_lr": (s.coeff, f"{no_coefficients}: use --text_encoder_lora_lr"),
+        "lora_alpha lora_dropout lora_layers use_dora lora_learning_rate lora_weight_decay text_encoder_lora_lr": (
+            s.lora_rank,
+            "needs a --lora_rank of 1 or more",
+        ),
+        "adam_weight_decay_text_encoder": (
+            s.train_text_encoder and s.lora_rank,
+            "needs --train_text_encoder and a --lora_rank of 1 or more",
+        ),
+        "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
+        "ema_decay": (s.use_ema, "needs --use_ema"),
+        "lr_num_cycles": (s.lr_scheduler == "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),
+        "lr_power": (s.lr_scheduler == "polynomial", "needs --lr_scheduler polynomial"),
+        "logit_mean logit_std": (s.weighting_scheme == "logit_normal", "needs --weighting_scheme logit_normal"),
+        "mode_scale": (s.weighting_scheme == "mode", "needs --weighting_scheme mode"),
+        "center_crop": (
+            not s.aspect_ratio_buckets,
+            "has no effect beside --aspect_ratio_buckets, which always crop at the centre",
+        ),
+        "resolution": (
+            not s.aspect_ratio_buckets or s.with_prior_preservation or shown,
+            "has no effect beside --aspect_ratio_buckets, but on class and validation pictures",
+        ),
+        "validation_steps validation_epochs": (s.validation_prompt or s.subjects, "needs a --validation_prompt"),
+        "num_validation_images validation_num_inference_steps validation_guidance_scale": (
+            shown,
+            "needs a --validation_prompt or --final_validation_prompt",
+        ),
+    }
+    defaults = {setting.name: setting.default for setting in fields(settings)} | _default_rates(settings)
+    return [
+        f"--{name} {reason}"
+        for together, (used, reason) in uses.items()
+        for name in together.split()
+        if not used and name in names and getattr(settings, name) != defaults[name]
+    ]
 
 
 def _source_problems(settings: DreamBoothSettings) -> list[str]:

@@ -44,7 +44,7 @@ def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]],
     """Reads each source (name, prompt, read) once, to the end.
 
     Raises:
-        InputError: if some cannot be read as pictures, which are named.
+        InputError: if some cannot be read as pictures, or their numbers not as colours; they are named.
     """
     pictures, problems = [], []
     for name, prompt, read in sources:
@@ -54,12 +54,26 @@ def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]],
                 upright = ImageOps.exif_transpose(image)
                 shape = str((upright.mode, upright.size, upright.getpalette())).encode()
                 digest = hashlib.sha256(shape + upright.tobytes()).hexdigest()
+            if problem := _range_problem(upright):
+                problems.append(f"{name}: {problem}")
             pictures.append(Picture(name, prompt, read, upright.height, upright.width, digest))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{name}: {type(error).__name__}: {error}")
     if problems:
         raise InputError(f"--{setting}: these cannot be read as pictures:\n  " + "\n  ".join(problems))
     return pictures
+
+
+def _range_problem(image: Image.Image) -> str | None:
+    """Why it cannot be told which numbers are black and white; of 8 and 16 bits it can."""
+    what = None
+    if image.mode == "F":
+        what = "mode F has numbers of any range"
+    elif image.mode == "I":
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            what = f"mode I has numbers from {low} to {high} here, beyond 16 bits"
+    return what and f"{what}, so that black and white are unknown: save it as an 8- or 16-bit PNG"
 
 
 def file_pictures(prompts: dict[Path, str], setting: str) -> list[Picture]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from checkpoints import NAME as CHECKPOINT
 from class_images import check_class_folder
+from config_file import given_twice, yaml_root
 from data import Cut, DreamBoothDataset, Example, collate
 from errors import InputError
 from families import Family
@@ -77,13 +78,16 @@ def read_subjects(path: str | Path) -> list[Subject]:
     Raises:
         InputError: if the file cannot be read or used; everything that is wrong with it is listed.
     """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise InputError(f"--subjects: {path} cannot be read: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"--subjects: {path} must be a list of subjects, each with name, images and prompt")
-    problems = [f"subject {n}: {problem}" for n, entry in enumerate(entries, 1) for problem in _entry_problems(entry)]
+    with yaml_root(path, "subjects") as (loader, root):
+        if not isinstance(root, yaml.SequenceNode) or not root.value:
+            raise InputError(f"--subjects: {path} must be a list of subjects, each with name, images and prompt")
+        twice = [given_twice(node) if isinstance(node, yaml.MappingNode) else [] for node in root.value]
+        entries = loader.construct_document(root)
+    problems = [
+        f"subject {n}: {problem}"
+        for n, (keys, entry) in enumerate(zip(twice, entries), 1)
+        for problem in keys + _entry_problems(entry)
+    ]
     names = [str(entry.get("name")).lower() for entry in entries if isinstance(entry, dict)]
     problems += [f"{name}: several have this name" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
@@ -146,10 +150,22 @@ def check_subjects(subjects: Sequence[Subject], settings: DreamBoothSettings, mo
         raise InputError(f"--subjects: {settings.subjects}:\n  " + "\n  ".join(problems))
 
 
+def _reserved_names(settings: DreamBoothSettings) -> dict[str, str]:
+    """What a run writes itself in the output folder: name in lower case -> what it is."""
+    output_dir = Path(settings.output_dir).resolve()
+    logging_dir = (output_dir / settings.logging_dir).resolve()
+    reserved = {"validation": "the validation pictures"}
+    if logging_dir != output_dir and logging_dir.is_relative_to(output_dir):
+        reserved[logging_dir.relative_to(output_dir).parts[0].lower()] = "the log (--logging_dir)"
+    return reserved
+
+
 def read_subject_pictures(subjects: Sequence[Subject], settings: DreamBoothSettings) -> dict[str, list[Picture]]:
-    """Subject -> its pictures; raises InputError with what is wrong with each."""
-    pictures, problems = {}, []
+    """Subject -> its pictures; raises InputError with what is wrong with each, or with its name."""
+    pictures, problems, reserved = {}, [], _reserved_names(settings)
     for subject in subjects:
+        if use := reserved.get(subject.name.lower()):
+            problems.append(f"{subject.name}: this folder of the output folder is for {use}; choose another name")
         try:
             alone = subject.alone(settings)
             if settings.with_prior_preservation:

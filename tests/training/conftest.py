@@ -44,7 +44,7 @@ def argv(base: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[str]]
             "output_dir": tmp_path / "out",
             "max_train_steps": 3,
             "train_batch_size": 2,
-            "learning_rate": 0.05,
+            "learning_rate": None if changes.get("no_coeff") else 0.05,
             "seed": 0,
             "report_to": "none",
             **changes,

@@ -163,8 +163,9 @@ def test_pictures_after_training_may_be_left_out(train: Train, tmp_path: Path) -
 
 
 def test_validation_epochs_are_passes_over_the_pictures(train: Train, argv: Argv) -> None:
+    flags = {"validation_prompt": "a fox", "num_validation_images": 1, "validation_num_inference_steps": 1}
     # 3 pictures x 2 / a batch of 2
-    assert train(validation_epochs=2, max_train_steps=1).settings.validation_steps == 3
+    assert train(**flags, validation_epochs=2, max_train_steps=1).settings.validation_steps == 3
     with pytest.raises(InputError, match="--validation_steps and --validation_epochs exclude each other"):
         parse_settings(argv(validation_epochs=2, validation_steps=1))
     with pytest.raises(InputError, match="--final_validation_prompt and --skip_final_inference exclude each other"):

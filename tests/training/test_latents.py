@@ -220,9 +220,7 @@ def test_training_with_cached_latents_holds_the_decoder_for_validation_alone(
     result = train(
         instance_data_dir=tmp_path / "subject",
         cache_latents=True,
-        final_validation_prompt=prompts,
-        num_validation_images=1,
-        validation_num_inference_steps=1,
+        **({"final_validation_prompt": prompts, "num_validation_images": 1} if prompts else {}),
     )
     assert held == [["decoder"] if prompts else []] * 3
     assert len(result.images) == (2 if prompts else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -43,12 +44,12 @@ def test_the_flags_defaults_are_the_dataclasses() -> None:
 
 
 def test_flags_take_the_fields_types() -> None:
-    flags = "--no_coeff --lora_rank 4 --coeff_kinds self cross --center_crop --seed 0".split()  # noqa: SIM905
+    flags = "--no_random_flip --lora_rank 4 --coeff_kinds self cross --center_crop --seed 0".split()  # noqa: SIM905
     found = parsed(*flags, "--coeff_dropout", "0.2", "--validation_prompt", "a dog", "two dogs", "--lora_alpha", "8")
     assert found == settings(
         seed=0,
         coeff_dropout=0.2,
-        coeff=False,
+        random_flip=False,
         lora_rank=4,
         coeff_kinds=("self", "cross"),
         center_crop=True,
@@ -112,9 +113,11 @@ def test_epochs_on_the_command_line_take_the_place_of_the_files_steps(tmp_path: 
 
 def test_values_as_people_write_them_are_understood(tmp_path: Path) -> None:
     required = "".join(f"{name}: {value}\n" for name, value in REQUIRED.items())
-    text = "learning_rate: 1e-4\nmixed_precision: no\nvalidation_prompt: a dog\nlr_power: 2\nreport_to: none\n"
+    text = (
+        "learning_rate: 1e-4\nmixed_precision: no\nvalidation_prompt: a dog\nadam_weight_decay: 2\nreport_to: none\n"
+    )
     assert configured(tmp_path, required + text) == settings(
-        learning_rate=1e-4, mixed_precision="no", validation_prompt=("a dog",), lr_power=2.0, report_to="none"
+        learning_rate=1e-4, mixed_precision="no", validation_prompt=("a dog",), adam_weight_decay=2.0, report_to="none"
     )
 
 
@@ -122,13 +125,15 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
     text = (
         "seed: 0\nlearning_rte: 1\ntrain_batch_size: '4'\nseed: 1\ncenter_crop: 1\nlearning_rate: high\n"
         "coeff_kinds: [self, 3]\ninstance_prompt:\nmax_train_steps: 1.5\nlora_rank: true\n"
-        "lr_power: true\n"
+        "lr_power: true\n? [class_prompt]\n: a dog\ninstance_data_dir: off\nvalidation_prompt: [a dog, no]\n"
+        f"mode_scale: {'9' * 400}\n"
     )
     with pytest.raises(InputError) as error:
         configured(tmp_path, text)
     assert str(error.value).splitlines() == [
         f"--config: {tmp_path / 'run.yaml'}:",
         "  seed: is given twice",
+        "  line 12: what stands before the colon must be text",
         "  learning_rte: is no setting",
         "  train_batch_size: must be a whole number, got '4'",
         "  center_crop: must be true or false, got 1",
@@ -138,6 +143,9 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
         "  max_train_steps: must be a whole number, got 1.5",
         "  lora_rank: must be a whole number, got True",
         "  lr_power: must be a number, got True",
+        "  instance_data_dir: must be text, got False; yes, no, on and off are text in quotes",
+        "  validation_prompt: must be text, got False; yes, no, on and off are text in quotes",
+        f"  mode_scale: must be a number, got {'9' * 400}",
     ]
 
 
@@ -146,6 +154,7 @@ def test_all_that_is_wrong_with_a_file_is_listed_with_file_and_key(tmp_path: Pat
     [
         ("- seed: 0\n", "must be lines of 'setting: value'"),
         ("seed: [0\n", "cannot be read: while parsing"),
+        ("instance_prompt: 2020-13-45\n", "cannot be read: month must be in 1..12"),
         ("seed: !!python/object/apply:os.getcwd []\n", "cannot be read: could not determine a constructor"),
     ],
 )
@@ -166,10 +175,11 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     ("changes", "problem"),
     [
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
-        ({"seed": -1}, "--seed must be 0 or more, got -1"),
+        ({"seed": -1}, "--seed must be in [0, 2^32 - 1], got -1"),
+        ({"seed": 2**32}, "--seed must be in [0, 2^32 - 1], got 4294967296"),
         ({"learning_rate": 0.0}, "--learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate must be above 0, got nan"),
-        ({"learning_rate": float("inf")}, "--learning_rate must be above 0, got inf"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be a finite number, got nan"),
+        ({"learning_rate": float("inf")}, "--learning_rate must be a finite number, got inf"),
         ({"coeff_dropout": 1.0}, "--coeff_dropout must be in [0, 1), got 1.0"),
         ({"coeff_kinds": ("self", "croos")}, "--coeff_kinds must be of self, cross, joint, got croos"),
         ({"mixed_precision": "fp8"}, "--mixed_precision must be of no, fp16, bf16, got fp8"),
@@ -197,6 +207,135 @@ def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], problem: 
     assert lines[0] == "these settings cannot be used:"
     assert len(lines) == 2
     assert lines[1].startswith(f"  {problem}")
+
+
+LORA_ALONE = {"coeff": False, "lora_rank": 4}
+BUCKETS = {"aspect_ratio_buckets": "16,24"}
+
+
+@pytest.mark.parametrize(
+    ("idle", "problem", "beside", "way_out"),
+    [
+        ({"coeff_dropout": 0.1}, "is of the coefficients, which --no_coeff leaves out", LORA_ALONE, {"coeff": True}),
+        ({"coeff_kinds": ("self",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
+        ({"coeff_include": ("attn1",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
+        ({"coeff_exclude": ("attn1",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
+        ({"adam_weight_decay": 0.1}, "is of .* leaves out: use --lora_weight_decay", LORA_ALONE, {"coeff": True}),
+        ({"lora_weight_decay": 0.1}, "needs a --lora_rank of 1 or more", {}, {"lora_rank": 4}),
+        (
+            {"adam_weight_decay_text_encoder": 0.1},
+            "needs --train_text_encoder and a --lora_rank of 1 or more",
+            {"train_text_encoder": True},
+            {"lora_rank": 4},
+        ),
+        ({"adam_weight_decay_text_encoder": 0.1}, "needs --train_", {"lora_rank": 4}, {"train_text_encoder": True}),
+        (
+            {"num_class_images": 7},
+            "needs --with_prior_preservation",
+            {},
+            {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"},
+        ),
+        (
+            {"prior_loss_weight": 0.5},
+            "needs --with_prior_preservation",
+            {},
+            {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a dog"},
+        ),
+        (
+            {"num_class_images": 7},
+            "needs --with_prior_preservation",
+            {"subjects": "a.yaml", "instance_data_dir": None, "instance_prompt": ""},
+            {"with_prior_preservation": True},
+        ),
+        ({"ema_decay": 0.9}, "needs --use_ema", {}, {"use_ema": True}),
+        (
+            {"lr_num_cycles": 2},
+            "needs --lr_scheduler cosine_with_restarts",
+            {"lr_scheduler": "cosine"},
+            {"lr_scheduler": "cosine_with_restarts"},
+        ),
+        ({"lr_power": 2.0}, "needs --lr_scheduler polynomial", {}, {"lr_scheduler": "polynomial"}),
+        ({"logit_mean": 1.0}, "needs --weighting_scheme logit_normal", {}, {"weighting_scheme": "logit_normal"}),
+        ({"logit_std": 2.0}, "needs --weighting_scheme logit_normal", {}, {"weighting_scheme": "logit_normal"}),
+        ({"mode_scale": 1.0}, "needs --weighting_scheme mode", {}, {"weighting_scheme": "mode"}),
+        (
+            {"center_crop": True},
+            "has no effect beside --aspect_ratio_buckets, which always crop at the centre",
+            BUCKETS,
+            {"aspect_ratio_buckets": None},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused_with_what_it_needs(
+    idle: dict[str, Any], problem: str, beside: dict[str, Any], way_out: dict[str, Any]
+) -> None:
+    (name,) = idle
+    with pytest.raises(InputError, match=f"used:\n  --{name} {problem}[^\n]*$"):
+        settings(**beside | idle)
+    settings(**beside)
+    settings(**beside | idle | way_out)
+
+
+@pytest.mark.parametrize(
+    ("idle", "problem", "beside", "way_out"),
+    [
+        ("--learning_rate 0.1", "is of .*: use --lora_learning_rate", "--no_coeff --lora_rank 4", "--coeff"),
+        ("--learning_rate 0.5", "is of the coeff", "--no_coeff --lora_rank 4", "--optimizer prodigy"),
+        (
+            "--text_encoder_lr 0.1",
+            "is of .*: use --text_encoder_lora_lr",
+            "--no_coeff --lora_rank 4 --train_text_encoder",
+            "--coeff",
+        ),
+        ("--lora_learning_rate 0.1", "needs a --lora_rank of 1 or more", "", "--lora_rank 4"),
+        ("--text_encoder_lora_lr 0.1", "needs a --lora_rank", "--train_text_encoder", "--lora_rank 4"),
+        ("--resolution 64", "has no effect beside --as", "--aspect_ratio_buckets 16,24", "--validation_prompt a"),
+        ("--validation_steps 7", "needs a --validation_prompt$", "", "--validation_prompt a"),
+        (
+            "--validation_steps 7",
+            "needs a --validation_prompt$",
+            "--final_validation_prompt a",
+            "--validation_prompt a",
+        ),
+        ("--validation_epochs 7", "needs a --validation_prompt$", "", "--validation_prompt a"),
+        (
+            "--num_validation_images 7",
+            "needs a --validation_prompt or --final_validation_prompt",
+            "",
+            "--final_validation_prompt a",
+        ),
+        ("--validation_num_inference_steps 7", "needs a --validation_prompt or", "", "--validation_prompt a"),
+        ("--validation_guidance_scale 7", "needs a --validation_prompt or", "", "--validation_prompt a"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_on_the_command_line_and_read_from_a_runs_own_file(
+    tmp_path: Path, idle: str, problem: str, beside: str, way_out: str
+) -> None:
+    name, value = idle.split()
+    with pytest.raises(InputError, match=f"used:\n  {name} {problem}[^\n]*$"):
+        parsed(*beside.split(), *idle.split())
+    parsed(*beside.split(), *idle.split(), *way_out.split())
+    text = parsed(*beside.split()).to_yaml().splitlines()
+    filled_in = "".join(f"{line}\n" for line in text if not line.startswith(f"{name[2:]}:")) + f"{name[2:]}: {value}\n"
+    assert getattr(configured(tmp_path, filled_in), name[2:]) == float(value)
+
+
+def test_pictures_of_subjects_are_asked_for_in_their_file() -> None:
+    flags = "--pretrained_model_name_or_path model --subjects a.yaml --num_validation_images 2 --validation_steps 3"
+    assert parse_settings(flags.split()).validation_steps == 3
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_every_number_must_be_finite(value: str) -> None:
+    hints = typing.get_type_hints(DreamBoothSettings)
+    names = [name for name, hint in hints.items() if hint in (float, float | None)]
+    assert len(names) > 20
+    with pytest.raises(InputError) as error:
+        parsed(*(f"--{name}={value}" for name in names))
+    lines = str(error.value).splitlines()
+    for name in names:
+        assert f"  --{name} must be a finite number, got {value}" in lines
+    assert len([line for line in lines if "must be" in line]) == len(names)
 
 
 def test_all_problems_are_listed_at_once() -> None:

@@ -131,6 +131,19 @@ def test_every_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     assert str(whole) not in str(error.value)
 
 
+def test_numbers_that_cannot_be_told_as_colours_are_named(tmp_path: Path) -> None:
+    values = {"float": np.float32([[0.0, 1.0]]), "fits": np.int32([[0, 65535]]), "large": np.int32([[-1, 70000]])}
+    for name, array in values.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.tif")
+    with pytest.raises(InputError, match="--instance_data_dir: these cannot be read as pictures") as error:
+        folder_pictures(tmp_path, "instance_data_dir", "a sks fox")
+    way_out = "so that black and white are unknown: save it as an 8- or 16-bit PNG"
+    assert str(error.value).splitlines()[1:] == [
+        f"  {tmp_path / 'float.tif'}: mode F has numbers of any range, {way_out}",
+        f"  {tmp_path / 'large.tif'}: mode I has numbers from -1 to 70000 here, beyond 16 bits, {way_out}",
+    ]
+
+
 def test_a_missing_an_empty_and_a_false_folder_are_told_apart(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()

@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError
-from subjects import losses_by_subject, read_subjects
+from settings import DreamBoothSettings, InputError, parse_settings
+from subjects import losses_by_subject, read_subject_pictures, read_subjects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_pipeline
 from torch import Tensor
@@ -208,6 +208,8 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
     results = train_all(**few, cache_latents=True, center_crop=True, report_to="tensorboard")
     assert [len(result.images) for result in results.values()] == [2, 0, 3]
+    for result in results.values():  # also of the cat, which has no prompt for the pictures
+        assert parse_settings(["--config", str(result.settings_file)]) == result.settings
     assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
     tags = EventAccumulator(str(file.parent / "out" / "logs" / "dreambooth")).Reload().Tags()
     asked = {tag.partition("/")[0] for tag in tags["images"]}
@@ -271,6 +273,49 @@ def test_everything_that_is_wrong_with_the_file_is_listed(tmp_path: Path) -> Non
     ]
 
 
+def test_keys_that_are_given_twice_are_told(tmp_path: Path) -> None:
+    entry = "{name: fox, images: in, prompt: a}"
+    twice = "name: cat\n  images: in\n  prompt: a\n  prompt: b\n  name: dog"
+    (tmp_path / "subjects.yaml").write_text(f"- {entry}\n- {twice}\n")
+    with pytest.raises(InputError) as error:
+        read_subjects(tmp_path / "subjects.yaml")
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "subject 2: name: is given twice",
+        "subject 2: prompt: is given twice",
+    ]
+
+
+def test_subjects_may_share_what_yaml_merges(tmp_path: Path) -> None:
+    first = "- &fox {name: fox, images: in, prompt: a}\n"
+    (tmp_path / "subjects.yaml").write_text(f"{first}- {{<<: *fox, name: cat}}\n")
+    assert [(each.name, each.prompt) for each in read_subjects(tmp_path / "subjects.yaml")] == [
+        ("fox", "a"),
+        ("cat", "a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "logging_dir", "use"),
+    [
+        ("logs", "logs", r"the log \(--logging_dir\)"),
+        ("Notes", "notes/2026", r"the log \(--logging_dir\)"),
+        ("validation", "/elsewhere", "the validation pictures"),
+        ("logs", "/elsewhere", None),
+    ],
+)
+def test_a_subject_must_not_share_a_folder_with_the_runs_own_files(
+    file: Path, tmp_path: Path, name: str, logging_dir: str, use: str | None
+) -> None:
+    (entry, *_) = yaml.safe_load(file.read_text())
+    subjects = read_subjects(written(file, [entry | {"name": name}]))
+    settings = DreamBoothSettings("base", subjects=str(file), output_dir=str(tmp_path), logging_dir=logging_dir)
+    if use is None:
+        assert list(read_subject_pictures(subjects, settings)) == [name]
+        return
+    with pytest.raises(InputError, match=f"--subjects: {name}: this folder .* is for {use}; choose another name"):
+        read_subject_pictures(subjects, settings)
+
+
 def test_class_pictures_are_of_one_class_and_of_no_subject(tmp_path: Path) -> None:
     folders = {"fox": ("in", "of-foxes"), "cat": ("of-foxes", "same"), "dog": ("here", "same")}
     entries = [
@@ -292,7 +337,7 @@ def test_each_subject_needs_a_class_where_class_pictures_are_asked_for(
         train_all(with_prior_preservation=True)
 
 
-@pytest.mark.parametrize("text", [None, "", "name: fox", "- [", "[]"])
+@pytest.mark.parametrize("text", [None, "", "name: fox", "- [", "[]", "- name: 2020-13-45"])
 def test_a_file_that_is_no_list_of_subjects_is_told(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "subjects.yaml").write_text(text)

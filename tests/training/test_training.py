@@ -385,6 +385,25 @@ def test_scale_lr_multiplies_both_rates_by_the_pictures_of_a_step(train: Train) 
     assert result.settings.lora_learning_rate == pytest.approx(6e-4)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"scale_lr": True, "gradient_accumulation_steps": 3},
+        {"scale_lr": True, "lora_rank": 1, "no_coeff": True},
+        {"scale_lr": True, "train_text_encoder": True},
+        {"scale_lr": True, "train_text_encoder": True, "lora_rank": 1, "no_coeff": True},
+        {"learning_rate": 0.5, "optimizer": "prodigy", "lora_rank": 1, "no_coeff": True},
+        {"aspect_ratio_buckets": "16,24;24,16"},
+        {"final_validation_prompt": "a fox", "num_validation_images": 1, "validation_num_inference_steps": 1},
+        {"validation_prompt": "a fox", "validation_epochs": 3, "skip_final_inference": True},
+    ],
+)
+def test_the_file_that_a_run_writes_is_of_the_same_run(train: Train, flags: dict[str, Any]) -> None:
+    result = train(max_train_steps=1, **flags)
+    assert parse_settings(["--config", str(result.settings_file)]) == result.settings
+
+
 def test_epochs_are_passes_over_the_pictures(train: Train) -> None:
     assert len(train(max_train_steps=None, num_train_epochs=4).losses) == 6  # 3 pictures x 4 / a batch of 2
 
