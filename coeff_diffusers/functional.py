@@ -24,13 +24,12 @@ from .team import Member
 
 # Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. Each thread of a team, up to the
-# 16th, has nearly half of that where they share blocks, and 0.7 of it where each has its own, whose rows are fewer. An
-# accelerator must be filled: a block may take a 128th part of its memory; where that is not known, 2**25 float32 are
-# 128 MB. That is not measured.
+# 16th, has 0.6 of that. An accelerator must be filled: a block may take a 128th part of its memory; where that is not
+# known, 2**25 float32 are 128 MB. That is not measured.
 _BLOCK_ENTRIES_CPU = 6 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
 _BLOCK_MEMORY_SHARE = 1 / 128
-_TEAM_MIN_WORK = 2**29  # multiplications of queries by keys, some 15 ms of a core; see _threads
+_TEAM_MIN_WORK = 2**27  # multiplications of queries by keys, some 3 ms of a core; below, threads wait too often
 
 
 def mixed_attention(
@@ -192,17 +191,63 @@ def _blockwise_backward(
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and coeff, empty where not wanted. Each block's maps are formed again.
+    """Gradients of query, key, value and coeff, empty where not wanted."""
+    inputs = (query, key, value, coeff)
+    grad_query, grad_key, grad_value, grad_alpha = _add_up_gradients(
+        grad_out, *inputs, attn_mask, is_causal, scale, wanted
+    )
+    if wanted[3]:
+        grad_alpha = grad_alpha.sum(0) if coeff.ndim == 3 else grad_alpha.sum((0, 1))
+    if wanted[1]:
+        grad_key = grad_key.mul_(scale).mT.contiguous().to(key.dtype)
+    if wanted[2]:
+        grad_value = grad_value.mT.contiguous().to(value.dtype)
+    return grad_query, grad_key, grad_value, grad_alpha.to(coeff.dtype)
+
+
+@_blockwise_backward.register_fake
+def _(grad_out, query, key, value, coeff, attn_mask, is_causal, scale, wanted):  # type: ignore[no-untyped-def]
+    inputs = (query, key, value, coeff)
+    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.is_causal, ctx.scale = inputs[5:]
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = _blockwise_backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale, wanted)
+    return (*(grad if wants else None for grad, wants in zip(grads, wanted)), None, None, None)
+
+
+_blockwise.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _add_up_gradients(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coeff: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as [`_empty_gradients`] lays them out. Each block's maps are formed again.
 
     With M = alpha maps:    dV = M^T dO,  dM = dO V^T,  dalpha = dM maps^T,  dmaps = alpha^T dM,
-                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q scale.
+                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q, without the scale.
 
     The members of a team take some heads each, and some rows of all heads where heads are mixed.
     """
     alpha = _alpha(coeff, query)
     threads = _threads(query, key)
     blocks = _Blocks(query, key, attn_mask, is_causal, threads, at_once=1, buffers=2 + 1 / 8)
-    grad_query, grad_key, grad_value, grad_alpha = _empty_gradients(query, key, value, alpha, wanted, threads)
+    gradients = _empty_gradients(query, key, value, alpha, wanted, threads)
+    grad_query, grad_key, grad_value, grad_alpha = gradients
     keys, values = blocks.operand(key), blocks.operand(value)
     buffers = [blocks.new_buffer() for _ in range(2)]
 
@@ -239,33 +284,7 @@ def _blockwise_backward(
                     grad_key[b].flatten(0, 1)[own].baddbmm_(queries.mT, other[own])
 
     team.run(work, threads)
-    if wanted[3]:
-        grad_alpha = grad_alpha.sum(0) if coeff.ndim == 3 else grad_alpha.sum((0, 1))
-    if wanted[1]:
-        grad_key = (grad_key.mT * scale).to(key.dtype).contiguous()
-    if wanted[2]:
-        grad_value = grad_value.mT.contiguous().to(value.dtype)
-    return grad_query, grad_key, grad_value, grad_alpha.to(coeff.dtype)
-
-
-@_blockwise_backward.register_fake
-def _(grad_out, query, key, value, coeff, attn_mask, is_causal, scale, wanted):  # type: ignore[no-untyped-def]
-    inputs = (query, key, value, coeff)
-    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted))
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.is_causal, ctx.scale = inputs[5:]
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:4])
-    grads = _blockwise_backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale, wanted)
-    return (*(grad if wants else None for grad, wants in zip(grads, wanted)), None, None, None)
-
-
-_blockwise.register_autograd(_backward, setup_context=_save_for_backward)
+    return gradients
 
 
 class _Blocks:
@@ -292,8 +311,7 @@ class _Blocks:
         self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
         self.wide = _accumulation_dtype(query.dtype)
         B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device, threads, apart=at_once > 1)
-        most = int(entries / at_once / buffers / max(1, self.heads * self.S))
+        most = int(_block_entries(query.device, threads) / at_once / buffers / max(1, self.heads * self.S))
         samples = 1 if threads > 1 else max(1, min(B, most // max(1, T)))
         self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
         count = -(-T // max(1, most)) if samples == 1 else 1
@@ -389,18 +407,15 @@ class _LiftedBuffer:
 
 
 def _threads(query: Tensor, key: Tensor) -> int:
-    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores.
-
-    For some milliseconds after torch's last function its threads look out for more, and take a core from the team.
-    """
+    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores."""
     work = query.numel() * key.shape[2]
     return torch.get_num_threads() if team.can_share(query.device) and work >= _TEAM_MIN_WORK else 1
 
 
-def _block_entries(device: torch.device, threads: int, apart: bool) -> float:
+def _block_entries(device: torch.device, threads: int) -> float:
     """How many entries of the maps the buffers of all blocks in memory may have together."""
     if device.type == "cpu":
-        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * (0.7 if apart else 0.45))
+        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * 0.6)
     if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
         return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
     return _BLOCK_ENTRIES_ACCELERATOR
@@ -412,7 +427,7 @@ def _empty_gradients(
     """Where the blocks put their gradients.
 
     Those of key, value and alpha are sums over blocks, and kept wide; those of key and value as (B, H, width, S), to
-    which a block is added faster; that of alpha as a sum for each thread.
+    which a block is added faster; that of alpha as a sum for each thread, (threads, B, H, H).
     """
     return (
         query.new_empty(query.shape if wanted[0] else 0),
