@@ -24,7 +24,8 @@ from .team import Member
 
 # Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. Each thread of a team, up to the
-# 16th, has 0.6 of that. An accelerator must be filled: a block may take a 128th part of its memory; where that is not
+# 16th, has 0.7 of that where each has its own block, and 0.55 where they share them, as in the backward pass, which
+# holds more besides. An accelerator must be filled: a block may take a 128th part of its memory; where that is not
 # known, 2**25 float32 are 128 MB. That is not measured.
 _BLOCK_ENTRIES_CPU = 6 * 2**20
 _BLOCK_ENTRIES_ACCELERATOR = 2**25
@@ -311,7 +312,8 @@ class _Blocks:
         self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
         self.wide = _accumulation_dtype(query.dtype)
         B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
-        most = int(_block_entries(query.device, threads) / at_once / buffers / max(1, self.heads * self.S))
+        entries = _block_entries(query.device, threads, shared=at_once == 1)
+        most = int(entries / at_once / buffers / max(1, self.heads * self.S))
         samples = 1 if threads > 1 else max(1, min(B, most // max(1, T)))
         self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
         count = -(-T // max(1, most)) if samples == 1 else 1
@@ -412,10 +414,10 @@ def _threads(query: Tensor, key: Tensor) -> int:
     return torch.get_num_threads() if team.can_share(query.device) and work >= _TEAM_MIN_WORK else 1
 
 
-def _block_entries(device: torch.device, threads: int) -> float:
+def _block_entries(device: torch.device, threads: int, shared: bool) -> float:
     """How many entries of the maps the buffers of all blocks in memory may have together."""
     if device.type == "cpu":
-        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * 0.6)
+        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * (0.55 if shared else 0.7))
     if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
         return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
     return _BLOCK_ENTRIES_ACCELERATOR
