@@ -47,9 +47,9 @@ def mixed_attention(
     r"""`torch.nn.functional.scaled_dot_product_attention`, with the maps of all heads mixed by `I + coeff`.
 
     The maps are formed a block of query rows at a time and formed again in the backward pass, so that neither pass
-    stores an array of T x S entries. On a CPU a block takes 24 MB; where torch has several threads, a large call is divided
-    over as many, which take up to 17 MB each. Attention dropout and a mask that needs a gradient take the plain formula
-    ([`mixed_attention_reference`]), which does.
+    stores an array of T x S entries. On a CPU a block takes 24 MB; where torch has several threads, a large call is
+    divided over as many, which take up to 17 MB each. Attention dropout and a mask that needs a gradient take the
+    plain formula ([`mixed_attention_reference`]), which does.
 
     The softmax and the mixing are done in float32 (float64 for float64 inputs), with autocast switched off; under
     autocast the inputs are first cast as `scaled_dot_product_attention` casts them, so that the output has the dtype
