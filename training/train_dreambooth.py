@@ -142,12 +142,12 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     shown = [*pictures.prompts, *([""] if settings.caption_dropout else [])]
     to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
     calls = [call for row in validation_calls(family, to_come) for call in row]
-    if not settings.train_text_encoder:
-        family.remember_prompts(shown)
-    with accelerator.autocast():
-        if settings.train_text_encoder:
+    if settings.train_text_encoder:
+        with accelerator.autocast():
             release_frozen_text_encoders(family, shown, calls)
-        else:
+    else:
+        family.remember_prompts(shown)
+        with accelerator.autocast():
             release_text_encoders(family, calls)
 
     start_trackers(settings, accelerator)
