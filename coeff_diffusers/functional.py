@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import team
 from .products import by_linear, by_onednn, multiply
-from .team import Member
+from .team import Member, shares
 
 # Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
 # hundred rows and more were measured to be faster than blocks that stay in a cache. Each thread of a team, up to the
@@ -149,8 +149,7 @@ def _blockwise(
     """The reference, a block of samples and query rows at a time. Each member of a team takes every other block."""
     alpha = _alpha(coeff, query)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    threads = _threads(query, key)
-    blocks = _Blocks(query, key, attn_mask, is_causal, threads, at_once=threads, buffers=9 / 8)
+    blocks = _Blocks(query, key, attn_mask, is_causal, shared=False, buffers=9 / 8)
     keys, values = blocks.operand(key), blocks.operand(value)
 
     def work(member: Member) -> None:
@@ -167,7 +166,8 @@ def _blockwise(
                 multiply(mixed, values[every], out[b, :, t].flatten(0, 1))
             member.wait()  # before others come into the place of these keys and values
 
-    team.run(work, threads)
+    with torch.autocast(query.device.type, enabled=False):
+        team.run(work, blocks.threads)
     return out
 
 
@@ -194,10 +194,10 @@ def _blockwise_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and coeff, empty where not wanted."""
-    inputs = (query, key, value, coeff)
-    grad_query, grad_key, grad_value, grad_alpha = _add_up_gradients(
-        grad_out, *inputs, attn_mask, is_causal, scale, wanted
-    )
+    blocks = _Blocks(query, key, attn_mask, is_causal, shared=True, buffers=2 + 1 / 8)
+    alpha = _alpha(coeff, query)
+    gradients = _add_up_gradients(grad_out, query, key, value, alpha, blocks, scale, wanted)
+    grad_query, grad_key, grad_value, grad_alpha = gradients  # the buffers are freed, before these are written anew
     if wanted[3]:
         grad_alpha = grad_alpha.sum(0) if coeff.ndim == 3 else grad_alpha.sum((0, 1))
     if wanted[1]:
@@ -232,9 +232,8 @@ def _add_up_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    coeff: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    alpha: Tensor,
+    blocks: _Blocks,
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,10 +244,7 @@ def _add_up_gradients(
 
     The members of a team take some heads each, and some rows of all heads where heads are mixed.
     """
-    alpha = _alpha(coeff, query)
-    threads = _threads(query, key)
-    blocks = _Blocks(query, key, attn_mask, is_causal, threads, at_once=1, buffers=2 + 1 / 8)
-    gradients = _empty_gradients(query, key, value, alpha, wanted, threads)
+    gradients = _empty_gradients(query, key, value, alpha, wanted, blocks.threads)
     grad_query, grad_key, grad_value, grad_alpha = gradients
     keys, values = blocks.operand(key), blocks.operand(value)
     buffers = [blocks.new_buffer() for _ in range(2)]
@@ -285,7 +281,8 @@ def _add_up_gradients(
                 if wanted[1]:
                     grad_key[b].flatten(0, 1)[own].baddbmm_(queries.mT, other[own])
 
-    team.run(work, threads)
+    with torch.autocast(query.device.type, enabled=False):
+        team.run(work, blocks.threads)
     return gradients
 
 
@@ -296,8 +293,11 @@ class _Blocks:
     are merged into one dimension, (b * H), for the batched products. A team's blocks are of one sample.
 
     Args:
-        at_once: how many blocks are in memory.
-        buffers: the size of one with its buffers, in maps.
+        shared: whether the members of a team work on one block together, or each has its own in memory.
+        buffers: the size of a block with its buffers, in maps.
+
+    Attributes:
+        threads: how many work on the blocks.
     """
 
     def __init__(
@@ -306,20 +306,20 @@ class _Blocks:
         key: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool,
-        threads: int,
-        at_once: int,
+        shared: bool,
         buffers: float,
     ) -> None:
         self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
-        self.wide = _accumulation_dtype(query.dtype)
+        self.wide, self.threads = _accumulation_dtype(query.dtype), _threads(query, key)
+        at_once = 1 if shared else self.threads
         B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device, threads, shared=at_once == 1)
+        entries = _block_entries(query.device, self.threads, shared)
         most = int(entries / at_once / buffers / max(1, self.heads * self.S))
-        samples = 1 if threads > 1 else max(1, min(B, most // max(1, T)))
+        samples = 1 if self.threads > 1 else max(1, min(B, most // max(1, T)))
         self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
         count = -(-T // max(1, most)) if samples == 1 else 1
         count = min(-(-count // at_once) * at_once, T)  # as many for each member
-        self.rows = [slice(T * i // count, T * (i + 1) // count) for i in range(count)]
+        self.rows = shares(T, count)
         self.most_rows, self.most_heads = -(-T // max(1, count)), samples * self.heads
 
     def new_buffer(self, extra_rows: int = 0) -> Tensor:

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 import torch
 
 
+def shares(count: int, size: int) -> list[slice]:
+    """`count` things in `size` parts, of neighbours, as equal as can be."""
+    return [slice(count * i // size, count * (i + 1) // size) for i in range(size)]
+
+
 @dataclass(frozen=True)
 class Member:
     """One of `size` threads that run the same function; `index` says which."""
@@ -27,8 +32,8 @@ class Member:
     barrier: threading.Barrier | None = None
 
     def share(self, count: int) -> slice:
-        """This member's part of `count` things: neighbours, about as many as of any other member."""
-        return slice(count * self.index // self.size, count * (self.index + 1) // self.size)
+        """This member's part of `count` things."""
+        return shares(count, self.size)[self.index]
 
     def wait(self) -> None:
         """Until all members have come here, after which each sees what the others have written."""

@@ -367,3 +367,14 @@ def test_coefficients_that_need_no_gradient_cost_none(monkeypatch) -> None:
     assert wanted == [[True, True, True, False]]
     with torch.no_grad():
         assert not mixed_attention(query, key, value, coeff).requires_grad
+
+
+def test_a_backward_pass_within_autocast_is_the_one_without() -> None:
+    *narrow, coeff = inputs(torch.bfloat16)
+    args = [*narrow, coeff.float()]
+    expected = torch.autograd.grad(mixed_attention(*args).sum(), narrow)
+    out = mixed_attention(*args).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, narrow)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)  # the same operations on the same numbers
