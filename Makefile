@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 install: $(STAMP)
 
 # .ci/constraints.txt pins what was tested; pyproject.toml holds the ranges that should work
-$(STAMP): pyproject.toml .ci/constraints.txt
+$(STAMP): pyproject.toml .ci/constraints.txt $(wildcard coeff_diffusers/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
 	touch $@
@@ -40,4 +40,4 @@ bench: $(STAMP)
 	$(PY) examples/benchmarks/unet.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info coeff_diffusers/*.so

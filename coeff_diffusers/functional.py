@@ -12,25 +12,21 @@ Letters: B batch, H heads (i output, j source), T queries, S keys, D head width 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import team
-from .products import by_linear, by_onednn, multiply
-from .team import Member, shares
+from . import kernel
 
-# Map entries formed at a time, in all buffers of a block together. On a CPU these are 24 MB of float32: products of a
-# hundred rows and more were measured to be faster than blocks that stay in a cache. Each thread of a team, up to the
-# 16th, has 0.7 of that where each has its own block, and 0.55 where they share them, as in the backward pass, which
-# holds more besides. An accelerator must be filled: a block may take a 128th part of its memory; where that is not
-# known, 2**25 float32 are 128 MB. That is not measured.
-_BLOCK_ENTRIES_CPU = 6 * 2**20
-_BLOCK_ENTRIES_ACCELERATOR = 2**25
-_BLOCK_MEMORY_SHARE = 1 / 128
-_TEAM_MIN_WORK = 2**27  # multiplications of queries by keys, some 3 ms of a core; below, threads wait too often
+# Entries of an array of maps, of which a block has three or four at a time, where no kernel forms them. On a CPU these
+# are 8 MB of float32. An accelerator must be filled: an array may take a 512th part of its memory; where that is not
+# known, 2**23 float32 are 32 MB. That is not measured.
+_BLOCK_ENTRIES_CPU = 2**21
+_BLOCK_ENTRIES_ACCELERATOR = 2**23
+_BLOCK_MEMORY_SHARE = 1 / 512
 
 
 def mixed_attention(
@@ -47,9 +43,10 @@ def mixed_attention(
     r"""`torch.nn.functional.scaled_dot_product_attention`, with the maps of all heads mixed by `I + coeff`.
 
     The maps are formed a block of query rows at a time and formed again in the backward pass, so that neither pass
-    stores an array of T x S entries. On a CPU a block takes 24 MB; where torch has several threads, a large call is
-    divided over as many, which take up to 17 MB each. Attention dropout and a mask that needs a gradient take the
-    plain formula ([`mixed_attention_reference`]), which does.
+    stores an array of T x S entries. On x86 CPUs compiled code does it (kernel.py), with 10 MB of maps for each of
+    torch's threads forward, and 20 MB for all backward; or more where H * S exceeds 80,000, for a block has 32 rows at
+    least. Elsewhere torch's functions do it, with three or four arrays of 8 MB on a CPU. Attention dropout and a mask
+    that needs a gradient take the plain formula ([`mixed_attention_reference`]), which stores all T x S entries.
 
     The softmax and the mixing are done in float32 (float64 for float64 inputs), with autocast switched off; under
     autocast the inputs are first cast as `scaled_dot_product_attention` casts them, so that the output has the dtype
@@ -92,7 +89,7 @@ def mixed_attention(
         if attn_mask is not None:
             attn_mask = _to_four_dims(attn_mask)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output: Tensor = _blockwise(query, key, value, coeff, attn_mask, is_causal, scale)
+        output: Tensor = _blockwise(query, key, value, coeff, attn_mask, is_causal, scale)[0]
         return output
 
 
@@ -135,7 +132,7 @@ def mixed_attention_reference(
     "coeff_diffusers::mixed_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? attn_mask, bool is_causal, float scale)"
-    " -> Tensor",
+    " -> (Tensor, Tensor)",
 )
 def _blockwise(
     query: Tensor,
@@ -145,42 +142,30 @@ def _blockwise(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-) -> Tensor:
-    """The reference, a block of samples and query rows at a time. Each member of a team takes every other block."""
+) -> tuple[Tensor, Tensor]:
+    """The reference, a block of query rows at a time; and statistics for the kernel's backward pass."""
     alpha = _alpha(coeff, query)
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
-    blocks = _Blocks(query, key, attn_mask, is_causal, shared=False, buffers=9 / 8)
-    keys, values = blocks.operand(key), blocks.operand(value)
-
-    def work(member: Member) -> None:
-        buffer = _LiftedBuffer(blocks)
-        for b in blocks.samples:
-            own = member.share(blocks.merged_heads(b))
-            blocks.fill(keys, key, b, own, scale)
-            blocks.fill(values, value, b, own)
-            member.wait()
-            for t in blocks.rows[member.index :: member.size]:
-                maps, every = buffer.lifted(b, t), slice(0, blocks.merged_heads(b))
-                blocks.form_maps(blocks.merged(query[:, :, t], b), keys[every], b, t, maps, every)
-                mixed = buffer.mix(alpha[b], b, t)
-                multiply(mixed, values[every], out[b, :, t].flatten(0, 1))
-            member.wait()  # before others come into the place of these keys and values
-
+    if kernel.takes(query, key, value):
+        return kernel.forward(query, key, value, alpha, attn_mask, is_causal, scale)
+    out = kernel.empty_output(query, value)
     with torch.autocast(query.device.type, enabled=False):
-        team.run(work, blocks.threads)
-    return out
+        for b, t in _blocks(query, key):
+            maps = _maps(query[b, :, t], key[b], _block_of(attn_mask, b, t), is_causal, t.start, scale)
+            out[b, :, t] = _mix(alpha[b], maps) @ value[b].to(maps.dtype)
+    return out, query.new_empty(0, dtype=torch.float32)
 
 
 @_blockwise.register_fake
 def _(query, key, value, coeff, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+    statistics = (2, *query.shape[:3]) if kernel.takes(query, key, value) else 0
+    return kernel.empty_output(query, value), query.new_empty(statistics, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "coeff_diffusers::mixed_attention_backward",
     mutates_args=(),
-    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? attn_mask, bool is_causal,"
-    " float scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor coeff, Tensor? attn_mask,"
+    " Tensor statistics, bool is_causal, float scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _blockwise_backward(
     grad_out: Tensor,
@@ -189,36 +174,42 @@ def _blockwise_backward(
     value: Tensor,
     coeff: Tensor,
     attn_mask: Tensor | None,
+    statistics: Tensor,
     is_causal: bool,
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and coeff, empty where not wanted."""
-    blocks = _Blocks(query, key, attn_mask, is_causal, shared=True, buffers=2 + 1 / 8)
     alpha = _alpha(coeff, query)
-    gradients = _add_up_gradients(grad_out, query, key, value, alpha, blocks, scale, wanted)
-    grad_query, grad_key, grad_value, grad_alpha = gradients  # the buffers are freed, before these are written anew
-    if wanted[3]:
-        grad_alpha = grad_alpha.sum(0) if coeff.ndim == 3 else grad_alpha.sum((0, 1))
-    if wanted[1]:
-        grad_key = grad_key.mul_(scale).mT.contiguous().to(key.dtype)
-    if wanted[2]:
-        grad_value = grad_value.mT.contiguous().to(value.dtype)
-    return grad_query, grad_key, grad_value, grad_alpha.to(coeff.dtype)
+    if kernel.takes(query, key, value):
+        *gradients, grad_alpha = kernel.backward(
+            grad_out, query, key, value, alpha, statistics, attn_mask, is_causal, scale, wanted
+        )
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            *gradients, grad_alpha = _add_up_gradients(
+                grad_out, query, key, value, alpha, attn_mask, is_causal, scale, wanted
+            )
+    if wanted[3] and coeff.ndim == 2:
+        grad_alpha = grad_alpha.sum(0)
+    return (*gradients, grad_alpha.to(coeff.dtype))  # type: ignore[return-value]
 
 
 @_blockwise_backward.register_fake
-def _(grad_out, query, key, value, coeff, attn_mask, is_causal, scale, wanted):  # type: ignore[no-untyped-def]
-    inputs = (query, key, value, coeff)
-    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted))
+def _(grad_out, query, key, value, coeff, attn_mask, statistics, is_causal, scale, wanted):  # type: ignore[no-untyped-def]
+    *inputs, grad_coeff = [
+        torch.empty_like(x) if wants else x.new_empty(0) for x, wants in zip((query, key, value, coeff), wanted)
+    ]
+    return (*inputs, grad_coeff.contiguous())
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.is_causal, ctx.scale = inputs[5:]
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:4])
     grads = _blockwise_backward(grad_out, *ctx.saved_tensors, ctx.is_causal, ctx.scale, wanted)
     return (*(grad if wants else None for grad, wants in zip(grads, wanted)), None, None, None)
@@ -233,218 +224,79 @@ def _add_up_gradients(
     key: Tensor,
     value: Tensor,
     alpha: Tensor,
-    blocks: _Blocks,
+    attn_mask: Tensor | None,
+    is_causal: bool,
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients as [`_empty_gradients`] lays them out. Each block's maps are formed again.
+    """Gradients of query, key, value and alpha. Each block's maps are formed again, and sums are kept wide.
 
     With M = alpha maps:    dV = M^T dO,  dM = dO V^T,  dalpha = dM maps^T,  dmaps = alpha^T dM,
-                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q, without the scale.
-
-    The members of a team take some heads each, and some rows of all heads where heads are mixed.
+                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q scale.
     """
-    gradients = _empty_gradients(query, key, value, alpha, wanted, blocks.threads)
-    grad_query, grad_key, grad_value, grad_alpha = gradients
-    keys, values = blocks.operand(key), blocks.operand(value)
-    buffers = [blocks.new_buffer() for _ in range(2)]
-
-    def work(member: Member) -> None:
-        for b in blocks.samples:
-            own = member.share(blocks.merged_heads(b))
-            blocks.fill(keys, key, b, own, scale)
-            blocks.fill(values, value, b, own)
-            for t in blocks.rows:
-                maps, other = (blocks.in_buffer(buffer, b, t) for buffer in buffers)
-                part = member.share(t.stop - t.start)
-                queries, block_grad = (blocks.merged(x[:, :, t], b)[own] for x in (query, grad_out))
-                blocks.form_maps(queries, keys[own], b, t, maps[own], own)
-                member.wait()
-                if wanted[2]:
-                    blocks.mix(alpha[b], maps[:, part], out=other[:, part])
-                    member.wait()
-                    grad_value[b].flatten(0, 1)[own].baddbmm_(block_grad.mT, other[own])
-                if not (wanted[0] or wanted[1] or wanted[3]):
-                    continue
-                multiply(block_grad, values[own].mT, other[own])
-                member.wait()
-                if wanted[3]:
-                    grads, sources = (blocks.by_sample(x[:, part]) for x in (other, maps))
-                    grad_alpha[member.index, b].baddbmm_(grads, sources.mT)
-                if wanted[0] or wanted[1]:
-                    blocks.mix_in_place(alpha[b].mT, other[:, part])
-                member.wait()
-                if wanted[0] or wanted[1]:
-                    _softmax_backward(other[own], maps[own])
-                if wanted[0]:
-                    multiply(other[own], keys[own], grad_query[b, :, t].flatten(0, 1)[own])
-                if wanted[1]:
-                    grad_key[b].flatten(0, 1)[own].baddbmm_(queries.mT, other[own])
-
-    with torch.autocast(query.device.type, enabled=False):
-        team.run(work, blocks.threads)
-    return gradients
+    wide = alpha.dtype
+    inputs = (query, key, value, alpha)
+    sums = [torch.zeros_like(x, dtype=wide) if wants else x.new_empty(0) for x, wants in zip(inputs, wanted)]
+    grad_query, grad_key, grad_value, grad_alpha = sums
+    for b, t in _blocks(query, key):
+        maps = _maps(query[b, :, t], key[b], _block_of(attn_mask, b, t), is_causal, t.start, scale)
+        block_grad = grad_out[b, :, t].to(wide)
+        if wanted[2]:
+            grad_value[b] += _mix(alpha[b], maps).mT @ block_grad
+        if not (wanted[0] or wanted[1] or wanted[3]):
+            continue
+        grad_mixed = block_grad @ value[b].to(wide).mT
+        if wanted[3]:
+            grad_alpha[b] += grad_mixed.flatten(2) @ maps.flatten(2).mT
+        if not (wanted[0] or wanted[1]):
+            continue
+        grad_maps = _mix(alpha[b].mT, grad_mixed)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, wide)
+        if wanted[0]:
+            grad_query[b, :, t] = grad_scores @ key[b].to(wide) * scale
+        if wanted[1]:
+            grad_key[b] += grad_scores.mT @ query[b, :, t].to(wide) * scale
+    return (*(x.to(like.dtype) for x, like in zip(sums, inputs)),)  # type: ignore[return-value]
 
 
-class _Blocks:
-    """Blocks of (samples, query rows), whose maps fit a budget.
-
-    Whole samples are taken together while they are small, else some rows of one sample. Heads and samples of a block
-    are merged into one dimension, (b * H), for the batched products. A team's blocks are of one sample.
-
-    Args:
-        shared: whether the members of a team work on one block together, or each has its own in memory.
-        buffers: the size of a block with its buffers, in maps.
-
-    Attributes:
-        threads: how many work on the blocks.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        shared: bool,
-        buffers: float,
-    ) -> None:
-        self.attn_mask, self.is_causal, self.device = attn_mask, is_causal, query.device
-        self.wide, self.threads = _accumulation_dtype(query.dtype), _threads(query, key)
-        at_once = 1 if shared else self.threads
-        B, self.heads, T, self.S = *query.shape[:3], key.shape[2]
-        entries = _block_entries(query.device, self.threads, shared)
-        most = int(entries / at_once / buffers / max(1, self.heads * self.S))
-        samples = 1 if self.threads > 1 else max(1, min(B, most // max(1, T)))
-        self.samples = [slice(b, min(b + samples, B)) for b in range(0, B, samples)]
-        count = -(-T // max(1, most)) if samples == 1 else 1
-        count = min(-(-count // at_once) * at_once, T)  # as many for each member
-        self.rows = shares(T, count)
-        self.most_rows, self.most_heads = -(-T // max(1, count)), samples * self.heads
-
-    def new_buffer(self, extra_rows: int = 0) -> Tensor:
-        shape = (self.most_heads, self.most_rows + extra_rows, self.S)
-        return torch.empty(shape, dtype=self.wide, device=self.device)
-
-    def in_buffer(self, buffer: Tensor, b: slice, t: slice) -> Tensor:
-        """(b * H, t, S). A head has the same place in every block, for members may be in different ones."""
-        return buffer[: self.merged_heads(b), : t.stop - t.start]
-
-    def merged_heads(self, b: slice) -> int:
-        count: int = (b.stop - b.start) * self.heads
-        return count
-
-    def merged(self, x: Tensor, b: slice) -> Tensor:
-        """(b * H, ., .) of (B, H, ., .), in the accumulation dtype; contiguous, which models' views are not."""
-        return x[b].flatten(0, 1).to(self.wide).contiguous()
-
-    def by_sample(self, x: Tensor) -> Tensor:
-        """(b * H, t, S) as (b, H, t * S)."""
-        heads, rows, keys = x.shape
-        return x.view(heads // max(1, self.heads), self.heads, rows * keys)
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Room for the keys or values (b * H, S, .) of a block, as [`fill`] puts them there."""
-        return torch.empty(self.most_heads, *x.shape[2:], dtype=self.wide, device=self.device)
-
-    def fill(self, operand: Tensor, x: Tensor, b: slice, own: slice, scale: float = 1.0) -> None:
-        operand[own] = x[b].flatten(0, 1)[own]
-        if scale != 1.0:
-            operand[own] *= scale
-
-    def form_maps(self, queries: Tensor, keys: Tensor, b: slice, t: slice, out: Tensor, own: slice) -> None:
-        """The maps (., t, S) of the `own` heads of a block, of queries (., t, D) and keys (., S, D) with the scale."""
-        if self.attn_mask is None and not self.is_causal and by_onednn(queries, keys.mT):
-            for head in range(len(out)):  # while a head's scores are in the cache
-                torch.softmax(by_linear(queries[head], keys[head].mT), dim=-1, out=out[head])
-            return
-        scores = multiply(queries, keys.mT, out).unflatten(0, (b.stop - b.start, -1))
-        masked = _masked(scores, self._block_mask(b, t, own), self.is_causal, t.start)
-        out.copy_(_softmax(masked, self.attn_mask is not None).flatten(0, 1))
-
-    def _block_mask(self, b: slice, t: slice, own: slice) -> Tensor | None:
-        if self.attn_mask is None:
-            return None
-        mask = self.attn_mask[b if self.attn_mask.shape[0] > 1 else slice(None)]
-        if own.stop - own.start < self.merged_heads(b):  # of one sample
-            mask = mask[:, own if mask.shape[1] > 1 else slice(None)]
-        return mask[:, :, t if mask.shape[2] > 1 else slice(None)]
-
-    def mix(self, alpha: Tensor, maps: Tensor, out: Tensor) -> None:
-        """einsum("ij, bjts -> bits", alpha, maps)."""
-        torch.bmm(alpha, self.by_sample(maps), out=self.by_sample(out))
-
-    def mix_in_place(self, alpha: Tensor, maps: Tensor) -> None:
-        """[`mix`] by way of a small buffer."""
-        columns = self.by_sample(maps)
-        some = torch.empty_like(columns[:, :, : -(-columns.shape[2] // 8)], memory_format=torch.contiguous_format)
-        for part in columns.split(max(1, some.shape[2]), dim=-1):
-            mixed = some[:, :, : part.shape[2]]
-            part.copy_(torch.bmm(alpha, part, out=mixed))
+def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of samples and of query rows whose maps fit a budget: whole samples, or else some rows of one."""
+    B, H, T, S = *query.shape[:3], key.shape[2]
+    most_rows = max(1, _block_entries(query.device) // max(1, H * S))
+    samples = max(1, min(B, most_rows // max(1, T)))
+    for b in range(0, B, samples):
+        for t in range(0, T, most_rows):
+            yield slice(b, min(b + samples, B)), slice(t, min(t + most_rows, T))
 
 
-class _LiftedBuffer:
-    """Where the maps of a block are mixed without a second buffer, which would halve its rows.
-
-    It has an eighth more rows than the block. The maps lie at its end, and mixing moves them to its beginning, an
-    eighth at a time, so that no entry is written before it was read for the last time.
-    """
-
-    def __init__(self, blocks: _Blocks) -> None:
-        self.blocks, self.lift = blocks, -(-blocks.most_rows // 8)
-        self.storage = blocks.new_buffer(self.lift)
-
-    def lifted(self, b: slice, t: slice) -> Tensor:
-        """(b * H, t, S), at the end."""
-        return self.blocks.in_buffer(self.storage[:, self.lift :], b, t)
-
-    def mix(self, alpha: Tensor, b: slice, t: slice) -> Tensor:
-        """einsum("ij, bjts -> bits", alpha, lifted), at the beginning."""
-        mixed = self.blocks.in_buffer(self.storage, b, t)
-        parts = (
-            self.blocks.by_sample(x).split(max(1, self.lift * self.blocks.S), -1) for x in (self.lifted(b, t), mixed)
-        )
-        for lifted, result in zip(*parts):
-            torch.bmm(alpha, lifted, out=result)
-        return mixed
-
-
-def _threads(query: Tensor, key: Tensor) -> int:
-    """How many share a call's blocks: one where torch's own threads do better, or where there are no cores."""
-    work = query.numel() * key.shape[2]
-    return torch.get_num_threads() if team.can_share(query.device) and work >= _TEAM_MIN_WORK else 1
-
-
-def _block_entries(device: torch.device, threads: int, shared: bool) -> float:
-    """How many entries of the maps the buffers of all blocks in memory may have together."""
+def _block_entries(device: torch.device) -> int:
+    """How many entries of the maps an array may have."""
     if device.type == "cpu":
-        return _BLOCK_ENTRIES_CPU * (1 if threads == 1 else min(threads, 16) * (0.55 if shared else 0.7))
+        return _BLOCK_ENTRIES_CPU
     if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
         return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
     return _BLOCK_ENTRIES_ACCELERATOR
 
 
-def _empty_gradients(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, wanted: list[bool], threads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the blocks put their gradients.
-
-    Those of key, value and alpha are sums over blocks, and kept wide; those of key and value as (B, H, width, S), to
-    which a block is added faster; that of alpha as a sum for each thread, (threads, B, H, H).
-    """
-    return (
-        query.new_empty(query.shape if wanted[0] else 0),
-        alpha.new_zeros(key.mT.shape if wanted[1] else 0),
-        alpha.new_zeros(value.mT.shape if wanted[2] else 0),
-        alpha.new_zeros((threads, *alpha.shape) if wanted[3] else 0),
-    )
+def _block_of(attn_mask: Tensor | None, b: slice, t: slice) -> Tensor | None:
+    if attn_mask is None:
+        return None
+    attn_mask = attn_mask[b if attn_mask.shape[0] > 1 else slice(None)]
+    return attn_mask[:, :, t if attn_mask.shape[2] > 1 else slice(None)]
 
 
-def _softmax_backward(grad_maps: Tensor, maps: Tensor) -> None:
-    """The gradient of the scores, in the place of that of the maps, (b * H, t, S)."""
-    heads = zip(grad_maps, maps) if maps.device.type == "cpu" else [(grad_maps, maps)]  # a head's rows lie together
-    for grad, of_head in heads:
-        torch.ops.aten._softmax_backward_data.out(grad, of_head, -1, maps.dtype, grad_input=grad)
+def _maps(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int, scale: float
+) -> Tensor:
+    """(b, H, t, S), in the accumulation dtype, of queries from `first_row` on."""
+    wide = _accumulation_dtype(query.dtype)
+    scores = (query.to(wide) * scale) @ key.to(wide).mT
+    return _softmax(_masked(scores, attn_mask, is_causal, first_row), attn_mask is not None)
+
+
+def _mix(alpha: Tensor, maps: Tensor) -> Tensor:
+    """einsum("bij, bjts -> bits", alpha, maps)."""
+    return (alpha @ maps.flatten(2)).view_as(maps)
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,24 +14,60 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from coeff_diffusers import functional, mixed_attention, products
+from coeff_diffusers import functional, kernel, mixed_attention
 from coeff_diffusers.functional import mixed_attention_reference
 
 B, H, T, S, D, E = 2, 3, 5, 7, 4, 6
-FORMS = [mixed_attention, mixed_attention_reference]
 
 
-@pytest.fixture(
-    autouse=True,
-    params=[(1, 1), (250, 1), (2**19, 1), (250, 2), (2**19, 3)],
-    ids=["a row a block", "ragged blocks", "one block", "two threads", "three threads"],
-)
-def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """How the work is divided into blocks, and over how many threads."""
-    entries, threads = request.param
-    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", entries)
-    monkeypatch.setattr(functional, "_TEAM_MIN_WORK", 0)
-    torch.set_num_threads(threads)
+class Way(NamedTuple):
+    """What computes, and how it divides the work."""
+
+    instructions: str | None  # of the kernel; None: torch's functions
+    entries: int = 2**19  # of a block of theirs
+    threads: int = 1
+    tile_keys: int = 64
+    rows: int = 64  # of a block of the kernel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the way is tested where a test does not say: the kernel has no float64."""
+        return torch.float32 if self.instructions else torch.float64
+
+
+BY_TORCH = {
+    "torch, a row a block": Way(None, entries=1),
+    "torch, ragged blocks": Way(None, entries=250),
+    "torch, one block": Way(None),
+}
+BY_KERNEL = {
+    "AVX-512": Way("AVX512"),
+    "AVX-512, two threads, small tiles": Way("AVX512", threads=2, tile_keys=3, rows=1),
+    "AVX2, three threads, small tiles": Way("AVX2", threads=3, tile_keys=2, rows=1),
+    "AVX2": Way("AVX2"),
+}
+WAYS = BY_TORCH | BY_KERNEL
+BEST = torch.backends.cpu.get_cpu_capability()
+RUNS = {"AVX512": {"AVX512", "AVX2"}, "AVX2": {"AVX2"}}.get(BEST, set())
+
+
+def ways(chosen: dict[str, Way]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("way", chosen.values(), ids=list(chosen), indirect=True)
+
+
+@pytest.fixture(autouse=True, params=WAYS.values(), ids=list(WAYS))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Way:
+    way: Way = request.param
+    if way.instructions and way.instructions not in RUNS:
+        pytest.skip(f"this CPU has no {way.instructions}")
+    library = kernel._load(way.instructions) if way.instructions else None
+    monkeypatch.setattr(kernel, "_library", lambda: library)
+    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", way.entries)
+    monkeypatch.setattr(kernel, "_THREAD_MIN_WORK", 1)
+    monkeypatch.setattr(kernel, "_TILE_KEYS", way.tile_keys)
+    monkeypatch.setattr(kernel, "_MOST_ROWS", way.rows)
+    torch.set_num_threads(way.threads)
+    return way
 
 
 def inputs(dtype: torch.dtype = torch.float64, per_sample: bool = False, requires_grad: bool = True) -> list[Tensor]:
@@ -36,6 +75,25 @@ def inputs(dtype: torch.dtype = torch.float64, per_sample: bool = False, require
     shapes = [(B, H, T, D), (B, H, S, D), (B, H, S, E), (B, H, H) if per_sample else (H, H)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return [x.requires_grad_(requires_grad) for x in drawn]
+
+
+def assert_exact(found: Tensor, expected: Tensor, least: float = 0.0) -> None:
+    """Within 1e-5 of the norm in float32, whose own rounding is 6e-8, or 1e-12 in float64."""
+    assert found.shape == expected.shape
+    tolerance = 1e-12 if found.dtype == torch.float64 else 1e-5
+    assert (found.double() - expected.double()).norm() <= tolerance * max(expected.double().norm(), least)
+
+
+def gradients(out: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the output times numbers that differ from entry to entry."""
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return torch.autograd.grad((out * weights).sum(), inputs)
+
+
+def test_the_kernel_was_built() -> None:
+    """Where it can be: without it the tests of the kernel would only say that torch's functions are right."""
+    for instructions in RUNS:
+        assert kernel._load(instructions) is not None, "no compiled kernel: is there a compiler? Then `make install`"
 
 
 def naive_loop(
@@ -55,58 +113,84 @@ def naive_loop(
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_equals_the_naive_loop(form, per_sample) -> None:
-    args = inputs(per_sample=per_sample, requires_grad=False)
-    torch.testing.assert_close(form(*args), naive_loop(*args))
-    torch.testing.assert_close(form(*args, scale=0.3), naive_loop(*args, scale=0.3))
+def test_equals_the_naive_loop(way, per_sample) -> None:
+    exact = inputs(per_sample=per_sample, requires_grad=False)
+    args = [x.to(way.dtype) for x in exact]
+    mask = torch.randn(B, H, T, S, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for attention in (mixed_attention, mixed_attention_reference):
+        assert_exact(attention(*args), naive_loop(*exact))
+        assert_exact(attention(*args, scale=0.3), naive_loop(*exact, scale=0.3))
+        assert_exact(attention(*args, attn_mask=mask.to(way.dtype)), naive_loop(*exact, mask=mask))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(B, H, T, S), (B, 1, T, S), (1, 1, T, S), (B, 1, 1, S), (H, T, S), (T, S), (S,)])
-def test_additive_and_boolean_masks_of_every_broadcastable_shape(form, shape) -> None:
-    args = inputs(requires_grad=False)
+def test_additive_and_boolean_masks_of_every_broadcastable_shape(way, shape) -> None:
+    exact = inputs(requires_grad=False)
+    args = [x.to(way.dtype) for x in exact]
     boolean = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     boolean[..., 0] = True
-    additive = torch.zeros(shape, dtype=torch.float64).masked_fill(~boolean, -math.inf)
-    expected = naive_loop(*args, mask=additive.expand(B, H, T, S))
-    torch.testing.assert_close(form(*args, attn_mask=boolean), expected)
-    torch.testing.assert_close(form(*args, attn_mask=additive), expected)
+    additive = torch.zeros(shape, dtype=way.dtype).masked_fill(~boolean, -math.inf)
+    expected = naive_loop(*exact, mask=additive.double().expand(B, H, T, S))
+    assert_exact(mixed_attention(*args, attn_mask=boolean), expected)
+    assert_exact(mixed_attention(*args, attn_mask=additive), expected)
+    assert_exact(mixed_attention(*args, attn_mask=additive.bfloat16()), expected)
+    if len(shape) > 1:
+        strided = boolean.mT.contiguous().mT
+        assert_exact(mixed_attention(*args, attn_mask=strided), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_zero_coefficients_are_scaled_dot_product_attention(form) -> None:
-    query, key, value, coeff = inputs(requires_grad=False)
+def test_zero_coefficients_are_scaled_dot_product_attention(way) -> None:
+    query, key, value, coeff = inputs(way.dtype, requires_grad=False)
     mask = torch.rand(B, 1, T, S, generator=torch.Generator().manual_seed(1)) > 0.4
     for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.3}):
         expected = F.scaled_dot_product_attention(query, key, value, **options)
-        torch.testing.assert_close(form(query, key, value, 0 * coeff, **options), expected)
+        assert_exact(mixed_attention(query, key, value, 0 * coeff, **options), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_without_a_key_are_zero_and_their_gradients_finite(form) -> None:
-    args = inputs()
-    for mask in (torch.ones(T, S, dtype=torch.bool), torch.zeros(T, S, dtype=torch.float64)):
+def test_rows_without_a_key_are_zero_and_their_gradients_finite(way) -> None:
+    args = inputs(way.dtype)
+    for mask in (torch.ones(T, S, dtype=torch.bool), torch.zeros(T, S, dtype=way.dtype)):
         mask[2] = False if mask.dtype == torch.bool else -math.inf
-        out = form(*args, attn_mask=mask)
-        assert out[:, :, 2].eq(0).all()
-        assert out[:, :, 1].ne(0).all()
-        gradients = torch.autograd.grad(out.square().sum(), args)
-        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        for attention in (mixed_attention, mixed_attention_reference):
+            out = attention(*args, attn_mask=mask)
+            assert out[:, :, 2].eq(0).all()
+            assert out[:, :, 1].ne(0).all()
+            assert all(torch.isfinite(gradient).all() for gradient in gradients(out, args))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_grouped_queries_repeat_key_and_value_heads(form) -> None:
+def test_a_row_whose_keys_all_have_the_lowest_mask_is_not_masked(way) -> None:
+    """transformers fills masks with the least number of a dtype, beside which scores are lost: an even map."""
+    args, exact = inputs(way.dtype), inputs()
+    mask = torch.zeros(T, S, dtype=way.dtype)
+    mask[2] = torch.finfo(way.dtype).min
+    out, expected = mixed_attention(*args, mask), mixed_attention_reference(*exact, mask.double())
+    assert_exact(out, expected)
+    for one, other in zip(gradients(out, args), gradients(expected, exact)):
+        assert_exact(one, other)
+
+
+def test_what_is_not_a_number_is_not_hidden(way) -> None:
+    for spoilt in range(4):
+        args = inputs(way.dtype, requires_grad=False)
+        args[spoilt].view(-1)[0] = math.nan
+        out, expected = mixed_attention(*args), mixed_attention_reference(*args)
+        assert expected.isnan().any()
+        assert out.isnan().equal(expected.isnan())
+
+
+def test_grouped_queries_repeat_key_and_value_heads(way) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, coeff = (
-        torch.randn(shape, generator=generator) for shape in [(B, 4, T, D), (B, 2, S, D), (B, 2, S, E), (4, 4)]
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(way.dtype)
+        for shape in [(B, 4, T, D), (B, 2, S, D), (B, 2, S, E), (4, 4)]
     )
-    repeated = form(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), coeff)
-    torch.testing.assert_close(form(query, key, value, coeff, enable_gqa=True), repeated)
+    repeated = mixed_attention_reference(query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), coeff)
+    assert_exact(mixed_attention(query, key, value, coeff, enable_gqa=True), repeated)
+    assert_exact(mixed_attention_reference(query, key, value, coeff, enable_gqa=True), repeated)
 
 
-@pytest.mark.parametrize("division", [(100, 1)], indirect=True)  # ragged blocks take every path
+@ways({"torch, ragged blocks": Way(None, entries=100)})  # the kernel's are held to the reference's
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}, {"attn_mask": True}], ids=str)
 def test_gradients_are_the_numerical_ones(per_sample, options) -> None:
@@ -117,26 +201,24 @@ def test_gradients_are_the_numerical_ones(per_sample, options) -> None:
     assert torch.autograd.gradcheck(lambda *args: mixed_attention(*args, **options), inputs(per_sample=per_sample))
 
 
-@pytest.mark.parametrize("division", [(100, 2)], indirect=True)
-def test_gradients_of_a_team_are_the_numerical_ones() -> None:
-    assert torch.autograd.gradcheck(mixed_attention, inputs())
-
-
 @pytest.mark.parametrize("wanted", range(4), ids=["query", "key", "value", "coeff"])
-def test_one_gradient_alone_is_the_reference_s(wanted) -> None:
-    args = inputs(requires_grad=False)
-    args[wanted].requires_grad_()
-    gradients = [torch.autograd.grad(form(*args).square().sum(), args[wanted])[0] for form in FORMS]
-    torch.testing.assert_close(*gradients)
+def test_one_gradient_alone_is_the_reference_s(way, wanted) -> None:
+    found = []
+    for attention in (mixed_attention, mixed_attention_reference):
+        args = inputs(way.dtype, requires_grad=False)
+        args[wanted].requires_grad_()
+        found += gradients(attention(*args), [args[wanted]])
+    assert_exact(*found)
 
 
-@pytest.mark.parametrize("division", [(2**19, 1)], indirect=True)  # it is the reference that runs
+@ways({"torch": Way(None)})  # it is the reference that runs
 def test_a_mask_that_needs_a_gradient_gets_it() -> None:
     mask = torch.randn(T, S, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     args = inputs(requires_grad=False)
     assert torch.autograd.gradcheck(lambda m: mixed_attention(*args, attn_mask=m), mask)
 
 
+@ways({"torch": Way(None)})
 def test_attention_dropout_drops_map_entries_before_they_are_mixed() -> None:
     args = inputs(requires_grad=False)
     torch.manual_seed(0)
@@ -164,103 +246,6 @@ def test_sixteen_bits_lose_no_more_than_twice_what_sdpa_loses(dtype) -> None:
     assert mixed <= 2 * sdpa
 
 
-def test_autocast_gives_its_dtype_and_costs_no_precision_in_the_mixing() -> None:
-    query, key, value, coeff = (x.detach().float() for x in inputs())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mixed_attention(query, key, value, coeff)
-    rounded = [x.bfloat16() for x in (query, key, value)]
-    exact = naive_loop(*(x.double() for x in rounded), coeff.double())
-    assert out.dtype == torch.bfloat16
-    # half a unit in the last of bfloat16's 8 bits: the one rounding of the output
-    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)
-
-
-def test_backward_under_autocast_is_backward_without() -> None:
-    args = [x.detach().float().requires_grad_() for x in inputs()]
-    expected = torch.autograd.grad(mixed_attention(*args).square().sum(), args)
-    loss = mixed_attention(*args).square().sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        gradients = torch.autograd.grad(loss, args)
-    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
-
-
-def test_float32_gradients_agree_with_float64() -> None:
-    exact = inputs()
-    single = [x.detach().float().requires_grad_() for x in exact]
-    expected = torch.autograd.grad(mixed_attention_reference(*exact).square().sum(), exact)
-    gradients = torch.autograd.grad(mixed_attention(*single).square().sum(), single)
-    for gradient, reference in zip(gradients, expected):
-        assert gradient.dtype == torch.float32
-        # 1e-5 of the norm is the accuracy promised; float32 has 6e-8
-        assert (gradient.double() - reference).norm() <= 1e-5 * reference.norm()
-
-
-def test_gradient_checkpointing_double_use_and_inference_mode() -> None:
-    args = inputs()
-    plain = torch.autograd.grad(mixed_attention(*args).square().sum(), args)
-    again = checkpoint(mixed_attention, *args, use_reentrant=False)
-    loss = again.square().sum()
-    torch.testing.assert_close(torch.autograd.grad(loss, args, retain_graph=True), plain)
-    torch.testing.assert_close(torch.autograd.grad(loss, args), plain)
-    twice = (mixed_attention(*args).square() + mixed_attention(*args).square()).sum()
-    torch.testing.assert_close(torch.autograd.grad(twice, args), tuple(2 * gradient for gradient in plain))
-    with torch.inference_mode():
-        torch.testing.assert_close(mixed_attention(*args), again)
-
-
-def test_non_contiguous_inputs() -> None:
-    query, key, value, coeff = inputs(requires_grad=False)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
-    assert not strided[0].is_contiguous()
-    torch.testing.assert_close(mixed_attention(*strided, coeff.T.contiguous().T), naive_loop(query, key, value, coeff))
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-def test_float32_is_as_exact_by_either_way_of_multiplying(monkeypatch, onednn, masked) -> None:
-    monkeypatch.setattr(products, "_ONEDNN", onednn)
-    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
-    calls = []
-    linear = products.by_linear
-    for module in (functional, products):
-        monkeypatch.setattr(module, "by_linear", lambda a, b: calls.append(1) or linear(a, b))
-    mask = torch.randn(B, 1, T, S, generator=torch.Generator().manual_seed(1)) if masked else None
-    args, exact = inputs(torch.float32), inputs(torch.float64)
-    out, expected = mixed_attention(*args, mask), mixed_attention_reference(*exact, mask)
-    grads = torch.autograd.grad(out.square().sum(), args)
-    expected_grads = torch.autograd.grad(expected.square().sum(), exact)
-    for one, other in zip([out, *grads], [expected, *expected_grads]):
-        assert (one - other).norm() < 1e-5 * other.norm()  # float32 itself is at 1e-7
-        assert one.is_contiguous()
-    assert bool(calls) == onednn
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize(("tokens", "keys"), [(13, 1), (29, 77), (31, 31)])
-@pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"masked": True}], ids=str
-)
-def test_float32_is_exact_over_ragged_sizes_with_all_gradients(monkeypatch, onednn, tokens, keys, options) -> None:
-    monkeypatch.setattr(products, "_ONEDNN", onednn)
-    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
-    generator = torch.Generator().manual_seed(0)
-    groups = 2 if "enable_gqa" in options else 4
-    shapes = [(B, 4, tokens, D), (B, groups, keys, D), (B, groups, keys, E), (4, 4)]
-    exact = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    if "masked" in options:
-        mask = torch.rand(B, 1, tokens, keys, generator=generator) > 0.5
-        mask[0, 0, 3] = False  # a row without a key
-        options = {"attn_mask": mask}
-    single = [x.detach().float().requires_grad_() for x in exact]
-    out, expected = mixed_attention(*single, **options), mixed_attention_reference(*exact, **options)
-    weights = torch.randn(out.shape, generator=generator)
-    grads = torch.autograd.grad((out * weights).sum(), single)
-    expected_grads = torch.autograd.grad((expected * weights).sum(), exact)
-    for name, one, other in zip(["out", *"qkv", "coeff"], [out, *grads], [expected, *expected_grads]):
-        # with one key every map is one: queries, keys have no gradient, and what rounding leaves is of float32's size
-        assert (one - other).norm() <= 1e-5 * max(other.norm(), keys == 1), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_gradients_lose_no_more_than_twice_what_sdpa_s_lose(dtype) -> None:
     """Both against float64 on the same 16-bit inputs, with zero coefficients, where both say the same."""
@@ -274,29 +259,126 @@ def test_sixteen_bit_gradients_lose_no_more_than_twice_what_sdpa_s_lose(dtype) -
         assert (ours.double() - true).norm() <= 2 * (theirs.double() - true).norm()
 
 
-def test_mixing_within_one_buffer_reads_every_entry_before_it_is_written() -> None:
-    """Blocks of more than eight rows, whose mixing goes in several steps, and a last block with fewer."""
+def test_autocast_gives_its_dtype_and_costs_no_precision_in_the_mixing() -> None:
+    query, key, value, coeff = (x.detach().float() for x in inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mixed_attention(query, key, value, coeff)
+    rounded = [x.bfloat16() for x in (query, key, value)]
+    exact = naive_loop(*(x.double() for x in rounded), coeff.double())
+    assert out.dtype == torch.bfloat16
+    # half a unit in the last of bfloat16's 8 bits: the one rounding of the output
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_pass_within_autocast_is_the_one_without(dtype) -> None:
+    *qkv, coeff = inputs(dtype)
+    args = [*qkv, coeff.detach().float().requires_grad_()]
+    expected = gradients(mixed_attention(*args), args)
+    out = mixed_attention(*args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(out, args)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # the same operations on the same numbers
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "keys", "width", "value_width"),
+    [
+        (4, 13, 1, D, E),
+        (4, 29, 77, 3, 1),
+        (13, 31, 31, 8, 20),  # more heads than are mixed at once
+        (2, 70, 130, 40, 40),  # several strips, several tiles; half a vector of width
+        (5, 33, 26, 64, 136),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"masked": True}, {"scale": -0.2, "masked": True}], ids=str
+)
+def test_ragged_sizes_with_all_gradients(way, heads, tokens, keys, width, value_width, options) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, H, 43, D), (B, H, S, D), (B, H, S, E), (H, H)]
-    args = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    torch.testing.assert_close(mixed_attention(*args), mixed_attention_reference(*args))
+    shapes = [(B, tokens, heads, width), (B, keys, heads, width), (B, keys, heads, value_width)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+    drawn.append(torch.randn(B, heads, heads, generator=generator, dtype=torch.float64))
+    exact = [x.requires_grad_() for x in drawn]
+    if "masked" in options:
+        mask = torch.rand(B, 1, tokens, keys, generator=generator) > 0.5
+        mask[0, 0, 3] = False  # a row without a key
+        options = {**options, "attn_mask": mask}
+        del options["masked"]
+    args = [x.detach().to(way.dtype).requires_grad_() for x in exact]
+    out, expected = mixed_attention(*args, **options), mixed_attention_reference(*exact, **options)
+    assert_exact(out, expected)
+    for one, other in zip(gradients(out, args), gradients(expected, exact)):
+        # with one key every map is one: queries, keys have no gradient, and what rounding leaves is of float32's size
+        assert_exact(one, other, least=float(keys == 1))
 
 
-def test_onednn_gets_no_strides_that_it_is_slow_with(monkeypatch) -> None:
-    """Models give views of (B, tokens, H, width); such weights made a step of Stable Diffusion take minutes."""
-    monkeypatch.setattr(products, "_ONEDNN_MIN_WORK", 0)
-    weights = []
+def test_gradient_checkpointing_double_use_and_inference_mode(way) -> None:
+    args = inputs(way.dtype)
+    plain = torch.autograd.grad(mixed_attention(*args).square().sum(), args)
+    again = checkpoint(mixed_attention, *args, use_reentrant=False)
+    loss = again.square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, args, retain_graph=True), plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, args), plain)
+    twice = (mixed_attention(*args).square() + mixed_attention(*args).square()).sum()
+    torch.testing.assert_close(torch.autograd.grad(twice, args), tuple(2 * gradient for gradient in plain))
+    with torch.inference_mode():
+        torch.testing.assert_close(mixed_attention(*args), again)
+        torch.testing.assert_close(mixed_attention(*(x.detach().clone() for x in args)), again)
 
-    class Recorded:
-        def _linear_pointwise(self, x, weight, *rest):
-            weights.append(weight)
-            return x @ weight.mT
 
-    monkeypatch.setattr(products.torch.ops, "mkldnn", Recorded())
-    views = [torch.randn(B, n, H, D).transpose(1, 2).requires_grad_() for n in (T, S, S)]
-    mixed_attention(*views, torch.randn(H, H, requires_grad=True)).sum().backward()
-    assert weights
-    assert all(weight.is_contiguous() or weight.mT.is_contiguous() for weight in weights)
+def test_inputs_and_gradients_of_any_strides(way) -> None:
+    exact = inputs()
+    out = mixed_attention_reference(*exact)
+    expected = [out, *gradients(out, exact)]
+    for order in ((0, 2, 1, 3), (3, 0, 1, 2), (0, 1, 3, 2)):
+        back = [order.index(i) for i in range(4)]
+        args = [x.detach().to(way.dtype).permute(order).contiguous().permute(back) for x in exact[:3]]
+        args = [x.requires_grad_() for x in [*args, exact[3].detach().to(way.dtype).T.contiguous().T]]
+        out = mixed_attention(*args)
+        for one, other in zip([out, *gradients(out, args)], expected):
+            assert_exact(one, other)
+    even = torch.autograd.grad(mixed_attention(*args).sum(), args)  # whose gradient is one number, expanded
+    for one, other in zip(even, torch.autograd.grad(mixed_attention_reference(*exact).sum(), exact)):
+        assert_exact(one, other, least=1.0)
+    key = args[1].detach()[:, :1].expand(-1, H, -1, -1)
+    assert_exact(mixed_attention(args[0], key, *args[2:]), mixed_attention_reference(args[0], key, *args[2:]))
+
+
+def test_the_output_lies_in_memory_as_models_read_it(way) -> None:
+    out = mixed_attention(*inputs(way.dtype))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_gradients_are_the_same_bits_every_time(way) -> None:
+    args = [*(torch.randn(1, H, 64, 8).to(way.dtype).requires_grad_() for _ in range(3)), inputs(way.dtype)[3]]
+    first = gradients(mixed_attention(*args), args)
+    for _ in range(5):
+        torch.testing.assert_close(gradients(mixed_attention(*args), args), first, rtol=0, atol=0)
+
+
+def test_callers_at_the_same_time_each_get_their_own_answer(way) -> None:
+    def attend(tokens: int) -> Tensor:
+        torch.set_num_threads(way.threads)
+        generator = torch.Generator().manual_seed(tokens)
+        qkv = [torch.randn(1, H, tokens, D, generator=generator).to(way.dtype) for _ in range(3)]
+        return mixed_attention(*qkv, torch.eye(H, dtype=way.dtype).roll(1, 0))
+
+    expected = {tokens: attend(tokens) for tokens in range(20, 24)}
+    answers: dict[int, list[Tensor]] = {tokens: [] for tokens in expected}
+    callers = [
+        threading.Thread(target=lambda tokens=tokens: answers[tokens].extend(attend(tokens) for _ in range(10)))
+        for tokens in expected
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+        assert not caller.is_alive()
+    for tokens, found in answers.items():
+        assert len(found) == 10
+        for answer in found:
+            torch.testing.assert_close(answer, expected[tokens], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("samples", "tokens", "keys"), [(0, 5, S), (2, 0, S), (2, 5, 0)])
@@ -311,11 +393,27 @@ def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
     assert coeff.grad.eq(0).all()
 
 
+@ways(BY_KERNEL)
+def test_a_library_of_another_version_is_not_called(monkeypatch, way) -> None:
+    longer = type("Longer", (kernel._Call,), {"_fields_": [("more", ctypes.c_ssize_t)]})
+    monkeypatch.setattr(kernel, "_Call", longer)
+    with pytest.raises(ImportError, match="is of another version of coeff_diffusers: install the package once more"):
+        kernel._load(way.instructions)
+
+
+@ways({"AVX2": Way("AVX2"), "torch": Way(None)})
+def test_float64_and_other_dtypes_are_not_the_kernel_s(way) -> None:
+    assert not kernel.takes(*inputs()[:3])
+    assert kernel.takes(*inputs(torch.bfloat16)[:3]) == (way.instructions is not None)
+    assert kernel.instruction_set() == (BEST if way.instructions else None)
+
+
 def _shapes(query=(B, H, T, D), key=(B, H, S, D), value=(B, H, S, E), coeff=(H, H), **options):
     tensors = [torch.zeros(shape) for shape in (query, key, value, coeff)]
     return tensors, {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in options.items()}
 
 
+@ways({"torch": Way(None)})
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -338,12 +436,12 @@ def test_what_cannot_be_used_is_named(wrong, message) -> None:
         mixed_attention(*tensors, **options)
 
 
-def test_compiles_into_one_graph_once_for_all_coefficients() -> None:
+def test_compiles_into_one_graph_once_for_all_coefficients(way) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(mixed_attention, backend=counter, fullgraph=True)
     for scale in (1.0, 0.0, -2.0):
-        *qkv, coeff = inputs(torch.float32)
+        *qkv, coeff = inputs(way.dtype)
         coeff = (coeff * scale).detach().requires_grad_()
         out = compiled(*qkv, coeff)
         torch.testing.assert_close(out, mixed_attention(*qkv, coeff))
@@ -353,13 +451,16 @@ def test_compiles_into_one_graph_once_for_all_coefficients() -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_operator_keeps_what_it_registers(masked) -> None:
-    mask = torch.zeros(1, 1, T, S, dtype=torch.float64) if masked else None
-    torch.library.opcheck(torch.ops.coeff_diffusers.mixed_attention, (*inputs(), mask, False, 0.5))
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_the_operator_keeps_what_it_registers(way, masked, per_sample) -> None:
+    *qkv, coeff = inputs(way.dtype, per_sample)
+    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv]
+    mask = torch.zeros(1, 1, T, S, dtype=way.dtype) if masked else None
+    torch.library.opcheck(torch.ops.coeff_diffusers.mixed_attention, (*views, coeff, mask, False, 0.5))
 
 
-def test_coefficients_that_need_no_gradient_cost_none(monkeypatch) -> None:
-    query, key, value, coeff = inputs()
+def test_coefficients_that_need_no_gradient_cost_none(monkeypatch, way) -> None:
+    query, key, value, coeff = inputs(way.dtype)
     wanted = []
     backward = functional._blockwise_backward
     monkeypatch.setattr(functional, "_blockwise_backward", lambda *args: wanted.append(args[-1]) or backward(*args))
@@ -367,14 +468,3 @@ def test_coefficients_that_need_no_gradient_cost_none(monkeypatch) -> None:
     assert wanted == [[True, True, True, False]]
     with torch.no_grad():
         assert not mixed_attention(query, key, value, coeff).requires_grad
-
-
-def test_a_backward_pass_within_autocast_is_the_one_without() -> None:
-    *narrow, coeff = inputs(torch.bfloat16)
-    args = [*narrow, coeff.float()]
-    expected = torch.autograd.grad(mixed_attention(*args).sum(), narrow)
-    out = mixed_attention(*args).sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(out, narrow)
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)  # the same operations on the same numbers
