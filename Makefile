@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 install: $(STAMP)
 
 # .ci/constraints.txt pins what was tested; pyproject.toml holds the ranges that should work
-$(STAMP): pyproject.toml .ci/constraints.txt $(wildcard coeff_diffusers/csrc/*)
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
 	touch $@
