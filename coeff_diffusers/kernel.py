@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MOST_ROWS = 64  # of a block: keys and values, which each block reads once, no longer take time then
 _BLOCK_FLOATS = 2**21 + 2**19  # 10 MB, or a strip, if that is more
-_TILE_KEYS = 64
+_TILE_KEYS = 128
 _THREAD_MIN_WORK = 2**21  # multiplications of queries by keys and maps by values, some 40 microseconds
 
 
