@@ -29,11 +29,13 @@ test-oldest:
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror coeff_diffusers/csrc/*
 	$(VENV)/bin/mypy
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i coeff_diffusers/csrc/*
 
 bench: $(STAMP)
 	$(PY) examples/benchmarks/attention.py

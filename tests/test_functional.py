@@ -170,6 +170,16 @@ def test_a_row_whose_keys_all_have_the_lowest_mask_is_not_masked(way) -> None:
         assert_exact(one, other)
 
 
+def test_masks_of_any_size_after_keys_that_are_masked(way) -> None:
+    """e^89 is beyond float32: nothing may be multiplied by it, though what it would be multiplied by is zero."""
+    *_, value, coeff = inputs(way.dtype, requires_grad=False)
+    nothing = torch.zeros(B, H, 40, D, dtype=way.dtype), torch.zeros(B, H, S, D, dtype=way.dtype)
+    mask = torch.full((40, S), -math.inf, dtype=way.dtype)
+    mask[:, S - 2 :] = torch.linspace(-90, -87, 40, dtype=way.dtype)[:, None]
+    expected = mixed_attention_reference(*(x.double() for x in (*nothing, value, coeff, mask)))
+    assert_exact(mixed_attention(*nothing, value, coeff, mask), expected)
+
+
 def test_what_is_not_a_number_is_not_hidden(way) -> None:
     for spoilt in range(4):
         args = inputs(way.dtype, requires_grad=False)

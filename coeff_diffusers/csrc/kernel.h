@@ -1,12 +1,13 @@
-// mixed_attention and its gradients in float32 on a CPU. kernel.py calls this, and says what is computed and where the
-// time goes; docs/speed.md has the measurements.
+// mixed_attention and its gradients in float32 on a CPU, as kernel.py calls them. functional.py has the formulas and
+// the letters, docs/speed.md the reasons and the measurements.
 //
-// Compiled once for each instruction set, by avx512.cpp and avx2.cpp. Only vectors of GCC and clang are used, nothing of
-// Python or torch: memory, also for scratch, is torch's, and the threads are those of the OpenMP that torch has loaded.
+// Compiled once for each instruction set, by avx512.cpp and avx2.cpp, with the vectors of GCC and clang and nothing of
+// Python or torch: memory, scratch as well, is torch's, and so are the threads, of the OpenMP that it has loaded.
 //
-// A strip is R query rows of one head, R = NR vectors; a row is a lane. Arrays of a strip lie as (width, R) or (keys, R),
-// so that no product of heads needs a sum over lanes, any width of heads fills the vectors, and scores, maps and their
-// gradients never change their layout. A panel holds the entries of a tile of keys for a strip, (keys, R).
+// A strip is R query rows of one head, R = NR vectors; a row is a lane. Arrays of a strip lie as (width, R) or (keys,
+// R): so no product needs a sum over lanes but those for the gradients of keys and values, heads of any width fill the
+// vectors, and scores, maps and their gradients keep their layout. A panel holds the entries of a strip for a tile of
+// keys, (keys, R). A block is some strips of every head.
 
 #include <cmath>
 #include <cstddef>
@@ -15,41 +16,62 @@
 
 using std::ptrdiff_t;
 
-// W floats are a vector. The sizes of what is summed in registers: N x NR vectors of N keys (or widths, or heads) by the
-// rows of a strip; OUTER keys by UNITS vectors of width; DOTS x DOTS pairs of heads.
+extern "C" {
+// of the OpenMP runtime that is in the process; GCC's, which LLVM's and Intel's have as well
+void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+void GOMP_barrier(void) __attribute__((weak));
+int omp_get_thread_num(void) __attribute__((weak));
+int omp_get_num_threads(void) __attribute__((weak));
+}
+
+namespace {
+
+// W floats are a vector. What is summed in registers at once: N keys (or widths, or heads) by the NR vectors of a
+// strip's rows; OUTER keys by UNITS vectors of width; DOTS by DOTS pairs of heads.
 #ifdef __AVX512F__  // 32 registers
 constexpr int W = 16, N = 12, OUTER = 8, UNITS = 3, DOTS = 4;
 #else  // 16 registers
 constexpr int W = 8, N = 6, OUTER = 4, UNITS = 3, DOTS = 3;
 #endif
 constexpr int NR = 2, R = NR * W;
-constexpr int HALF = 8;             // rows of keys, values and queries that are summed over are padded to so many floats
-constexpr int PAD = 2 * R;          // between panels, whose heads would else all lie in the same few sets of a cache
-constexpr int CACHED = 4096;        // floats of maps that are mixed at a time, if that takes several rounds of heads
+constexpr int HALF = 8;       // what has its width in lanes is padded to a multiple of this
+constexpr int PAD = 2 * R;    // floats between panels: those of all heads would else lie in the same sets of a cache
+constexpr int CACHED = 4096;  // floats of maps that are mixed at a time, if that takes several rounds of heads
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef float half_vec __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define CASE(n, F) case n: F(n); break;
-#define SWITCH(n, F)                                                                                          \
-    switch (n) {                                                                                              \
-        CASE(1, F) CASE(2, F) CASE(3, F) CASE(4, F) CASE(5, F) CASE(6, F) CASE(7, F) CASE(8, F) CASE(9, F)    \
-        CASE(10, F) CASE(11, F) CASE(12, F)                                                                   \
+#define INLINE     inline __attribute__((always_inline))
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)  // unrolled
+// calls F(n), for n from 1 to 12
+#define SWITCH(n, F)           \
+    switch (n) {               \
+        case 1: F(1); break;   \
+        case 2: F(2); break;   \
+        case 3: F(3); break;   \
+        case 4: F(4); break;   \
+        case 5: F(5); break;   \
+        case 6: F(6); break;   \
+        case 7: F(7); break;   \
+        case 8: F(8); break;   \
+        case 9: F(9); break;   \
+        case 10: F(10); break; \
+        case 11: F(11); break; \
+        case 12: F(12); break; \
     }
 
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec splat(float x) { return x - vec{}; }
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }  // b if one is not a number
+constexpr int at_most(int n, int most) { return n < most ? n : most; }
 INLINE ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t parts_of(ptrdiff_t n, ptrdiff_t most) { return (n + most - 1) / most; }
 INLINE ptrdiff_t padded(ptrdiff_t width) { return parts_of(width, HALF) * HALF; }
 
-// e^x for x <= 0, to the last bit or two of a float; 0 below e^-87, not a number for such. x = n ln 2 + f, and e^f by a
-// polynomial, fitted by Chebyshev's points to a relative error of 1.1e-8.
+// e^x for x <= 0, to the last bit or two; 0 below e^-87; not a number for what is none. With x = n ln 2 + f, it is 2^n
+// times a polynomial in f, fitted at Chebyshev's points, whose relative error is 1.1e-8.
 INLINE vec exponential(vec x) {
     const float to_integer = 12582912.0f;  // 1.5 * 2^23: a float so large has no bits for a fraction
     const vec shifted = x * 1.44269504f + to_integer;
@@ -68,98 +90,116 @@ INLINE vec exponential(vec x) {
 // ---- products ----
 
 // out (K, R) = x (K, width) y (width, R).
-template <int K> INLINE void multiply_some(const float *x, ptrdiff_t width, const float *y, float *out) {
+template <int K>
+INLINE void multiply_some(const float *x, ptrdiff_t width, const float *y, float *out) {
     vec sum[K][NR];
-    UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < NR; r++) sum[k][r] = vec{};
+    EACH (k, K)
+        EACH (r, NR) sum[k][r] = vec{};
     for (ptrdiff_t d = 0; d < width; d++) {
         vec row[NR];
         __builtin_prefetch(x + K * width + K * d);
-        UNROLL for (int r = 0; r < NR; r++) row[r] = load(y + d * R + r * W);
-        UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < NR; r++) sum[k][r] += splat(x[k * width + d]) * row[r];
+        EACH (r, NR) row[r] = load(y + d * R + r * W);
+        EACH (k, K)
+            EACH (r, NR) sum[k][r] += splat(x[k * width + d]) * row[r];
     }
-    UNROLL for (int k = 0; k < K; k++) UNROLL for (int r = 0; r < NR; r++) store(out + k * R + r * W, sum[k][r]);
+    EACH (k, K)
+        EACH (r, NR) store(out + k * R + r * W, sum[k][r]);
 }
 
-// out (keys, R) = x (keys, width) y (width, R): scores, of keys by queries, and the gradient of maps, of values by that
-// of the output.
-static void multiply(const float *x, int keys, ptrdiff_t width, const float *y, float *out) {
+// out (keys, R) = x (keys, width) y (width, R): scores, of keys by queries; the gradient of mixed maps, of values by
+// that of the output.
+void multiply(const float *x, int keys, ptrdiff_t width, const float *y, float *out) {
     int k = 0;
     for (; k + N <= keys; k += N) multiply_some<N>(x + k * width, width, y, out + k * R);
-#define SOME(n) if (n < N) multiply_some<n < N ? n : 1>(x + k * width, width, y, out + k * R)
+#define SOME(n) \
+    if (n < N) multiply_some<at_most(n, N - 1)>(x + k * width, width, y, out + k * R)
     SWITCH(keys - k, SOME)
 #undef SOME
 }
 
 // out (D, R) += x (keys, D of width)^T y (keys, R).
-template <int D> INLINE void add_some(const float *x, ptrdiff_t width, const float *y, int keys, float *out) {
+template <int D>
+INLINE void add_some(const float *x, ptrdiff_t width, const float *y, int keys, float *out) {
     vec sum[D][NR];
-    UNROLL for (int d = 0; d < D; d++) UNROLL for (int r = 0; r < NR; r++) sum[d][r] = load(out + d * R + r * W);
+    EACH (d, D)
+        EACH (r, NR) sum[d][r] = load(out + d * R + r * W);
     for (int k = 0; k < keys; k++) {
         vec row[NR];
-        UNROLL for (int r = 0; r < NR; r++) row[r] = load(y + k * R + r * W);
-        UNROLL for (int d = 0; d < D; d++) UNROLL for (int r = 0; r < NR; r++) sum[d][r] += splat(x[k * width + d]) * row[r];
+        EACH (r, NR) row[r] = load(y + k * R + r * W);
+        EACH (d, D)
+            EACH (r, NR) sum[d][r] += splat(x[k * width + d]) * row[r];
     }
-    UNROLL for (int d = 0; d < D; d++) UNROLL for (int r = 0; r < NR; r++) store(out + d * R + r * W, sum[d][r]);
+    EACH (d, D)
+        EACH (r, NR) store(out + d * R + r * W, sum[d][r]);
 }
 
-// out (width, R) += x (keys, width)^T y (keys, R): the output, of values by mixed maps, and the gradient of queries, of
+// out (width, R) += x (keys, width)^T y (keys, R): the output, of values by mixed maps; the gradient of queries, of
 // keys by that of scores.
-static void add_product(const float *x, int keys, ptrdiff_t width, const float *y, float *out) {
+void add_product(const float *x, int keys, ptrdiff_t width, const float *y, float *out) {
     const ptrdiff_t parts = parts_of(width, N);
     for (ptrdiff_t p = 0; p < parts; p++) {
         const ptrdiff_t d = width * p / parts;
-#define SOME(n) if (n <= N) add_some<n <= N ? n : 1>(x + d, width, y, keys, out + d * R)
+#define SOME(n) \
+    if (n <= N) add_some<at_most(n, N)>(x + d, width, y, keys, out + d * R)
         SWITCH(width * (p + 1) / parts - d, SOME)
 #undef SOME
     }
 }
 
-// out (K, F vectors and H half ones, of width) += x (K, R) rows (R, of width). A key and its rows lie in x one after
-// another, so it is the width that is in lanes here.
-template <int K, int F, int H> INLINE void add_outer_some(const float *x, const float *rows, ptrdiff_t width, float *out) {
+// K keys by F vectors and H half ones of the width, which lies in lanes here.
+template <int K, int F, int H>
+INLINE void add_outer_some(const float *x, const float *rows, ptrdiff_t width, float *out) {
     vec sum[K][F + 1];
     half_vec half[K];
-    UNROLL for (int k = 0; k < K; k++) {
-        UNROLL for (int d = 0; d < F; d++) sum[k][d] = load(out + k * width + d * W);
+    EACH (k, K) {
+        EACH (d, F) sum[k][d] = load(out + k * width + d * W);
         if (H) half[k] = *(const half_vec *)(out + k * width + F * W);
     }
     for (int r = 0; r < R; r++) {
         vec row[F + 1];
         half_vec half_row;
-        UNROLL for (int d = 0; d < F; d++) row[d] = load(rows + r * width + d * W);
+        EACH (d, F) row[d] = load(rows + r * width + d * W);
         if (H) half_row = *(const half_vec *)(rows + r * width + F * W);
-        UNROLL for (int k = 0; k < K; k++) {
-            UNROLL for (int d = 0; d < F; d++) sum[k][d] += splat(x[k * R + r]) * row[d];
+        EACH (k, K) {
+            EACH (d, F) sum[k][d] += splat(x[k * R + r]) * row[d];
             if (H) half[k] += (x[k * R + r] - half_vec{}) * half_row;
         }
     }
-    UNROLL for (int k = 0; k < K; k++) {
-        UNROLL for (int d = 0; d < F; d++) store(out + k * width + d * W, sum[k][d]);
+    EACH (k, K) {
+        EACH (d, F) store(out + k * width + d * W, sum[k][d]);
         if (H) *(half_vec *)(out + k * width + F * W) = half[k];
     }
 }
 
-template <int F, int H> static void add_outer_part(const float *x, int keys, const float *rows, ptrdiff_t width, float *out) {
+template <int F, int H>
+void add_outer_part(const float *x, int keys, const float *rows, ptrdiff_t width, float *out) {
     int k = 0;
     for (; k + OUTER <= keys; k += OUTER) add_outer_some<OUTER, F, H>(x + k * R, rows, width, out + k * width);
-#define SOME(n) if (n < OUTER) add_outer_some<n < OUTER ? n : 1, F, H>(x + k * R, rows, width, out + k * width)
+#define SOME(n) \
+    if (n < OUTER) add_outer_some<at_most(n, OUTER - 1), F, H>(x + k * R, rows, width, out + k * width)
     SWITCH(keys - k, SOME)
 #undef SOME
 }
 
 // out (keys, width) += x (keys, R) rows (R, width), width a multiple of HALF: the gradients of keys and values.
-static void add_outer(const float *x, int keys, const float *rows, ptrdiff_t width, float *out) {
+void add_outer(const float *x, int keys, const float *rows, ptrdiff_t width, float *out) {
     const ptrdiff_t units = parts_of(width, W), parts = parts_of(units, UNITS);
     for (ptrdiff_t p = 0; p < parts; p++) {
         const ptrdiff_t from = units * p / parts, to = units * (p + 1) / parts, d = from * W;
         const bool half = to * W > width;
         switch (to - from) {
-            case 1: half ? add_outer_part<0, 1>(x, keys, rows + d, width, out + d)
-                         : add_outer_part<1, 0>(x, keys, rows + d, width, out + d); break;
-            case 2: half ? add_outer_part<1, 1>(x, keys, rows + d, width, out + d)
-                         : add_outer_part<2, 0>(x, keys, rows + d, width, out + d); break;
-            case 3: half ? add_outer_part<2, 1>(x, keys, rows + d, width, out + d)
-                         : add_outer_part<3, 0>(x, keys, rows + d, width, out + d); break;
+            case 1:
+                half ? add_outer_part<0, 1>(x, keys, rows + d, width, out + d)
+                     : add_outer_part<1, 0>(x, keys, rows + d, width, out + d);
+                break;
+            case 2:
+                half ? add_outer_part<1, 1>(x, keys, rows + d, width, out + d)
+                     : add_outer_part<2, 0>(x, keys, rows + d, width, out + d);
+                break;
+            case 3:
+                half ? add_outer_part<2, 1>(x, keys, rows + d, width, out + d)
+                     : add_outer_part<3, 0>(x, keys, rows + d, width, out + d);
+                break;
         }
     }
 }
@@ -179,22 +219,25 @@ template <int I, bool SCALED>
 INLINE void mix_some(const float *weights, ptrdiff_t H, Panels maps, Panels scales, int keys, Panels mixed) {
     for (int k = 0; k < keys; k++) {
         vec sum[I][NR];
-        UNROLL for (int i = 0; i < I; i++) UNROLL for (int r = 0; r < NR; r++) sum[i][r] = vec{};
+        EACH (i, I)
+            EACH (r, NR) sum[i][r] = vec{};
         for (ptrdiff_t j = 0; j < H; j++) {
             vec map[NR];
-            UNROLL for (int r = 0; r < NR; r++) {
+            EACH (r, NR) {
                 map[r] = load(maps[j] + k * R + r * W);
                 if (SCALED) map[r] *= load(scales[j] + r * W);
             }
-            UNROLL for (int i = 0; i < I; i++) UNROLL for (int r = 0; r < NR; r++) sum[i][r] += splat(weights[j * H + i]) * map[r];
+            EACH (i, I)
+                EACH (r, NR) sum[i][r] += splat(weights[j * H + i]) * map[r];
         }
-        UNROLL for (int i = 0; i < I; i++) UNROLL for (int r = 0; r < NR; r++) store(mixed[i] + k * R + r * W, sum[i][r]);
+        EACH (i, I)
+            EACH (r, NR) store(mixed[i] + k * R + r * W, sum[i][r]);
     }
 }
 
 // mixed_i (keys, R) = sum_j weights[j, i] maps_j (keys, R), and before that each map times its scale (R), if SCALED.
 template <bool SCALED>
-static void mix(const float *weights, ptrdiff_t H, Panels maps, Panels scales, int keys, Panels mixed) {
+void mix(const float *weights, ptrdiff_t H, Panels maps, Panels scales, int keys, Panels mixed) {
     const ptrdiff_t parts = parts_of(H, N);
     const int most = parts == 1 || CACHED / R / H < 1 ? keys : (int)(CACHED / R / H);
     for (int k = 0; k < keys; k += most)
@@ -202,31 +245,37 @@ static void mix(const float *weights, ptrdiff_t H, Panels maps, Panels scales, i
             const ptrdiff_t i = H * p / parts;
             const int some = (int)smaller(keys - k, most);
             const Panels part = {mixed[i], mixed.stride};
-#define SOME(n) if (n <= N) mix_some<n <= N ? n : 1, SCALED>(weights + i, H, maps.from(k), scales, some, part.from(k))
+#define SOME(n) \
+    if (n <= N) mix_some<at_most(n, N), SCALED>(weights + i, H, maps.from(k), scales, some, part.from(k))
             SWITCH(H * (p + 1) / parts - i, SOME)
 #undef SOME
         }
 }
 
-// sums[i, j] (W lanes) += x_i (keys, R) . y_j (keys, R) of I by J heads.
-template <int I, int J> INLINE void add_dots_some(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
+// I by J heads of `add_dots`.
+template <int I, int J>
+INLINE void add_dots_some(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
     vec sum[I][J];
-    UNROLL for (int i = 0; i < I; i++) UNROLL for (int j = 0; j < J; j++) sum[i][j] = load(sums + (i * H + j) * W);
+    EACH (i, I)
+        EACH (j, J) sum[i][j] = load(sums + (i * H + j) * W);
     for (ptrdiff_t at = 0; at < (ptrdiff_t)keys * R; at += W) {
         vec right[J];
-        UNROLL for (int j = 0; j < J; j++) right[j] = load(y[j] + at);
-        UNROLL for (int i = 0; i < I; i++) UNROLL for (int j = 0; j < J; j++) sum[i][j] += load(x[i] + at) * right[j];
+        EACH (j, J) right[j] = load(y[j] + at);
+        EACH (i, I)
+            EACH (j, J) sum[i][j] += load(x[i] + at) * right[j];
     }
-    UNROLL for (int i = 0; i < I; i++) UNROLL for (int j = 0; j < J; j++) store(sums + (i * H + j) * W, sum[i][j]);
+    EACH (i, I)
+        EACH (j, J) store(sums + (i * H + j) * W, sum[i][j]);
 }
 
-// For all heads: the gradient of the coefficients, of that of mixed maps by maps.
-static void add_dots(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
+// sums (H, H, W) += x_i . y_j, lane by lane: the gradient of alpha, of that of mixed maps by maps.
+void add_dots(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
     for (ptrdiff_t i = 0; i < H; i += DOTS)
         for (ptrdiff_t j = 0; j < H; j += DOTS) {
             const Panels left = {x[i], x.stride}, right = {y[j], y.stride};
             float *to = sums + (i * H + j) * W;
-#define ROW(I, n) if (n <= DOTS) add_dots_some<I, n <= DOTS ? n : 1>(left, right, keys, to, H)
+#define ROW(I, n) \
+    if (n <= DOTS) add_dots_some<I, at_most(n, DOTS)>(left, right, keys, to, H)
 #define SOME1(n) ROW(1, n)
 #define SOME2(n) ROW(2, n)
 #define SOME3(n) ROW(3, n)
@@ -260,12 +309,12 @@ struct Call {
     Array query, key, value, out, grad_out, grad_query, grad_key, grad_value;
     Mask mask;
     const float *alpha, *alpha_transposed;  // (B, H, H)
-    float *statistics;                      // (2, B, H, T): each row's largest score, and 1 / the sum of its exponentials
-    float *grad_alpha;                      // (threads, B, H, H), or nullptr
+    float *statistics;                      // (2, B, H, T): a row's largest score, and 1 / the sum of its exponentials
+    float *grad_alpha;                      // (threads, B, H, H); nullptr, as others, where not wanted
     float *scratch;
-    ptrdiff_t rows, keys;                   // of a block and of a tile; rows is a multiple of R
+    ptrdiff_t rows, keys;  // of a block, a multiple of R, and of a tile
     ptrdiff_t threads, is_causal;
-    ptrdiff_t next;                         // block that nobody has begun
+    ptrdiff_t next;  // the first block that no thread has begun
     double scale;
 
     ptrdiff_t strips() const { return rows / R; }
@@ -273,16 +322,21 @@ struct Call {
     ptrdiff_t blocks() const { return parts_of(T, rows); }
     ptrdiff_t panel() const { return keys * R + PAD; }
     ptrdiff_t heads_and_strips() const { return H * strips(); }
+    int keys_of(ptrdiff_t tile) const { return (int)smaller(keys, S - tile * keys); }
 };
 
-// Hands out scratch, floats in whole cache lines; with nullptr it only counts.
+// Hands out scratch to a thread, in whole cache lines. Without memory it counts what all take.
 struct Arena {
     float *base;
-    ptrdiff_t used;
-    float *take(ptrdiff_t n) {
-        float *p = base ? base + used : nullptr;
-        used += parts_of(n, 16) * 16;
-        return p;
+    ptrdiff_t threads, thread, used;
+    float *shared(ptrdiff_t n) { return take(n, 1, 0); }          // the same for all
+    float *own(ptrdiff_t n) { return take(n, threads, thread); }  // n floats for each
+
+  private:
+    float *take(ptrdiff_t n, ptrdiff_t times, ptrdiff_t which) {
+        n = parts_of(n, 16) * 16;
+        used += n * times;
+        return base ? base + used - n * (times - which) : nullptr;
     }
 };
 
@@ -290,7 +344,9 @@ struct Arena {
 struct Block {
     ptrdiff_t b, first, end, tiles;
     Block(const Call &c, ptrdiff_t index)
-        : b(index / c.blocks()), first(index % c.blocks() * c.rows), end(smaller(first + c.rows, c.T)),
+        : b(index / c.blocks()),
+          first(index % c.blocks() * c.rows),
+          end(smaller(first + c.rows, c.T)),
           tiles(c.is_causal ? smaller(c.tiles(), parts_of(end, c.keys)) : c.tiles()) {}
     int strips() const { return (int)parts_of(end - first, R); }
     ptrdiff_t row(int strip) const { return first + strip * R; }
@@ -298,28 +354,28 @@ struct Block {
 };
 
 // to (width, R) = from (rows, width)^T times scale, with zeros for rows that are not there.
-static void pack(const float *from, ptrdiff_t stride, int rows, ptrdiff_t width, float scale, float *to) {
+void pack(const float *from, ptrdiff_t stride, int rows, ptrdiff_t width, float scale, float *to) {
     if (rows < R) memset(to, 0, sizeof(float) * width * R);
     ptrdiff_t d = 0;
     for (; d + HALF <= width; d += HALF)
         for (int r = 0; r < rows; r++)
-            UNROLL for (int e = 0; e < HALF; e++) to[(d + e) * R + r] = from[r * stride + d + e] * scale;
+            EACH (e, HALF) to[(d + e) * R + r] = from[r * stride + d + e] * scale;
     for (; d < width; d++)
         for (int r = 0; r < rows; r++) to[d * R + r] = from[r * stride + d] * scale;
 }
 
 // to (rows, width) = from (width, R)^T times scale.
-static void unpack(const float *from, int rows, ptrdiff_t width, float scale, float *to, ptrdiff_t stride) {
+void unpack(const float *from, int rows, ptrdiff_t width, float scale, float *to, ptrdiff_t stride) {
     ptrdiff_t d = 0;
     for (; d + HALF <= width; d += HALF)
         for (int r = 0; r < rows; r++)
-            UNROLL for (int e = 0; e < HALF; e++) to[r * stride + d + e] = from[(d + e) * R + r] * scale;
+            EACH (e, HALF) to[r * stride + d + e] = from[(d + e) * R + r] * scale;
     for (; d < width; d++)
         for (int r = 0; r < rows; r++) to[r * stride + d] = from[d * R + r] * scale;
 }
 
 // to (R, padded width) = from (rows, width) times scale, with zeros for rows and widths that are not there.
-static void pack_rows(const float *from, ptrdiff_t stride, int rows, ptrdiff_t width, float scale, float *to) {
+void pack_rows(const float *from, ptrdiff_t stride, int rows, ptrdiff_t width, float scale, float *to) {
     memset(to, 0, sizeof(float) * padded(width) * R);
     for (int r = 0; r < rows; r++)
         for (ptrdiff_t d = 0; d < width; d++) to[r * padded(width) + d] = from[r * stride + d] * scale;
@@ -331,7 +387,8 @@ INLINE float mask_value(const Mask &m, ptrdiff_t at) {
 }
 
 // Adds the mask to the scores (keys, R) of a strip and the keys from `first_key` on.
-static void add_mask(const Call &c, const Block &block, ptrdiff_t head, int strip, ptrdiff_t first_key, int keys, float *scores) {
+void add_mask(const Call &c, const Block &block, ptrdiff_t head, int strip, ptrdiff_t first_key, int keys,
+              float *scores) {
     const ptrdiff_t row = block.row(strip);
     const int rows = block.rows(strip);
     if (c.is_causal) {
@@ -341,7 +398,7 @@ static void add_mask(const Call &c, const Block &block, ptrdiff_t head, int stri
         const ptrdiff_t at = block.b * c.mask.b + head * c.mask.h + first_key * c.mask.s;
         for (int k = 0; k < keys; k++) {
             const vec value = splat(mask_value(c.mask, at + k * c.mask.s));
-            UNROLL for (int r = 0; r < NR; r++) store(scores + k * R + r * W, load(scores + k * R + r * W) + value);
+            EACH (r, NR) store(scores + k * R + r * W, load(scores + k * R + r * W) + value);
         }
     } else if (c.mask.p) {
         for (int r = 0; r < rows; r++) {
@@ -352,9 +409,10 @@ static void add_mask(const Call &c, const Block &block, ptrdiff_t head, int stri
 }
 
 // A strip's scores for a tile, masked. `queries` have the scale.
-static void form_scores(const Call &c, const Block &block, ptrdiff_t head, int strip, ptrdiff_t tile, const float *queries, float *to) {
+void form_scores(const Call &c, const Block &block, ptrdiff_t head, int strip, ptrdiff_t tile, const float *queries,
+                 float *to) {
     const ptrdiff_t first_key = tile * c.keys;
-    const int keys = (int)smaller(c.keys, c.S - first_key);
+    const int keys = c.keys_of(tile);
     multiply(c.key.at(block.b, head, first_key), keys, c.D, queries, to);
     if (c.mask.p || (c.is_causal && first_key + keys > block.row(strip) + 1))
         add_mask(c, block, head, strip, first_key, keys, to);
@@ -362,60 +420,59 @@ static void form_scores(const Call &c, const Block &block, ptrdiff_t head, int s
 
 // ---- forward ----
 
-// What a thread needs for a block. Strips lie within heads, heads within tiles.
+// What a thread needs for a block.
 struct ForwardScratch {
-    float *queries;         // (H, strips, D, R)
-    float *most, *total;    // (H, strips, R): the largest score until now, and the sum of exponentials of scores less that
-    float *scales;          // (tiles, H, strips, R): the largest score when a tile's exponentials were formed; then what they
-                            // must be multiplied by
-    float *mixed;           // (H, panel)
-    float *out;             // (H, strips, E, R)
-    float *maps;            // (tiles, H, strips, panel)
+    float *queries;       // (H, strips, D, R), with the scale
+    float *most, *total;  // (H, strips, R): the largest score until now; the sum of exponentials of scores less that
+    float *scales;        // (tiles, H, strips, R): the largest score when a tile's exponentials were formed
+    float *mixed;         // (H, panel)
+    float *out;           // (H, strips, E, R)
+    float *maps;          // (tiles, H, strips, panel): exponentials
+
     ForwardScratch(const Call &c, Arena &arena) {
         const ptrdiff_t n = c.heads_and_strips();
-        queries = arena.take(n * c.D * R);
-        most = arena.take(n * R);
-        total = arena.take(n * R);
-        scales = arena.take(c.tiles() * n * R);
-        mixed = arena.take(c.H * c.panel());
-        out = arena.take(n * c.E * R);
-        maps = arena.take(c.tiles() * n * c.panel());
+        queries = arena.own(n * c.D * R);
+        most = arena.own(n * R);
+        total = arena.own(n * R);
+        scales = arena.own(c.tiles() * n * R);
+        mixed = arena.own(c.H * c.panel());
+        out = arena.own(n * c.E * R);
+        maps = arena.own(c.tiles() * n * c.panel());
     }
 };
 
 // The exponentials of a strip's scores for a tile, in their place, less the largest score until now; and the sums.
-static void form_exponentials(int keys, float *scores, float *most, float *total, float *scale) {
+void form_exponentials(int keys, float *scores, float *most, float *total, float *scale) {
     vec before[NR], now[NR], shift[NR], sum[NR];
-    UNROLL for (int r = 0; r < NR; r++) now[r] = before[r] = load(most + r * W);
+    EACH (r, NR) now[r] = before[r] = load(most + r * W);
     for (int k = 0; k < keys; k++)
-        UNROLL for (int r = 0; r < NR; r++) now[r] = larger(now[r], load(scores + k * R + r * W));
-    UNROLL for (int r = 0; r < NR; r++) {
+        EACH (r, NR) now[r] = larger(now[r], load(scores + k * R + r * W));
+    EACH (r, NR) {
         shift[r] = now[r] == -INFINITY ? vec{} : now[r];  // all keys until now are masked
         sum[r] = load(total + r * W) * exponential(before[r] - shift[r]);
     }
     for (int k = 0; k < keys; k++)
-        UNROLL for (int r = 0; r < NR; r++) {
+        EACH (r, NR) {
             const vec e = exponential(load(scores + k * R + r * W) - shift[r]);
             sum[r] += e;
             store(scores + k * R + r * W, e);
         }
-    UNROLL for (int r = 0; r < NR; r++) {
+    EACH (r, NR) {
         store(most + r * W, now[r]);
-        store(scale + r * W, shift[r]);
+        store(scale + r * W, now[r]);
         store(total + r * W, sum[r]);
     }
 }
 
-static void forward_block(const Call &c, const Block &block, const ForwardScratch &s) {
+void forward_block(const Call &c, const Block &block, const ForwardScratch &s) {
     const ptrdiff_t all = c.heads_and_strips(), panel = c.panel();
     for (ptrdiff_t h = 0; h < c.H; h++)
         for (int g = 0; g < block.strips(); g++) {
             const ptrdiff_t at = h * c.strips() + g;
-            const float *queries = s.queries + at * c.D * R;
-            pack(c.query.at(block.b, h, block.row(g)), c.query.t, block.rows(g), c.D, (float)c.scale, s.queries + at * c.D * R);
+            const float *query = c.query.at(block.b, h, block.row(g));
+            pack(query, c.query.t, block.rows(g), c.D, (float)c.scale, s.queries + at * c.D * R);
             for (int r = 0; r < R; r++) s.most[at * R + r] = -INFINITY, s.total[at * R + r] = 0.0f;
             memset(s.out + at * c.E * R, 0, sizeof(float) * c.E * R);
-            (void)queries;
         }
     for (ptrdiff_t h = 0; h < c.H; h++)
         for (ptrdiff_t tile = 0; tile < block.tiles; tile++)
@@ -423,7 +480,7 @@ static void forward_block(const Call &c, const Block &block, const ForwardScratc
                 const ptrdiff_t at = h * c.strips() + g;
                 float *maps = s.maps + (tile * all + at) * panel;
                 form_scores(c, block, h, g, tile, s.queries + at * c.D * R, maps);
-                form_exponentials((int)smaller(c.keys, c.S - tile * c.keys), maps, s.most + at * R, s.total + at * R,
+                form_exponentials(c.keys_of(tile), maps, s.most + at * R, s.total + at * R,
                                   s.scales + (tile * all + at) * R);
             }
     for (ptrdiff_t h = 0; h < c.H; h++)
@@ -435,17 +492,19 @@ static void forward_block(const Call &c, const Block &block, const ForwardScratc
                 store(s.total + at, total == 0.0f ? vec{} : 1.0f / total);  // a row without a key: zeros
             }
     for (ptrdiff_t tile = 0; tile < block.tiles; tile++) {
-        const int keys = (int)smaller(c.keys, c.S - tile * c.keys);
-        for (ptrdiff_t at = 0; at < all * R; at += W) {
+        const int keys = c.keys_of(tile);
+        for (ptrdiff_t at = 0; at < all * R; at += W) {  // now what its exponentials are multiplied by
             float *scale = s.scales + tile * all * R + at;
             store(scale, exponential(load(scale) - load(s.most + at)) * load(s.total + at));
         }
         for (int g = 0; g < block.strips(); g++) {
             const Panels mixed = {s.mixed, panel};
-            mix<true>(c.alpha_transposed + block.b * c.H * c.H, c.H, {s.maps + (tile * all + g) * panel, c.strips() * panel},
-                      {s.scales + (tile * all + g) * R, c.strips() * R}, keys, mixed);
+            const Panels maps = {s.maps + (tile * all + g) * panel, c.strips() * panel};
+            const Panels scales = {s.scales + (tile * all + g) * R, c.strips() * R};
+            mix<true>(c.alpha_transposed + block.b * c.H * c.H, c.H, maps, scales, keys, mixed);
             for (ptrdiff_t h = 0; h < c.H; h++)
-                add_product(c.value.at(block.b, h, tile * c.keys), keys, c.E, mixed[h], s.out + (h * c.strips() + g) * c.E * R);
+                add_product(c.value.at(block.b, h, tile * c.keys), keys, c.E, mixed[h],
+                            s.out + (h * c.strips() + g) * c.E * R);
         }
     }
     for (ptrdiff_t h = 0; h < c.H; h++)
@@ -462,63 +521,56 @@ static void forward_block(const Call &c, const Block &block, const ForwardScratc
 
 // ---- backward ----
 
+// What the threads need for a block, and a sample.
 struct BackwardScratch {
-    // of all threads
-    float *queries, *query_rows;        // (H, strips, D, R) and (H, strips, R, padded D), with the scale
-    float *grads, *grad_rows;           // of the output: (H, strips, E, R) and (H, strips, R, padded E)
-    float *most, *inverse;              // (H, strips, R): the statistics
-    float *maps, *grad_maps;            // (tiles, H, strips, panel)
-    float *grad_key, *grad_value;       // (H, S, padded D), (H, S, padded E): sums of a sample
+    // of all
+    float *queries, *query_rows;    // (H, strips, D, R) and (H, strips, R, padded D), with the scale
+    float *grads, *grad_rows;       // of the output: (H, strips, E, R) and (H, strips, R, padded E)
+    float *most, *inverse;          // (H, strips, R): the statistics
+    float *maps, *grad_maps;        // (tiles, H, strips, panel); then the gradient of the scores
+    float *grad_key, *grad_value;   // (H, S, padded D) and (H, S, padded E): sums of a sample
+    float *all_dots, *all_queries;  // those of the first thread; others' follow
     // of each
-    float *grad_mixed, *mixed;          // (H, panel)
-    float *dots;                        // (threads; H, strips, R): sums over a thread's keys of maps times their gradients
-    float *grad_query;                  // (threads; H, strips, D, R): sums over a thread's keys
-    float *grad_alpha;                  // (H, H, W): sums of a sample
-    ptrdiff_t all_dots, all_grad_query;
+    float *grad_mixed, *mixed;  // (H, panel)
+    float *dots;                // (H, strips, R): sums over the thread's keys of maps times their gradients
+    float *grad_query;          // (H, strips, D, R): sums over the thread's keys
+    float *grad_alpha;          // (H, H, W): sums of a sample
+    ptrdiff_t dots_size, grad_query_size;
 
-    BackwardScratch(const Call &c, Arena &arena, ptrdiff_t thread) {
+    BackwardScratch(const Call &c, Arena &arena) {
         const ptrdiff_t n = c.heads_and_strips();
-        queries = arena.take(n * c.D * R);
-        query_rows = arena.take(n * padded(c.D) * R);
-        grads = arena.take(n * c.E * R);
-        grad_rows = arena.take(n * padded(c.E) * R);
-        most = arena.take(n * R);
-        inverse = arena.take(n * R);
-        maps = arena.take(c.tiles() * n * c.panel());
-        grad_maps = arena.take(c.tiles() * n * c.panel());
-        grad_key = arena.take(c.grad_key.p ? c.H * c.S * padded(c.D) : 0);
-        grad_value = arena.take(c.grad_value.p ? c.H * c.S * padded(c.E) : 0);
-        all_dots = n * R, all_grad_query = n * c.D * R;
-        dots = arena.take(c.threads * all_dots);
-        grad_query = arena.take(c.threads * all_grad_query);
-        const ptrdiff_t before = arena.used;
-        for (ptrdiff_t i = 0; i <= thread; i++) {
-            grad_mixed = arena.take(c.H * c.panel());
-            mixed = arena.take(c.H * c.panel());
-            grad_alpha = arena.take(c.grad_alpha ? c.H * c.H * W : 0);
-        }
-        arena.used = before + (arena.used - before) / (thread + 1) * c.threads;
+        queries = arena.shared(n * c.D * R);
+        query_rows = arena.shared(n * padded(c.D) * R);
+        grads = arena.shared(n * c.E * R);
+        grad_rows = arena.shared(n * padded(c.E) * R);
+        most = arena.shared(n * R);
+        inverse = arena.shared(n * R);
+        maps = arena.shared(c.tiles() * n * c.panel());
+        grad_maps = arena.shared(c.tiles() * n * c.panel());
+        grad_key = arena.shared(c.grad_key.p ? c.H * c.S * padded(c.D) : 0);
+        grad_value = arena.shared(c.grad_value.p ? c.H * c.S * padded(c.E) : 0);
+        grad_mixed = arena.own(c.H * c.panel());
+        mixed = arena.own(c.H * c.panel());
+        grad_alpha = arena.own(c.grad_alpha ? c.H * c.H * W : 0);
+        dots_size = n * R, grad_query_size = n * c.D * R;  // whole cache lines both
+        dots = arena.own(dots_size);
+        grad_query = arena.own(grad_query_size);
+        all_dots = dots - arena.thread * dots_size;
+        all_queries = grad_query - arena.thread * grad_query_size;
     }
 };
 
-extern "C" {
-// of the OpenMP runtime that is in the process; GCC's, which LLVM's and Intel's have as well
-void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
-void GOMP_barrier(void) __attribute__((weak));
-int omp_get_thread_num(void) __attribute__((weak));
-int omp_get_num_threads(void) __attribute__((weak));
-}
-
 struct Member {  // of the threads that compute a call
     ptrdiff_t index, size;
-    Member(const Call &c) : index(c.threads > 1 ? omp_get_thread_num() : 0), size(c.threads > 1 ? omp_get_num_threads() : 1) {}
+    Member(const Call &c)
+        : index(c.threads > 1 ? omp_get_thread_num() : 0), size(c.threads > 1 ? omp_get_num_threads() : 1) {}
     void wait() const {
         if (size > 1) GOMP_barrier();
     }
 };
 
 // A block's rows as the products need them; each thread some heads.
-static void pack_block(const Call &c, const Block &block, const BackwardScratch &s, const Member &me) {
+void pack_block(const Call &c, const Block &block, const BackwardScratch &s, const Member &me) {
     for (ptrdiff_t h = me.index; h < c.H; h += me.size)
         for (int g = 0; g < block.strips(); g++) {
             const ptrdiff_t at = h * c.strips() + g;
@@ -538,9 +590,9 @@ static void pack_block(const Call &c, const Block &block, const BackwardScratch 
 
 // Maps of a tile, their gradients, and what follows from them: dV = M^T dO, dM = dO V^T, dalpha = dM maps^T and
 // dmaps = alpha^T dM, where M are the mixed maps.
-static void backward_maps(const Call &c, const Block &block, ptrdiff_t tile, const BackwardScratch &s, float *dots) {
+void backward_maps(const Call &c, const Block &block, ptrdiff_t tile, const BackwardScratch &s) {
     const ptrdiff_t all = c.heads_and_strips(), panel = c.panel(), first_key = tile * c.keys;
-    const int keys = (int)smaller(c.keys, c.S - first_key);
+    const int keys = c.keys_of(tile);
     const bool scores = c.grad_query.p || c.grad_key.p;
     const Panels mixed = {s.mixed, panel}, grad_mixed = {s.grad_mixed, panel};
     for (int g = 0; g < block.strips(); g++) {
@@ -550,9 +602,12 @@ static void backward_maps(const Call &c, const Block &block, ptrdiff_t tile, con
             const ptrdiff_t at = h * c.strips() + g;
             form_scores(c, block, h, g, tile, s.queries + at * c.D * R, maps[h]);
             vec most[NR], inverse[NR];
-            UNROLL for (int r = 0; r < NR; r++) most[r] = load(s.most + at * R + r * W), inverse[r] = load(s.inverse + at * R + r * W);
+            EACH (r, NR) {
+                most[r] = load(s.most + at * R + r * W);
+                inverse[r] = load(s.inverse + at * R + r * W);
+            }
             for (int k = 0; k < keys; k++)
-                UNROLL for (int r = 0; r < NR; r++) {
+                EACH (r, NR) {
                     float *p = maps[h] + k * R + r * W;
                     store(p, exponential(load(p) - most[r]) * inverse[r]);
                 }
@@ -565,109 +620,117 @@ static void backward_maps(const Call &c, const Block &block, ptrdiff_t tile, con
         }
         if (!scores && !c.grad_alpha) continue;
         for (ptrdiff_t h = 0; h < c.H; h++)
-            multiply(c.value.at(block.b, h, first_key), keys, c.E, s.grads + (h * c.strips() + g) * c.E * R, grad_mixed[h]);
+            multiply(c.value.at(block.b, h, first_key), keys, c.E, s.grads + (h * c.strips() + g) * c.E * R,
+                     grad_mixed[h]);
         if (c.grad_alpha) add_dots(grad_mixed, maps, keys, s.grad_alpha, c.H);
         if (!scores) continue;
         mix<false>(c.alpha + block.b * c.H * c.H, c.H, grad_mixed, {}, keys, grad_maps);
         for (ptrdiff_t h = 0; h < c.H; h++) {
-            float *to = dots + (h * c.strips() + g) * R;
+            float *to = s.dots + (h * c.strips() + g) * R;
             vec sum[NR];
-            UNROLL for (int r = 0; r < NR; r++) sum[r] = load(to + r * W);
+            EACH (r, NR) sum[r] = load(to + r * W);
             for (int k = 0; k < keys; k++)
-                UNROLL for (int r = 0; r < NR; r++) sum[r] += load(maps[h] + k * R + r * W) * load(grad_maps[h] + k * R + r * W);
-            UNROLL for (int r = 0; r < NR; r++) store(to + r * W, sum[r]);
+                EACH (r, NR) sum[r] += load(maps[h] + k * R + r * W) * load(grad_maps[h] + k * R + r * W);
+            EACH (r, NR) store(to + r * W, sum[r]);
         }
     }
 }
 
-// From there: dscores = maps (dmaps - the row's dot), dQ = dscores K, dK = dscores^T Q. `dots` are those of all keys.
-static void backward_scores(const Call &c, const Block &block, ptrdiff_t tile, const BackwardScratch &s, const float *dots, float *grad_query) {
+// From there: dscores = maps (dmaps - the row's dot), dQ = dscores K, dK = dscores^T Q.
+void backward_scores(const Call &c, const Block &block, ptrdiff_t tile, const BackwardScratch &s) {
     const ptrdiff_t all = c.heads_and_strips(), panel = c.panel(), first_key = tile * c.keys;
-    const int keys = (int)smaller(c.keys, c.S - first_key);
+    const int keys = c.keys_of(tile);
     for (ptrdiff_t h = 0; h < c.H; h++)
         for (int g = 0; g < block.strips(); g++) {
             const ptrdiff_t at = h * c.strips() + g;
             const float *maps = s.maps + (tile * all + at) * panel;
             float *grads = s.grad_maps + (tile * all + at) * panel;
             vec dot[NR];
-            UNROLL for (int r = 0; r < NR; r++) dot[r] = load(dots + at * R + r * W);
+            EACH (r, NR) dot[r] = load(s.all_dots + at * R + r * W);  // of all keys by now
             for (int k = 0; k < keys; k++)
-                UNROLL for (int r = 0; r < NR; r++) {
+                EACH (r, NR) {
                     const ptrdiff_t i = k * R + r * W;
                     store(grads + i, load(maps + i) * (load(grads + i) - dot[r]));
                 }
-            if (c.grad_query.p) add_product(c.key.at(block.b, h, first_key), keys, c.D, grads, grad_query + at * c.D * R);
+            if (c.grad_query.p)
+                add_product(c.key.at(block.b, h, first_key), keys, c.D, grads, s.grad_query + at * c.D * R);
             if (c.grad_key.p)
-                add_outer(grads, keys, s.query_rows + at * padded(c.D) * R, padded(c.D), s.grad_key + (h * c.S + first_key) * padded(c.D));
+                add_outer(grads, keys, s.query_rows + at * padded(c.D) * R, padded(c.D),
+                          s.grad_key + (h * c.S + first_key) * padded(c.D));
         }
 }
 
 // x (n) += each of the `count` arrays after it, `stride` floats apart, in turn.
-static void add_up(float *x, ptrdiff_t n, ptrdiff_t count, ptrdiff_t stride) {
+void add_up(float *x, ptrdiff_t n, ptrdiff_t count, ptrdiff_t stride) {
     for (ptrdiff_t i = 1; i < count; i++)
         for (ptrdiff_t at = 0; at < n; at++) x[at] += x[i * stride + at];
 }
 
-// The part of a thread: of each block, every `size`th tile. So nobody adds to the same keys' gradients, and all sums have
-// an order.
-static void backward_thread(void *data) {
-    Call &c = *(Call *)data;
-    const Member me(c);
-    Arena arena = {c.scratch, 0};
-    const BackwardScratch s(c, arena, me.index);
-    float *dots = s.dots + me.index * s.all_dots, *grad_query = s.grad_query + me.index * s.all_grad_query;
-    for (ptrdiff_t b = 0; b < c.B; b++) {
-        if (c.grad_alpha) memset(s.grad_alpha, 0, sizeof(float) * c.H * c.H * W);
-        for (ptrdiff_t h = 0; h < c.H; h++)
-            for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size) {
-                const ptrdiff_t k = tile * c.keys, keys = smaller(c.keys, c.S - k);
-                if (c.grad_key.p) memset(s.grad_key + (h * c.S + k) * padded(c.D), 0, sizeof(float) * keys * padded(c.D));
-                if (c.grad_value.p) memset(s.grad_value + (h * c.S + k) * padded(c.E), 0, sizeof(float) * keys * padded(c.E));
-            }
-        for (ptrdiff_t index = b * c.blocks(); index < (b + 1) * c.blocks(); index++) {
-            const Block block(c, index);
-            pack_block(c, block, s, me);
-            memset(dots, 0, sizeof(float) * s.all_dots);
-            me.wait();
-            for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_maps(c, block, tile, s, dots);
-            me.wait();
-            if (c.grad_query.p || c.grad_key.p) {
-                if (me.index == 0) add_up(s.dots, s.all_dots, me.size, s.all_dots);
-                memset(grad_query, 0, sizeof(float) * s.all_grad_query);
-                me.wait();
-                for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size)
-                    backward_scores(c, block, tile, s, s.dots, grad_query);
-                me.wait();
-            }
-            if (c.grad_query.p)
-                for (ptrdiff_t h = me.index; h < c.H; h += me.size)
-                    for (int g = 0; g < block.strips(); g++) {
-                        float *of_all = s.grad_query + (h * c.strips() + g) * c.D * R;
-                        add_up(of_all, c.D * R, me.size, s.all_grad_query);
-                        unpack(of_all, block.rows(g), c.D, (float)c.scale, c.grad_query.at(b, h, block.row(g)), c.grad_query.t);
-                    }
+void clear_sums(const Call &c, const BackwardScratch &s, const Member &me) {
+    if (c.grad_alpha) memset(s.grad_alpha, 0, sizeof(float) * c.H * c.H * W);
+    for (ptrdiff_t h = 0; h < c.H; h++)
+        for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size) {
+            const ptrdiff_t k = h * c.S + tile * c.keys, keys = c.keys_of(tile);
+            if (c.grad_key.p) memset(s.grad_key + k * padded(c.D), 0, sizeof(float) * keys * padded(c.D));
+            if (c.grad_value.p) memset(s.grad_value + k * padded(c.E), 0, sizeof(float) * keys * padded(c.E));
         }
-        for (ptrdiff_t h = 0; h < c.H; h++)
-            for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size)
-                for (ptrdiff_t k = tile * c.keys; k < smaller(c.S, (tile + 1) * c.keys); k++) {
-                    if (c.grad_key.p)
-                        memcpy(c.grad_key.at(b, h, k), s.grad_key + (h * c.S + k) * padded(c.D), sizeof(float) * c.D);
-                    if (c.grad_value.p)
-                        memcpy(c.grad_value.at(b, h, k), s.grad_value + (h * c.S + k) * padded(c.E), sizeof(float) * c.E);
-                }
-        if (c.grad_alpha)
-            for (ptrdiff_t i = 0; i < c.H * c.H; i++) {
-                float sum = 0.0f;
-                for (int w = 0; w < W; w++) sum += s.grad_alpha[i * W + w];
-                c.grad_alpha[(me.index * c.B + b) * c.H * c.H + i] = sum;
+}
+
+void write_sums(const Call &c, ptrdiff_t b, const BackwardScratch &s, const Member &me) {
+    for (ptrdiff_t h = 0; h < c.H; h++)
+        for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size)
+            for (ptrdiff_t k = tile * c.keys; k < tile * c.keys + c.keys_of(tile); k++) {
+                const float *key = s.grad_key + (h * c.S + k) * padded(c.D);
+                const float *value = s.grad_value + (h * c.S + k) * padded(c.E);
+                if (c.grad_key.p) memcpy(c.grad_key.at(b, h, k), key, sizeof(float) * c.D);
+                if (c.grad_value.p) memcpy(c.grad_value.at(b, h, k), value, sizeof(float) * c.E);
             }
+    if (!c.grad_alpha) return;
+    float *to = c.grad_alpha + (me.index * c.B + b) * c.H * c.H;
+    for (ptrdiff_t i = 0; i < c.H * c.H; i++) {
+        to[i] = 0.0f;
+        for (int w = 0; w < W; w++) to[i] += s.grad_alpha[i * W + w];
     }
 }
 
-static void forward_thread(void *data) {
+// The part of a thread: of each block, every `size`th tile of keys. So nobody adds to the sums of another, and all
+// sums have an order.
+void backward_thread(void *data) {
+    const Call &c = *(const Call *)data;
+    const Member me(c);
+    Arena arena = {c.scratch, c.threads, me.index, 0};
+    const BackwardScratch s(c, arena);
+    for (ptrdiff_t b = 0; b < c.B; b++) {
+        clear_sums(c, s, me);
+        for (ptrdiff_t index = b * c.blocks(); index < (b + 1) * c.blocks(); index++) {
+            const Block block(c, index);
+            pack_block(c, block, s, me);
+            memset(s.dots, 0, sizeof(float) * s.dots_size);
+            me.wait();
+            for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_maps(c, block, tile, s);
+            me.wait();
+            if (!c.grad_query.p && !c.grad_key.p) continue;
+            if (me.index == 0) add_up(s.all_dots, s.dots_size, me.size, s.dots_size);
+            memset(s.grad_query, 0, sizeof(float) * s.grad_query_size);
+            me.wait();
+            for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_scores(c, block, tile, s);
+            me.wait();
+            if (!c.grad_query.p) continue;
+            for (ptrdiff_t h = me.index; h < c.H; h += me.size)
+                for (int g = 0; g < block.strips(); g++) {
+                    float *sum = s.all_queries + (h * c.strips() + g) * c.D * R;
+                    add_up(sum, c.D * R, me.size, s.grad_query_size);
+                    unpack(sum, block.rows(g), c.D, (float)c.scale, c.grad_query.at(b, h, block.row(g)),
+                           c.grad_query.t);
+                }
+        }
+        write_sums(c, b, s, me);
+    }
+}
+
+void forward_thread(void *data) {
     Call &c = *(Call *)data;
-    Arena arena = {c.scratch, 0};
-    for (ptrdiff_t i = 0; i < Member(c).index; i++) ForwardScratch(c, arena);
+    Arena arena = {c.scratch, c.threads, Member(c).index, 0};
     const ForwardScratch scratch(c, arena);
     for (;;) {
         const ptrdiff_t index = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
@@ -676,12 +739,14 @@ static void forward_thread(void *data) {
     }
 }
 
-static void run(void (*work)(void *), Call *c) {
+void run(void (*work)(void *), Call *c) {
     if (c->threads > 1)
         GOMP_parallel(work, c, (unsigned)c->threads, 0);
     else
         work(c);
 }
+
+}  // namespace
 
 // ---- what kernel.py calls ----
 
@@ -690,15 +755,15 @@ ptrdiff_t size_of_call(void) { return sizeof(Call); }
 ptrdiff_t rows_of_strip(void) { return R; }
 ptrdiff_t has_threads(void) { return GOMP_parallel && GOMP_barrier && omp_get_thread_num && omp_get_num_threads; }
 
-// Floats of scratch, with the sizes in a call.
+// Floats of scratch that a call needs, whose other fields are set.
 ptrdiff_t forward_scratch(const Call *c) {
-    Arena arena = {nullptr, 0};
-    for (ptrdiff_t i = 0; i < c->threads; i++) ForwardScratch(*c, arena);
+    Arena arena = {nullptr, c->threads, 0, 0};
+    ForwardScratch(*c, arena);
     return arena.used;
 }
 ptrdiff_t backward_scratch(const Call *c) {
-    Arena arena = {nullptr, 0};
-    BackwardScratch(*c, arena, 0);
+    Arena arena = {nullptr, c->threads, 0, 0};
+    BackwardScratch(*c, arena);
     return arena.used;
 }
 

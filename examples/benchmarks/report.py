@@ -13,6 +13,8 @@ from typing import Any
 import diffusers
 import torch
 
+from coeff_diffusers import kernel
+
 STATUS, CPUINFO = Path("/proc/self/status"), Path("/proc/cpuinfo")
 
 
@@ -22,8 +24,9 @@ def machine() -> str:
         cpu = next(
             (line.split(":")[1].strip() for line in CPUINFO.read_text().splitlines() if "model name" in line), cpu
         )
+    threads, instructions = torch.get_num_threads(), kernel.instruction_set() or "none"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
-    return f"{cpu}, {torch.get_num_threads()} threads, {versions}, {datetime.date.today()}"
+    return f"{cpu}, {threads} threads, kernel: {instructions}, {versions}, {datetime.date.today()}"
 
 
 def write(text: str, path: Path) -> None:
