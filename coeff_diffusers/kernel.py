@@ -3,9 +3,10 @@
 Where there was no compiler for it, or the CPU has neither AVX-512 nor AVX2, or the inputs are float64,
 [`takes`] says no, and functional.py computes the same with torch's functions, in more time.
 
-Both passes hold the maps of all heads for a block of query rows in memory: the forward pass a block for each thread,
-the backward pass one that its threads divide by keys. All sums have an order that depends on the shapes and the number
-of threads only, so that equal inputs give equal bits.
+Both passes hold the maps of all heads for a block of query rows in memory, each thread those of its own. With many
+keys, of whose gradients each thread would have sums of its own, the threads of the backward pass share a block instead and
+divide its keys. All sums have an order that depends on the shapes and the number of threads only, so that equal inputs
+give equal bits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Call(ctypes.Structure):
         *((name, _Array) for name in ("grad_query", "grad_key", "grad_value")),
         ("mask", _Mask),
         *((name, ctypes.c_void_p) for name in ("alpha", "alpha_transposed", "statistics", "grad_alpha", "scratch")),
-        *((name, ctypes.c_ssize_t) for name in ("rows", "keys", "threads", "is_causal", "next")),
+        *((name, ctypes.c_ssize_t) for name in ("rows", "keys", "threads", "by_rows", "is_causal", "next")),
         ("scale", ctypes.c_double),
     ]
 
@@ -84,7 +85,7 @@ def forward(
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     call.arrays(out=wide)
     call.c.statistics = statistics.data_ptr()
-    call.run("forward", each_its_block=True)
+    call.run("forward")
     return out if out is wide else out.copy_(wide), statistics
 
 
@@ -107,7 +108,7 @@ def backward(
     arrays = dict(zip(("grad_query", "grad_key", "grad_value"), wide))
     call.arrays(grad_out=_for_kernel(grad_out), **{name: x for name, x in arrays.items() if x.numel()})
     call.c.statistics = statistics.data_ptr()
-    grad_alpha = call.run("backward", each_its_block=False, with_alpha=wanted[3])
+    grad_alpha = call.run("backward", with_alpha=wanted[3])
     for gradient, computed in zip(gradients, wide):
         if gradient is not computed:
             gradient.copy_(computed)
@@ -154,19 +155,20 @@ class _Inputs:
         for name, x in arrays.items():
             setattr(self.c, name, _Array(self.pointer(x), *x.stride()[:3]))
 
-    def run(self, function: str, each_its_block: bool, with_alpha: bool = False) -> Tensor:
+    def run(self, function: str, with_alpha: bool = False) -> Tensor:
         """Calls the library, with scratch of the size it needs. Returns the gradient of alpha, empty if not wanted."""
         c, library = self.c, _library()
         work = c.B * c.H * c.T * c.S * (c.D + c.E)
         c.threads = max(1, min(torch.get_num_threads(), work // _THREAD_MIN_WORK)) if library.has_threads() else 1
-        strip = library.rows_of_strip()
+        sums = c.threads * c.H * c.S * (c.D + c.E)  # of the gradients of keys and values
+        c.by_rows = function == "forward" or sums <= _BLOCK_FLOATS
+        strip, tiles = library.rows_of_strip(), -(-c.S // _TILE_KEYS)
         rows = min(_MOST_ROWS, _BLOCK_FLOATS // (c.H * c.S))
-        if each_its_block:
-            rows = min(rows, -(-c.B * c.T // c.threads))
-        c.rows = max(1, rows // strip) * strip
-        tiles = -(-c.S // _TILE_KEYS)
-        if not each_its_block:  # as many for each thread
+        if c.by_rows:  # a block for each thread, if possible
+            rows = min(rows, -(-c.T * (c.B if function == "forward" else 1) // c.threads))
+        else:  # as many tiles for each thread
             tiles = min(-(-tiles // c.threads) * c.threads, c.S)
+        c.rows = max(1, rows // strip) * strip
         c.keys = -(-c.S // tiles)
         grad_alpha = torch.zeros(c.threads if with_alpha else 0, c.B, c.H, c.H, dtype=torch.float32)
         c.grad_alpha = grad_alpha.data_ptr() if with_alpha else None

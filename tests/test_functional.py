@@ -27,7 +27,7 @@ class Way(NamedTuple):
     entries: int = 2**19  # of a block of theirs
     threads: int = 1
     tile_keys: int = 64
-    rows: int = 64  # of a block of the kernel
+    floats: int = 2**21  # of a block of the kernel; few: threads share it in the backward pass
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,9 +42,11 @@ BY_TORCH = {
 }
 BY_KERNEL = {
     "AVX-512": Way("AVX512"),
-    "AVX-512, two threads, small tiles": Way("AVX512", threads=2, tile_keys=3, rows=1),
-    "AVX2, three threads, small tiles": Way("AVX2", threads=3, tile_keys=2, rows=1),
+    "AVX-512, three threads": Way("AVX512", threads=3, tile_keys=3),
+    "AVX-512, two threads that share blocks": Way("AVX512", threads=2, tile_keys=3, floats=1),
     "AVX2": Way("AVX2"),
+    "AVX2, two threads": Way("AVX2", threads=2, tile_keys=5),
+    "AVX2, three threads that share blocks": Way("AVX2", threads=3, tile_keys=2, floats=1),
 }
 WAYS = BY_TORCH | BY_KERNEL
 BEST = torch.backends.cpu.get_cpu_capability()
@@ -65,7 +67,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thr
     monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", way.entries)
     monkeypatch.setattr(kernel, "_THREAD_MIN_WORK", 1)
     monkeypatch.setattr(kernel, "_TILE_KEYS", way.tile_keys)
-    monkeypatch.setattr(kernel, "_MOST_ROWS", way.rows)
+    monkeypatch.setattr(kernel, "_BLOCK_FLOATS", way.floats)
     torch.set_num_threads(way.threads)
     return way
 

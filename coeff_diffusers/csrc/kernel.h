@@ -68,6 +68,7 @@ INLINE vec larger(vec a, vec b) { return a > b ? a : b; }  // b if one is not a 
 constexpr int at_most(int n, int most) { return n < most ? n : most; }
 INLINE ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t parts_of(ptrdiff_t n, ptrdiff_t most) { return (n + most - 1) / most; }
+INLINE ptrdiff_t whole_lines(ptrdiff_t floats) { return parts_of(floats, 16) * 16; }  // of a cache
 INLINE ptrdiff_t padded(ptrdiff_t width) { return parts_of(width, HALF) * HALF; }
 
 // e^x for x <= 0, to the last bit or two; 0 below e^-87; not a number for what is none. With x = n ln 2 + f, it is 2^n
@@ -312,8 +313,9 @@ struct Call {
     float *statistics;                      // (2, B, H, T): a row's largest score, and 1 / the sum of its exponentials
     float *grad_alpha;                      // (threads, B, H, H); nullptr, as others, where not wanted
     float *scratch;
-    ptrdiff_t rows, keys;  // of a block, a multiple of R, and of a tile
-    ptrdiff_t threads, is_causal;
+    ptrdiff_t rows, keys;        // of a block, a multiple of R, and of a tile
+    ptrdiff_t threads, by_rows;  // by_rows: in the backward pass each thread has blocks of its own
+    ptrdiff_t is_causal;
     ptrdiff_t next;  // the first block that no thread has begun
     double scale;
 
@@ -325,16 +327,39 @@ struct Call {
     int keys_of(ptrdiff_t tile) const { return (int)smaller(keys, S - tile * keys); }
 };
 
+// One of the threads that compute a call. In the backward pass they are one group, whose members share a block and
+// have some tiles of keys each; or, by_rows, each is a group and takes blocks of its own.
+struct Member {
+    ptrdiff_t thread, threads, group, groups, index, size;  // index: in the group, which has `size` members
+    Member(const Call &c, ptrdiff_t thread, ptrdiff_t threads)
+        : thread(thread),
+          threads(threads),
+          group(c.by_rows ? thread : 0),
+          groups(c.by_rows ? threads : 1),
+          index(c.by_rows ? 0 : thread),
+          size(c.by_rows ? 1 : threads) {}
+    Member(const Call &c)
+        : Member(c, c.threads > 1 ? omp_get_thread_num() : 0, c.threads > 1 ? omp_get_num_threads() : 1) {}
+    void wait_for_group() const {
+        if (size > 1) GOMP_barrier();
+    }
+    void wait_for_all() const {
+        if (threads > 1) GOMP_barrier();
+    }
+};
+
 // Hands out scratch to a thread, in whole cache lines. Without memory it counts what all take.
 struct Arena {
     float *base;
-    ptrdiff_t threads, thread, used;
-    float *shared(ptrdiff_t n) { return take(n, 1, 0); }          // the same for all
-    float *own(ptrdiff_t n) { return take(n, threads, thread); }  // n floats for each
+    Member me;
+    ptrdiff_t used = 0;
+    Arena(float *base, const Member &me) : base(base), me(me) {}
+    float *of_group(ptrdiff_t n) { return take(n, me.groups, me.group); }  // n floats for each group
+    float *own(ptrdiff_t n) { return take(n, me.threads, me.thread); }     // and for each thread
 
   private:
     float *take(ptrdiff_t n, ptrdiff_t times, ptrdiff_t which) {
-        n = parts_of(n, 16) * 16;
+        n = whole_lines(n);
         used += n * times;
         return base ? base + used - n * (times - which) : nullptr;
     }
@@ -521,55 +546,48 @@ void forward_block(const Call &c, const Block &block, const ForwardScratch &s) {
 
 // ---- backward ----
 
-// What the threads need for a block, and a sample.
+// What threads need for a block, and for the sums of a sample.
 struct BackwardScratch {
-    // of all
+    // of a group
     float *queries, *query_rows;    // (H, strips, D, R) and (H, strips, R, padded D), with the scale
     float *grads, *grad_rows;       // of the output: (H, strips, E, R) and (H, strips, R, padded E)
     float *most, *inverse;          // (H, strips, R): the statistics
     float *maps, *grad_maps;        // (tiles, H, strips, panel); then the gradient of the scores
-    float *grad_key, *grad_value;   // (H, S, padded D) and (H, S, padded E): sums of a sample
-    float *all_dots, *all_queries;  // those of the first thread; others' follow
-    // of each
+    float *grad_key, *grad_value;   // (H, S, padded D) and (H, S, padded E): sums over its blocks
+    float *all_dots, *all_queries;  // dots and grad_query of its first member; others' follow
+    // of a thread
     float *grad_mixed, *mixed;  // (H, panel)
-    float *dots;                // (H, strips, R): sums over the thread's keys of maps times their gradients
-    float *grad_query;          // (H, strips, D, R): sums over the thread's keys
-    float *grad_alpha;          // (H, H, W): sums of a sample
-    ptrdiff_t dots_size, grad_query_size;
+    float *dots;                // (H, strips, R): sums over its keys of maps times their gradients
+    float *grad_query;          // (H, strips, D, R): sums over its keys
+    float *grad_alpha;          // (H, H, W): sums over its keys and blocks
+    ptrdiff_t dots_size, grad_query_size, grad_key_size, grad_value_size;
 
     BackwardScratch(const Call &c, Arena &arena) {
         const ptrdiff_t n = c.heads_and_strips();
-        queries = arena.shared(n * c.D * R);
-        query_rows = arena.shared(n * padded(c.D) * R);
-        grads = arena.shared(n * c.E * R);
-        grad_rows = arena.shared(n * padded(c.E) * R);
-        most = arena.shared(n * R);
-        inverse = arena.shared(n * R);
-        maps = arena.shared(c.tiles() * n * c.panel());
-        grad_maps = arena.shared(c.tiles() * n * c.panel());
-        grad_key = arena.shared(c.grad_key.p ? c.H * c.S * padded(c.D) : 0);
-        grad_value = arena.shared(c.grad_value.p ? c.H * c.S * padded(c.E) : 0);
+        dots_size = n * R, grad_query_size = n * c.D * R;
+        grad_key_size = c.grad_key.p ? whole_lines(c.H * c.S * padded(c.D)) : 0;
+        grad_value_size = c.grad_value.p ? whole_lines(c.H * c.S * padded(c.E)) : 0;
+        queries = arena.of_group(n * c.D * R);
+        query_rows = arena.of_group(n * padded(c.D) * R);
+        grads = arena.of_group(n * c.E * R);
+        grad_rows = arena.of_group(n * padded(c.E) * R);
+        most = arena.of_group(n * R);
+        inverse = arena.of_group(n * R);
+        maps = arena.of_group(c.tiles() * n * c.panel());
+        grad_maps = arena.of_group(c.tiles() * n * c.panel());
+        grad_key = arena.of_group(grad_key_size);
+        grad_value = arena.of_group(grad_value_size);
         grad_mixed = arena.own(c.H * c.panel());
         mixed = arena.own(c.H * c.panel());
         grad_alpha = arena.own(c.grad_alpha ? c.H * c.H * W : 0);
-        dots_size = n * R, grad_query_size = n * c.D * R;  // whole cache lines both
         dots = arena.own(dots_size);
         grad_query = arena.own(grad_query_size);
-        all_dots = dots - arena.thread * dots_size;
-        all_queries = grad_query - arena.thread * grad_query_size;
+        all_dots = dots - arena.me.index * dots_size;
+        all_queries = grad_query - arena.me.index * grad_query_size;
     }
 };
 
-struct Member {  // of the threads that compute a call
-    ptrdiff_t index, size;
-    Member(const Call &c)
-        : index(c.threads > 1 ? omp_get_thread_num() : 0), size(c.threads > 1 ? omp_get_num_threads() : 1) {}
-    void wait() const {
-        if (size > 1) GOMP_barrier();
-    }
-};
-
-// A block's rows as the products need them; each thread some heads.
+// A block's rows as the products need them; each member some heads.
 void pack_block(const Call &c, const Block &block, const BackwardScratch &s, const Member &me) {
     for (ptrdiff_t h = me.index; h < c.H; h += me.size)
         for (int g = 0; g < block.strips(); g++) {
@@ -660,12 +678,13 @@ void backward_scores(const Call &c, const Block &block, ptrdiff_t tile, const Ba
         }
 }
 
-// x (n) += each of the `count` arrays after it, `stride` floats apart, in turn.
+// x (n) += each of the `count` - 1 arrays after it, `stride` floats apart, in turn.
 void add_up(float *x, ptrdiff_t n, ptrdiff_t count, ptrdiff_t stride) {
     for (ptrdiff_t i = 1; i < count; i++)
         for (ptrdiff_t at = 0; at < n; at++) x[at] += x[i * stride + at];
 }
 
+// Of the keys of a member, and all coefficients.
 void clear_sums(const Call &c, const BackwardScratch &s, const Member &me) {
     if (c.grad_alpha) memset(s.grad_alpha, 0, sizeof(float) * c.H * c.H * W);
     for (ptrdiff_t h = 0; h < c.H; h++)
@@ -676,61 +695,74 @@ void clear_sums(const Call &c, const BackwardScratch &s, const Member &me) {
         }
 }
 
+// to (S, width) = the sum of all groups' `sums` (S, padded width) of a head, which are `size` floats apart.
+void write_sum(float *sums, ptrdiff_t groups, ptrdiff_t size, ptrdiff_t S, ptrdiff_t width, float *to,
+               ptrdiff_t stride) {
+    add_up(sums, S * padded(width), groups, size);
+    for (ptrdiff_t k = 0; k < S; k++) memcpy(to + k * stride, sums + k * padded(width), sizeof(float) * width);
+}
+
+// The gradients of keys and values of a sample, each thread some heads; and the thread's sums of that of alpha.
 void write_sums(const Call &c, ptrdiff_t b, const BackwardScratch &s, const Member &me) {
-    for (ptrdiff_t h = 0; h < c.H; h++)
-        for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size)
-            for (ptrdiff_t k = tile * c.keys; k < tile * c.keys + c.keys_of(tile); k++) {
-                const float *key = s.grad_key + (h * c.S + k) * padded(c.D);
-                const float *value = s.grad_value + (h * c.S + k) * padded(c.E);
-                if (c.grad_key.p) memcpy(c.grad_key.at(b, h, k), key, sizeof(float) * c.D);
-                if (c.grad_value.p) memcpy(c.grad_value.at(b, h, k), value, sizeof(float) * c.E);
-            }
+    for (ptrdiff_t h = me.thread; h < c.H; h += me.threads) {
+        if (c.grad_key.p) {
+            float *of_first = s.grad_key - me.group * s.grad_key_size + h * c.S * padded(c.D);
+            write_sum(of_first, me.groups, s.grad_key_size, c.S, c.D, c.grad_key.at(b, h, 0), c.grad_key.t);
+        }
+        if (c.grad_value.p) {
+            float *of_first = s.grad_value - me.group * s.grad_value_size + h * c.S * padded(c.E);
+            write_sum(of_first, me.groups, s.grad_value_size, c.S, c.E, c.grad_value.at(b, h, 0), c.grad_value.t);
+        }
+    }
     if (!c.grad_alpha) return;
-    float *to = c.grad_alpha + (me.index * c.B + b) * c.H * c.H;
+    float *to = c.grad_alpha + (me.thread * c.B + b) * c.H * c.H;
     for (ptrdiff_t i = 0; i < c.H * c.H; i++) {
         to[i] = 0.0f;
         for (int w = 0; w < W; w++) to[i] += s.grad_alpha[i * W + w];
     }
 }
 
-// The part of a thread: of each block, every `size`th tile of keys. So nobody adds to the sums of another, and all
-// sums have an order.
+// A member's part of a block: every `size`th tile of keys. So nobody adds to the sums of another, and all sums have an
+// order.
+void backward_block(const Call &c, const Block &block, const BackwardScratch &s, const Member &me) {
+    pack_block(c, block, s, me);
+    memset(s.dots, 0, sizeof(float) * s.dots_size);
+    me.wait_for_group();
+    for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_maps(c, block, tile, s);
+    me.wait_for_group();
+    if (!c.grad_query.p && !c.grad_key.p) return;
+    if (me.index == 0) add_up(s.all_dots, s.dots_size, me.size, s.dots_size);
+    memset(s.grad_query, 0, sizeof(float) * s.grad_query_size);
+    me.wait_for_group();
+    for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_scores(c, block, tile, s);
+    me.wait_for_group();
+    if (!c.grad_query.p) return;
+    for (ptrdiff_t h = me.index; h < c.H; h += me.size)
+        for (int g = 0; g < block.strips(); g++) {
+            float *sum = s.all_queries + (h * c.strips() + g) * c.D * R;
+            add_up(sum, c.D * R, me.size, s.grad_query_size);
+            unpack(sum, block.rows(g), c.D, (float)c.scale, c.grad_query.at(block.b, h, block.row(g)), c.grad_query.t);
+        }
+}
+
 void backward_thread(void *data) {
     const Call &c = *(const Call *)data;
     const Member me(c);
-    Arena arena = {c.scratch, c.threads, me.index, 0};
+    Arena arena(c.scratch, Member(c, me.thread, c.threads));  // there may be fewer threads than there is room for
     const BackwardScratch s(c, arena);
     for (ptrdiff_t b = 0; b < c.B; b++) {
         clear_sums(c, s, me);
-        for (ptrdiff_t index = b * c.blocks(); index < (b + 1) * c.blocks(); index++) {
-            const Block block(c, index);
-            pack_block(c, block, s, me);
-            memset(s.dots, 0, sizeof(float) * s.dots_size);
-            me.wait();
-            for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_maps(c, block, tile, s);
-            me.wait();
-            if (!c.grad_query.p && !c.grad_key.p) continue;
-            if (me.index == 0) add_up(s.all_dots, s.dots_size, me.size, s.dots_size);
-            memset(s.grad_query, 0, sizeof(float) * s.grad_query_size);
-            me.wait();
-            for (ptrdiff_t tile = me.index; tile < block.tiles; tile += me.size) backward_scores(c, block, tile, s);
-            me.wait();
-            if (!c.grad_query.p) continue;
-            for (ptrdiff_t h = me.index; h < c.H; h += me.size)
-                for (int g = 0; g < block.strips(); g++) {
-                    float *sum = s.all_queries + (h * c.strips() + g) * c.D * R;
-                    add_up(sum, c.D * R, me.size, s.grad_query_size);
-                    unpack(sum, block.rows(g), c.D, (float)c.scale, c.grad_query.at(b, h, block.row(g)),
-                           c.grad_query.t);
-                }
-        }
+        for (ptrdiff_t i = me.group; i < c.blocks(); i += me.groups)
+            backward_block(c, Block(c, b * c.blocks() + i), s, me);
+        me.wait_for_all();
         write_sums(c, b, s, me);
+        me.wait_for_all();
     }
 }
 
 void forward_thread(void *data) {
     Call &c = *(Call *)data;
-    Arena arena = {c.scratch, c.threads, Member(c).index, 0};
+    Arena arena(c.scratch, Member(c, Member(c).thread, c.threads));
     const ForwardScratch scratch(c, arena);
     for (;;) {
         const ptrdiff_t index = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
@@ -757,12 +789,12 @@ ptrdiff_t has_threads(void) { return GOMP_parallel && GOMP_barrier && omp_get_th
 
 // Floats of scratch that a call needs, whose other fields are set.
 ptrdiff_t forward_scratch(const Call *c) {
-    Arena arena = {nullptr, c->threads, 0, 0};
+    Arena arena(nullptr, Member(*c, 0, c->threads));
     ForwardScratch(*c, arena);
     return arena.used;
 }
 ptrdiff_t backward_scratch(const Call *c) {
-    Arena arena = {nullptr, c->threads, 0, 0};
+    Arena arena(nullptr, Member(*c, 0, c->threads));
     BackwardScratch(*c, arena);
     return arena.used;
 }
