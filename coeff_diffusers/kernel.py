@@ -3,10 +3,10 @@
 Where there was no compiler for it, or the CPU has neither AVX-512 nor AVX2, or the inputs are float64,
 [`takes`] says no, and functional.py computes the same with torch's functions, in more time.
 
-Both passes hold the maps of all heads for a block of query rows in memory, each thread those of its own. With many
-keys, of whose gradients each thread would have sums of its own, the threads of the backward pass share a block instead and
-divide its keys. All sums have an order that depends on the shapes and the number of threads only, so that equal inputs
-give equal bits.
+Both passes hold the maps of all heads for a block of query rows in memory, each thread those of its own block. With
+many keys, of whose gradients each thread would have sums of its own, the threads of the backward pass share a block
+instead and divide its keys. All sums have an order that depends on the shapes and the number of threads only, so that
+equal inputs give equal bits.
 """
 
 from __future__ import annotations
