@@ -170,9 +170,10 @@ class _Inputs:
             tiles = min(-(-tiles // c.threads) * c.threads, c.S)
         c.rows = max(1, rows // strip) * strip
         c.keys = -(-c.S // tiles)
-        grad_alpha = torch.zeros(c.threads if with_alpha else 0, c.B, c.H, c.H, dtype=torch.float32)
+        grad_alpha = torch.zeros(c.threads if with_alpha else 0, c.B, c.H, c.H, dtype=torch.float32, device="cpu")
         c.grad_alpha = grad_alpha.data_ptr() if with_alpha else None
-        scratch = torch.empty(getattr(library, f"{function}_scratch")(ctypes.byref(c)), dtype=torch.float32)
+        size = getattr(library, f"{function}_scratch")(ctypes.byref(c))
+        scratch = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's default device is
         c.scratch = scratch.data_ptr()
         getattr(library, function)(ctypes.byref(c))
         return grad_alpha.sum(0)

@@ -357,6 +357,17 @@ def test_inputs_and_gradients_of_any_strides(way) -> None:
     assert_exact(mixed_attention(args[0], key, *args[2:]), mixed_attention_reference(args[0], key, *args[2:]))
 
 
+def test_another_default_device_changes_nothing(way) -> None:
+    args = inputs(way.dtype)
+    out = mixed_attention(*args)
+    expected = [out, *gradients(out, args)]
+    with torch.device("meta"):
+        out = mixed_attention(*args)
+        found = torch.autograd.grad(out.sum(), args)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    assert all(gradient.device.type == "cpu" for gradient in found)
+
+
 def test_the_output_lies_in_memory_as_models_read_it(way) -> None:
     out = mixed_attention(*inputs(way.dtype))
     assert out.transpose(1, 2).is_contiguous()
@@ -391,6 +402,21 @@ def test_callers_at_the_same_time_each_get_their_own_answer(way) -> None:
         assert len(found) == 10
         for answer in found:
             torch.testing.assert_close(answer, expected[tokens], rtol=0, atol=0)
+
+
+class _Attended(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        return mixed_attention(*inputs(torch.float32, requires_grad=False))
+
+
+def test_workers_of_a_data_loader_compute_it() -> None:
+    """Forked from a process whose threads have computed it; torch gives workers one thread each."""
+    expected = _Attended()[0]
+    (found,) = torch.utils.data.DataLoader(_Attended(), num_workers=1, timeout=60)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("samples", "tokens", "keys"), [(0, 5, S), (2, 0, S), (2, 5, 0)])
