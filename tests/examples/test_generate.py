@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import demo
@@ -30,6 +26,7 @@ from transformers import (
     ViTImageProcessor,
     ViTModel,
 )
+from two_processes import on_two_processes
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, save_coeff_weights
 
@@ -116,7 +113,7 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
         (generate, flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
         (score, ["--pictures", str(tmp_path / "two"), *scoring]),
     ):
-        done = on_two_processes(script, arguments)
+        done = on_two_processes(script.__file__, arguments, "multi_gpu.yaml")
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("wrote ") == 1  # or each took itself for the only one
     two = pixels(tmp_path / "two")
@@ -129,18 +126,8 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
         assert row == pytest.approx(other, abs=1e-5)  # float32 in batches of other sizes
 
 
-def on_two_processes(script: ModuleType, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    config = Path(__file__).parents[2] / "training" / "configs" / "multi_gpu.yaml"  # --cpu starts one process
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file", str(config),
-        "--mixed_precision", "no", "--main_process_port", "0", str(script.__file__),
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_a_sheet_is_not_made_by_two_processes_at_once(weights: Path, tmp_path: Path) -> None:
-    done = on_two_processes(generate, sheet_flags(weights, tmp_path / "sheet"))
+    done = on_two_processes(generate.__file__, sheet_flags(weights, tmp_path / "sheet"), "multi_gpu.yaml")
     assert done.returncode != 0
     assert "error: --prompt makes its pictures on one process, and here are 2: start" in done.stderr
     assert not list(tmp_path.rglob("*.png"))

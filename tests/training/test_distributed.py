@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +24,7 @@ from test_each_family import PROMPTS, generators, make_family, make_pipeline, pi
 from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import Tensor, nn
 from train_dreambooth import TrainingResult, add_adapters
+from two_processes import on_two_processes
 
 from coeff_diffusers import coeff_parameters
 
@@ -41,10 +39,7 @@ WEIGHTS = ("pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensor
 
 def run_two(argv: list[str], config: str) -> str:
     """What two processes print."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--num_processes", "2"]
-    command = [*launch, "--config_file", str(ROOT / "training" / "configs" / config), "--main_process_port", "0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(SCRIPT), *argv], env=environment, capture_output=True, text=True, timeout=300)
+    done = on_two_processes(SCRIPT, argv, config)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
