@@ -4,9 +4,12 @@ GCC and clang compile it. Where there is neither, pip goes on without, and coeff
 """
 
 import platform
+import zlib
+from pathlib import Path
 
 from setuptools import Extension, setup
 
+SOURCE = "coeff_diffusers/csrc/kernel.h"
 FLAGS = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
 
 setup(
@@ -14,11 +17,12 @@ setup(
         Extension(
             f"coeff_diffusers._{name}",
             sources=[f"coeff_diffusers/csrc/{name}.cpp"],
-            depends=["coeff_diffusers/csrc/kernel.h"],
+            depends=[SOURCE],
+            define_macros=[("SOURCE", f"{zlib.crc32(Path(SOURCE).read_bytes())}LL")],
             extra_compile_args=["-std=c++17", "-O3", *flags],
             optional=True,
         )
         for name, flags in FLAGS.items()
-        if platform.machine() in ("x86_64", "AMD64")
+        if platform.machine() == "x86_64"
     ]
 )

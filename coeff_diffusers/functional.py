@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import kernel
 
@@ -45,8 +46,9 @@ def mixed_attention(
     The maps are formed a block of query rows at a time and formed again in the backward pass, so that neither pass
     stores an array of T x S entries. On x86 CPUs compiled code does it (kernel.py), with 10 MB of maps for each of
     torch's threads forward, and 20 MB for all backward; or more where H * S exceeds 80,000, for a block has 32 rows at
-    least. Elsewhere torch's functions do it, with three or four arrays of 8 MB on a CPU. Attention dropout and a mask
-    that needs a gradient take the plain formula ([`mixed_attention_reference`]), which stores all T x S entries.
+    least (16 with AVX2). Elsewhere torch's functions do it, with three or four arrays of 8 MB on a CPU. Attention
+    dropout, a mask that needs a gradient and forward-mode differentiation (`torch.func.jvp`) take the plain formula
+    ([`mixed_attention_reference`]), which stores all T x S entries.
 
     The softmax and the mixing are done in float32 (float64 for float64 inputs), with autocast switched off; under
     autocast the inputs are first cast as `scaled_dot_product_attention` casts them, so that the output has the dtype
@@ -80,7 +82,8 @@ def mixed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     coeff = coeff.to(query.device)
     with torch.autocast(device_type, enabled=False):
-        if dropout_p > 0.0 or (attn_mask is not None and attn_mask.requires_grad) or key.shape[2] == 0:
+        mask_needs_grad = attn_mask is not None and attn_mask.requires_grad
+        if dropout_p > 0.0 or mask_needs_grad or key.shape[2] == 0 or _has_tangent(query, key, value, coeff):
             return mixed_attention_reference(
                 query, key, value, coeff, attn_mask, dropout_p, is_causal, scale, enable_gqa
             )
@@ -152,13 +155,12 @@ def _blockwise(
         for b, t in _blocks(query, key):
             maps = _maps(query[b, :, t], key[b], _block_of(attn_mask, b, t), is_causal, t.start, scale)
             out[b, :, t] = _mix(alpha[b], maps) @ value[b].to(maps.dtype)
-    return out, query.new_empty(0, dtype=torch.float32)
+    return out, query.new_zeros(2, *query.shape[:3], dtype=torch.float32)  # not read: of the kernel's shape, though
 
 
 @_blockwise.register_fake
 def _(query, key, value, coeff, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
-    statistics = (2, *query.shape[:3]) if kernel.takes(query, key, value) else 0
-    return kernel.empty_output(query, value), query.new_empty(statistics, dtype=torch.float32)
+    return kernel.empty_output(query, value), query.new_empty(2, *query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -338,6 +340,11 @@ def _to_four_dims(attn_mask: Tensor) -> Tensor:
     return attn_mask[(None,) * (4 - attn_mask.ndim)]
 
 
+def _has_tangent(*inputs: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way, of which an operator of our own would lose the tangents."""
+    return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+
+
 def _check_shapes(
     query: Tensor,
     key: Tensor,
@@ -352,6 +359,9 @@ def _check_shapes(
             "query, key and value must have 4 dimensions (batch, heads, tokens, width), got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
+    for name, x in (("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"query is on {query.device} and {name} on {x.device}: move them to one device")
     B, H, T, D = query.shape
     S = key.shape[2]
     if key.shape[0] != B or key.shape[3] != D:

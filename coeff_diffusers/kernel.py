@@ -14,12 +14,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIBRARIES = {"AVX512": "_avx512", "AVX2": "_avx2"}  # by what torch says of the CPU; modules of this package
+_SOURCE = Path(__file__).parent / "csrc" / "kernel.h"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MOST_ROWS = 64  # of a block: keys and values, which each block reads once, no longer take time then
@@ -164,8 +167,10 @@ class _Inputs:
         c.by_rows = function == "forward" or sums <= _BLOCK_FLOATS
         strip, tiles = library.rows_of_strip(), -(-c.S // _TILE_KEYS)
         rows = min(_MOST_ROWS, _BLOCK_FLOATS // (c.H * c.S))
-        if c.by_rows:  # a block for each thread, if possible
-            rows = min(rows, -(-c.T * (c.B if function == "forward" else 1) // c.threads))
+        if function == "forward":  # a block for each thread, if possible
+            rows = min(rows, -(-c.B * c.T // c.threads))
+        elif c.by_rows:
+            rows = min(rows, -(-c.T // c.threads), _BLOCK_FLOATS // (c.H * c.S * c.threads))
         else:  # as many tiles for each thread
             tiles = min(-(-tiles // c.threads) * c.threads, c.S)
         c.rows = max(1, rows // strip) * strip
@@ -176,7 +181,7 @@ class _Inputs:
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's default device is
         c.scratch = scratch.data_ptr()
         getattr(library, function)(ctypes.byref(c))
-        return grad_alpha.sum(0)
+        return grad_alpha.sum(0) if with_alpha else grad_alpha.view(0)
 
 
 def _for_kernel(x: Tensor, empty: bool = False) -> Tensor:
@@ -199,9 +204,11 @@ def _load(capability: str) -> Any:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    library.size_of_call.restype = ctypes.c_ssize_t
-    if library.size_of_call() != ctypes.sizeof(_Call):
-        raise ImportError(f"{spec.origin} is of another version of coeff_diffusers: install the package once more")
-    for function in ("rows_of_strip", "has_threads", "forward_scratch", "backward_scratch"):
+    for function in ("source", "rows_of_strip", "has_threads", "forward_scratch", "backward_scratch"):
         getattr(library, function).restype = ctypes.c_ssize_t
+    if _SOURCE.exists() and library.source() != zlib.crc32(_SOURCE.read_bytes()):  # in a clone: files go by themselves
+        raise ImportError(
+            f"{spec.origin} was built from another kernel.h than the one beside it: install the package once more, or "
+            "delete the file, to compute attention by torch's functions"
+        )
     return library

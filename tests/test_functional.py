@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from typing import NamedTuple
@@ -180,6 +179,33 @@ def test_masks_of_any_size_after_keys_that_are_masked(way) -> None:
     mask[:, S - 2 :] = torch.linspace(-90, -87, 40, dtype=way.dtype)[:, None]
     expected = mixed_attention_reference(*(x.double() for x in (*nothing, value, coeff, mask)))
     assert_exact(mixed_attention(*nothing, value, coeff, mask), expected)
+
+
+@pytest.mark.parametrize("value", [89.0, 266.5, 1e30])
+def test_large_masks_leave_rows_that_are_not_there_alone(way, value) -> None:
+    """T is no multiple of a strip: what fills it up must not reach the sums over rows, which gradients of keys are."""
+    exact = inputs()
+    mask = torch.zeros(S, dtype=torch.float64)
+    mask[3:] = value
+    expected = mixed_attention_reference(*exact, mask)
+    args = [x.detach().to(way.dtype).requires_grad_() for x in exact]
+    out = mixed_attention(*args, mask.to(way.dtype))
+    for one, other in zip([out, *gradients(out, args)], [expected, *gradients(expected, exact)]):
+        # of float32 scores of 89 and more the last digits are lost; those of 1e30 are all the same
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4 if value < 1e3 else math.inf)
+        assert one.isfinite().all()
+
+
+def test_a_boolean_mask_hides_even_what_is_not_a_number(way) -> None:
+    query, key, value, coeff = inputs(way.dtype, requires_grad=False)
+    for shape in ((T, S), (S,)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[..., 3] = False
+        expected = mixed_attention(query, key, value, coeff, mask)
+        for hidden in (math.nan, math.inf):
+            spoilt = key.clone()
+            spoilt[:, :, 3] = hidden
+            torch.testing.assert_close(mixed_attention(query, spoilt, value, coeff, mask), expected)
 
 
 def test_what_is_not_a_number_is_not_hidden(way) -> None:
@@ -432,11 +458,16 @@ def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
 
 
 @ways(BY_KERNEL)
-def test_a_library_of_another_version_is_not_called(monkeypatch, way) -> None:
-    longer = type("Longer", (kernel._Call,), {"_fields_": [("more", ctypes.c_ssize_t)]})
-    monkeypatch.setattr(kernel, "_Call", longer)
-    with pytest.raises(ImportError, match="is of another version of coeff_diffusers: install the package once more"):
+def test_a_library_that_was_built_before_its_source_was_changed_is_not_called(monkeypatch, way, tmp_path) -> None:
+    changed = tmp_path / "kernel.h"
+    changed.write_bytes(kernel._SOURCE.read_bytes() + b" ")
+    monkeypatch.setattr(kernel, "_SOURCE", changed)
+    with pytest.raises(
+        ImportError, match="was built from another kernel.h .*: install the package once more, or delete"
+    ):
         kernel._load(way.instructions)
+    monkeypatch.setattr(kernel, "_SOURCE", tmp_path / "not in a wheel")
+    assert kernel._load(way.instructions) is not None
 
 
 @ways({"AVX2": Way("AVX2"), "torch": Way(None)})
@@ -465,6 +496,7 @@ def _shapes(query=(B, H, T, D), key=(B, H, S, D), value=(B, H, S, E), coeff=(H, 
         ({"attn_mask": (T, S), "is_causal": True}, "exclude each other"),
         ({"attn_mask": torch.ones(T, S, dtype=torch.int64)}, "must be boolean or floating point, got torch.int64"),
         ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\], got -0.1"),
+        ({"attn_mask": torch.ones(T, S, device="meta")}, "query is on cpu and attn_mask on meta: move them to one"),
     ],
     ids=str,
 )
@@ -490,11 +522,50 @@ def test_compiles_into_one_graph_once_for_all_coefficients(way) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_the_operator_keeps_what_it_registers(way, masked, per_sample) -> None:
+def test_the_operators_keep_what_they_register(way, masked, per_sample) -> None:
     *qkv, coeff = inputs(way.dtype, per_sample)
     views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv]
     mask = torch.zeros(1, 1, T, S, dtype=way.dtype) if masked else None
-    torch.library.opcheck(torch.ops.coeff_diffusers.mixed_attention, (*views, coeff, mask, False, 0.5))
+    operators = torch.ops.coeff_diffusers
+    torch.library.opcheck(operators.mixed_attention, (*views, coeff, mask, False, 0.5))
+    args = [x.detach() for x in (*views, coeff)]
+    out, statistics = operators.mixed_attention(*args, mask, False, 0.5)
+    for wanted in ([True] * 4, [False, True, False, False], [True, False, True, False], [False, False, False, True]):
+        torch.library.opcheck(
+            operators.mixed_attention_backward, (torch.ones_like(out), *args, mask, statistics, False, 0.5, wanted)
+        )
+
+
+def test_what_was_compiled_without_the_kernel_is_right_with_it(monkeypatch) -> None:
+    """Compilers keep what they made on the disk, and know nothing of the kernel."""
+    args = inputs(torch.float32)
+    fake = torch._subclasses.FakeTensorMode()
+    shapes = []
+    for library in (kernel._library(), None):
+        monkeypatch.setattr(kernel, "_library", lambda library=library: library)
+        real = torch.ops.coeff_diffusers.mixed_attention(*args, None, False, 0.5)
+        with fake:
+            planned = torch.ops.coeff_diffusers.mixed_attention(*map(fake.from_tensor, args), None, False, 0.5)
+        shapes += [[(x.shape, x.stride()) for x in outputs] for outputs in (real, planned)]
+    assert all(found == shapes[0] for found in shapes)
+
+
+def test_forward_mode_differentiation_is_the_reference_s(way) -> None:
+    args = tuple(inputs(way.dtype, requires_grad=False))
+    tangents = tuple(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in args)
+    (out, tangent), (expected, expected_tangent) = (
+        torch.func.jvp(attention, args, tangents) for attention in (mixed_attention, mixed_attention_reference)
+    )
+    assert_exact(out, expected)
+    assert_exact(tangent, expected_tangent)
+    assert tangent.abs().max() > 0.1
+
+
+def test_a_second_derivative_is_refused(way) -> None:
+    args = inputs(way.dtype)
+    (gradient,) = torch.autograd.grad(mixed_attention(*args).square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
 
 
 def test_coefficients_that_need_no_gradient_cost_none(monkeypatch, way) -> None:

@@ -406,9 +406,9 @@ void pack_rows(const float *from, ptrdiff_t stride, int rows, ptrdiff_t width, f
         for (ptrdiff_t d = 0; d < width; d++) to[r * padded(width) + d] = from[r * stride + d] * scale;
 }
 
-INLINE float mask_value(const Mask &m, ptrdiff_t at) {
-    if (m.boolean) return ((const uint8_t *)m.p)[at] ? 0.0f : -INFINITY;
-    return ((const float *)m.p)[at];
+INLINE float masked(float score, const Mask &m, ptrdiff_t at) {
+    if (m.boolean) return ((const uint8_t *)m.p)[at] ? score : -INFINITY;
+    return score + ((const float *)m.p)[at];
 }
 
 // Adds the mask to the scores (keys, R) of a strip and the keys from `first_key` on.
@@ -422,13 +422,12 @@ void add_mask(const Call &c, const Block &block, ptrdiff_t head, int strip, ptrd
     } else if (c.mask.p && c.mask.t == 0) {
         const ptrdiff_t at = block.b * c.mask.b + head * c.mask.h + first_key * c.mask.s;
         for (int k = 0; k < keys; k++) {
-            const vec value = splat(mask_value(c.mask, at + k * c.mask.s));
-            EACH (r, NR) store(scores + k * R + r * W, load(scores + k * R + r * W) + value);
+            for (int r = 0; r < R; r++) scores[k * R + r] = masked(scores[k * R + r], c.mask, at + k * c.mask.s);
         }
     } else if (c.mask.p) {
         for (int r = 0; r < rows; r++) {
             const ptrdiff_t at = block.b * c.mask.b + head * c.mask.h + (row + r) * c.mask.t + first_key * c.mask.s;
-            for (int k = 0; k < keys; k++) scores[k * R + r] += mask_value(c.mask, at + k * c.mask.s);
+            for (int k = 0; k < keys; k++) scores[k * R + r] = masked(scores[k * R + r], c.mask, at + k * c.mask.s);
         }
     }
 }
@@ -536,11 +535,9 @@ void forward_block(const Call &c, const Block &block, const ForwardScratch &s) {
         for (int g = 0; g < block.strips(); g++) {
             const ptrdiff_t at = h * c.strips() + g;
             unpack(s.out + at * c.E * R, block.rows(g), c.E, 1.0f, c.out.at(block.b, h, block.row(g)), c.out.t);
-            if (c.statistics) {
-                float *most = c.statistics + (block.b * c.H + h) * c.T + block.row(g);
-                memcpy(most, s.most + at * R, sizeof(float) * block.rows(g));
-                memcpy(most + c.B * c.H * c.T, s.total + at * R, sizeof(float) * block.rows(g));
-            }
+            float *most = c.statistics + (block.b * c.H + h) * c.T + block.row(g);
+            memcpy(most, s.most + at * R, sizeof(float) * block.rows(g));
+            memcpy(most + c.B * c.H * c.T, s.total + at * R, sizeof(float) * block.rows(g));
         }
 }
 
@@ -627,7 +624,8 @@ void backward_maps(const Call &c, const Block &block, ptrdiff_t tile, const Back
             for (int k = 0; k < keys; k++)
                 EACH (r, NR) {
                     float *p = maps[h] + k * R + r * W;
-                    store(p, exponential(load(p) - most[r]) * inverse[r]);
+                    const vec map = exponential(load(p) - most[r]) * inverse[r];
+                    store(p, inverse[r] == 0.0f ? vec{} : map);  // rows without a key, or beyond the last
                 }
         }
         if (c.grad_value.p) {
@@ -783,7 +781,7 @@ void run(void (*work)(void *), Call *c) {
 // ---- what kernel.py calls ----
 
 extern "C" {
-ptrdiff_t size_of_call(void) { return sizeof(Call); }
+ptrdiff_t source(void) { return SOURCE; }  // a checksum of this file, which setup.py gives
 ptrdiff_t rows_of_strip(void) { return R; }
 ptrdiff_t has_threads(void) { return GOMP_parallel && GOMP_barrier && omp_get_thread_num && omp_get_num_threads; }
 
