@@ -34,9 +34,7 @@ constexpr int W = 16, N = 12, OUTER = 8, UNITS = 3, DOTS = 4;
 constexpr int W = 8, N = 6, OUTER = 4, UNITS = 3, DOTS = 3;
 #endif
 constexpr int NR = 2, R = NR * W;
-constexpr int HALF = 8;       // what has its width in lanes is padded to a multiple of this
-constexpr int PAD = 2 * R;    // floats between panels: those of all heads would else lie in the same sets of a cache
-constexpr int CACHED = 4096;  // floats of maps that are mixed at a time, if that takes several rounds of heads
+constexpr int HALF = 8;  // what has its width in lanes is padded to a multiple of this
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -212,7 +210,6 @@ struct Panels {
     float *p;
     ptrdiff_t stride;
     float *operator[](ptrdiff_t head) const { return p + head * stride; }
-    Panels from(int key) const { return {p + key * R, stride}; }
 };
 
 // I output heads of `mix`.
@@ -240,17 +237,14 @@ INLINE void mix_some(const float *weights, ptrdiff_t H, Panels maps, Panels scal
 template <bool SCALED>
 void mix(const float *weights, ptrdiff_t H, Panels maps, Panels scales, int keys, Panels mixed) {
     const ptrdiff_t parts = parts_of(H, N);
-    const int most = parts == 1 || CACHED / R / H < 1 ? keys : (int)(CACHED / R / H);
-    for (int k = 0; k < keys; k += most)
-        for (ptrdiff_t p = 0; p < parts; p++) {
-            const ptrdiff_t i = H * p / parts;
-            const int some = (int)smaller(keys - k, most);
-            const Panels part = {mixed[i], mixed.stride};
+    for (ptrdiff_t p = 0; p < parts; p++) {
+        const ptrdiff_t i = H * p / parts;
+        const Panels part = {mixed[i], mixed.stride};
 #define SOME(n) \
-    if (n <= N) mix_some<at_most(n, N), SCALED>(weights + i, H, maps.from(k), scales, some, part.from(k))
-            SWITCH(H * (p + 1) / parts - i, SOME)
+    if (n <= N) mix_some<at_most(n, N), SCALED>(weights + i, H, maps, scales, keys, part)
+        SWITCH(H * (p + 1) / parts - i, SOME)
 #undef SOME
-        }
+    }
 }
 
 // I by J heads of `add_dots`.
@@ -322,7 +316,7 @@ struct Call {
     ptrdiff_t strips() const { return rows / R; }
     ptrdiff_t tiles() const { return parts_of(S, keys); }
     ptrdiff_t blocks() const { return parts_of(T, rows); }
-    ptrdiff_t panel() const { return keys * R + PAD; }
+    ptrdiff_t panel() const { return keys * R; }
     ptrdiff_t heads_and_strips() const { return H * strips(); }
     int keys_of(ptrdiff_t tile) const { return (int)smaller(keys, S - tile * keys); }
 };
