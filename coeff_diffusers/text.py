@@ -35,6 +35,8 @@ def check_text_encoder(model: Any) -> None:
     name = type(model).__name__
     if not text_attention_layers(model):
         raise ValueError(f"{name} does not take its attention through transformers' AttentionInterface")
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:  # older transformers lose the cap with sdpa
+        raise ValueError(f"{name} caps its attention scores, which scaled_dot_product_attention does not")
     chosen = model.config._attn_implementation
     if chosen not in ("sdpa", IMPLEMENTATION):
         raise ValueError(f"{name} uses the attention {chosen!r}; call its set_attn_implementation('sdpa') first")

@@ -72,7 +72,10 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
 
 def test_a_grey_that_is_transparent_in_sixteen_bits_shows_the_stated_colour(tmp_path: Path) -> None:
     values = np.array([[32896, 32897, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png", transparency=32896)
+    try:
+        Image.fromarray(values).save(tmp_path / "a.png", transparency=32896)
+    except OSError:
+        pytest.skip("this Pillow reads such a picture, but cannot write one")
     with Image.open(tmp_path / "a.png") as image:
         shown = upright_rgb(image, "#0000ff")
     assert [shown.getpixel((x, 0)) for x in range(3)] == [BLUE, (128, 128, 128), (255, 255, 255)]

@@ -34,6 +34,9 @@ SCRIPT = Path(train_dreambooth.__file__)
 ROOT = SCRIPT.parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 SUBJECTS = {"subjects": "subjects.yaml", "instance_prompt": None, "instance_data_dir": None}
+fully_shards_on_a_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shares models out over GPUs only"
+)
 WEIGHTS = ("pytorch_coeff_weights.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -88,6 +91,7 @@ def test_two_processes_equal_one_with_twice_the_batch(argv: Argv, train: Train, 
 
 
 @pytest.mark.slow
+@fully_shards_on_a_cpu
 def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, train: Train, tmp_path: Path) -> None:
     pictures = {
         "validation_prompt": ["a sks fox"],
@@ -193,6 +197,7 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@fully_shards_on_a_cpu
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_denoiser_of_each_family_can_be_shared_out(name: str) -> None:

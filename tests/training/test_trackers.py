@@ -18,7 +18,9 @@ from train_dreambooth import TrainingResult, main
 
 
 def test_every_tracker_of_accelerate_can_be_chosen() -> None:
-    assert sorted(TRACKERS) == sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL)
+    """And those of newer ones, where this is an old one."""
+    known = {str(kind) for kind in LoggerType if kind != LoggerType.ALL}
+    assert known <= set(TRACKERS) <= known | {"swanlab", "trackio"}
 
 
 @pytest.mark.parametrize(
