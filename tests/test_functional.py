@@ -520,8 +520,8 @@ def test_compiles_into_one_graph_once_for_all_coefficients(way) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("per_sample", [True, False])
+@ways({name: WAYS[name] for name in ("torch, ragged blocks", "AVX-512", "AVX2, two threads")})
+@pytest.mark.parametrize(("masked", "per_sample"), [(True, True), (False, False)])
 def test_the_operators_keep_what_they_register(way, masked, per_sample) -> None:
     *qkv, coeff = inputs(way.dtype, per_sample)
     views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv]
