@@ -85,7 +85,7 @@ def forward(
     call = _Inputs(query, key, value, alpha, attn_mask, is_causal, scale)
     out = empty_output(query, value)
     statistics = query.new_empty(2, *query.shape[:3], dtype=torch.float32)
-    wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    wide = _to_write(out)
     call.arrays(out=wide)
     call.c.statistics = statistics.data_ptr()
     call.run("forward")
@@ -107,9 +107,9 @@ def backward(
     """Gradients of query, key and value, laid out as these are, and of alpha; empty where not wanted."""
     call = _Inputs(query, key, value, alpha, attn_mask, is_causal, scale)
     gradients = [torch.empty_like(x) if wants else x.new_empty(0) for x, wants in zip((query, key, value), wanted)]
-    wide = [_for_kernel(x, empty=True) for x in gradients]
+    wide = [_to_write(x) for x in gradients]
     arrays = dict(zip(("grad_query", "grad_key", "grad_value"), wide))
-    call.arrays(grad_out=_for_kernel(grad_out), **{name: x for name, x in arrays.items() if x.numel()})
+    call.arrays(grad_out=_to_read(grad_out), **{name: x for name, x in arrays.items() if x.numel()})
     call.c.statistics = statistics.data_ptr()
     grad_alpha = call.run("backward", with_alpha=wanted[3])
     for gradient, computed in zip(gradients, wide):
@@ -142,7 +142,7 @@ class _Inputs:
         self.c.B, self.c.H, self.c.T, self.c.D = query.shape
         self.c.S, self.c.E = value.shape[2:]
         key, value = (x.to(torch.float32).contiguous() for x in (key, value))
-        self.arrays(query=_for_kernel(query), key=key, value=value)
+        self.arrays(query=_to_read(query), key=key, value=value)
         self.c.alpha, self.c.alpha_transposed = (self.pointer(x.contiguous()) for x in (alpha, alpha.mT))
         if attn_mask is not None:
             if attn_mask.dtype != torch.bool:
@@ -184,12 +184,21 @@ class _Inputs:
         return grad_alpha.sum(0) if with_alpha else grad_alpha.view(0)
 
 
-def _for_kernel(x: Tensor, empty: bool = False) -> Tensor:
-    """`x`, or a copy of it that the library can address: float32, the last dimension without gaps."""
-    if x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() == 0):
+def _is_addressable(x: Tensor) -> bool:
+    """Whether the library can read and write `x`: float32, the last dimension without gaps."""
+    return x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() == 0)
+
+
+def _to_read(x: Tensor) -> Tensor:
+    """`x`, or a copy of it that the library can read."""
+    return x if _is_addressable(x) else x.float().contiguous()
+
+
+def _to_write(x: Tensor) -> Tensor:
+    """`x`, or room for what is to be copied into it."""
+    if _is_addressable(x):
         return x
-    contiguous = torch.contiguous_format
-    return torch.empty_like(x, dtype=torch.float32, memory_format=contiguous) if empty else x.float().contiguous()
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 @functools.cache
