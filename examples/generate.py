@@ -113,6 +113,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
                 write_picture(image, args.output_dir / picture.file_name)
     state.wait_for_everyone()
     state.print(f"wrote {len(missing)} pictures ({len(pictures) - len(missing)} were there) and {manifest}")
+    state.destroy_process_group()  # or gloo's threads abort the process now and then while it ends
     return manifest
 
 

@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         path = args.pictures / "scores.json"
         write_whole(json.dumps(result, indent=2) + "\n", path)
         print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
+    state.destroy_process_group()  # as in generate.py
     return result
 
 

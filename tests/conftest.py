@@ -31,6 +31,15 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone, which can do all that a larger one does."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(params=HOSTS)
 def host(request: pytest.FixtureRequest) -> Host:
     return HOSTS[request.param]

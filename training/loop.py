@@ -236,6 +236,7 @@ def after_step(
         stops = stop()  # pictures take their time
     if stops:
         checkpoints.save(trainee, losses)
+        accelerator.end_training()
         raise Stopped(
             f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
             request.signal_number or signal.SIGTERM,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,14 +187,6 @@ def test_blocks_hold_most_of_a_denoiser_and_none_twice(name: str) -> None:
     lists = {name.partition(".")[0] for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)}
     assert found
     assert not outside & (lists | {"mid_block"})
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A group of this process alone, in which a model can be shared out all the same."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @fully_shards_on_a_cpu
