@@ -249,7 +249,8 @@ def _add_up_gradients(
             continue
         grad_mixed = block_grad @ value[b].to(wide).mT
         if wanted[3]:
-            grad_alpha[b] += grad_mixed.flatten(2) @ maps.flatten(2).mT
+            # a row at a time: in one product of all, whose terms nearly cancel, more is lost
+            grad_alpha[b] += torch.einsum("bits, bjts -> btij", grad_mixed, maps).sum(1)
         if not (wanted[0] or wanted[1]):
             continue
         grad_maps = _mix(alpha[b].mT, grad_mixed)

@@ -175,7 +175,7 @@ class _Inputs:
             tiles = min(-(-tiles // c.threads) * c.threads, c.S)
         c.rows = max(1, rows // strip) * strip
         c.keys = -(-c.S // tiles)
-        grad_alpha = torch.zeros(c.threads if with_alpha else 0, c.B, c.H, c.H, dtype=torch.float32, device="cpu")
+        grad_alpha = torch.zeros(c.threads if with_alpha else 0, c.B, c.H, c.H, dtype=torch.float64, device="cpu")
         c.grad_alpha = grad_alpha.data_ptr() if with_alpha else None
         size = getattr(library, f"{function}_scratch")(ctypes.byref(c))
         scratch = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's default device is

@@ -38,6 +38,7 @@ constexpr int HALF = 8;  // what has its width in lanes is padded to a multiple 
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef double wide_vec __attribute__((vector_size(8 * W), aligned(8), may_alias));
 typedef float half_vec __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
 
 #define INLINE     inline __attribute__((always_inline))
@@ -249,10 +250,10 @@ void mix(const float *weights, ptrdiff_t H, Panels maps, Panels scales, int keys
 
 // I by J heads of `add_dots`.
 template <int I, int J>
-INLINE void add_dots_some(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
+INLINE void add_dots_some(Panels x, Panels y, int keys, double *sums, ptrdiff_t H) {
     vec sum[I][J];
     EACH (i, I)
-        EACH (j, J) sum[i][j] = load(sums + (i * H + j) * W);
+        EACH (j, J) sum[i][j] = vec{};
     for (ptrdiff_t at = 0; at < (ptrdiff_t)keys * R; at += W) {
         vec right[J];
         EACH (j, J) right[j] = load(y[j] + at);
@@ -260,15 +261,16 @@ INLINE void add_dots_some(Panels x, Panels y, int keys, float *sums, ptrdiff_t H
             EACH (j, J) sum[i][j] += load(x[i] + at) * right[j];
     }
     EACH (i, I)
-        EACH (j, J) store(sums + (i * H + j) * W, sum[i][j]);
+        EACH (j, J) *(wide_vec *)(sums + (i * H + j) * W) += __builtin_convertvector(sum[i][j], wide_vec);
 }
 
-// sums (H, H, W) += x_i . y_j, lane by lane: the gradient of alpha, of that of mixed maps by maps.
-void add_dots(Panels x, Panels y, int keys, float *sums, ptrdiff_t H) {
+// sums (H, H, W) += x_i . y_j, lane by lane: the gradient of alpha, of that of mixed maps by maps. Its terms, of all
+// queries and keys, may nearly cancel, so that only those of a panel are added in float32.
+void add_dots(Panels x, Panels y, int keys, double *sums, ptrdiff_t H) {
     for (ptrdiff_t i = 0; i < H; i += DOTS)
         for (ptrdiff_t j = 0; j < H; j += DOTS) {
             const Panels left = {x[i], x.stride}, right = {y[j], y.stride};
-            float *to = sums + (i * H + j) * W;
+            double *to = sums + (i * H + j) * W;
 #define ROW(I, n) \
     if (n <= DOTS) add_dots_some<I, at_most(n, DOTS)>(left, right, keys, to, H)
 #define SOME1(n) ROW(1, n)
@@ -305,7 +307,7 @@ struct Call {
     Mask mask;
     const float *alpha, *alpha_transposed;  // (B, H, H)
     float *statistics;                      // (2, B, H, T): a row's largest score, and 1 / the sum of its exponentials
-    float *grad_alpha;                      // (threads, B, H, H); nullptr, as others, where not wanted
+    double *grad_alpha;                     // (threads, B, H, H); nullptr, as others, where not wanted
     float *scratch;
     ptrdiff_t rows, keys;        // of a block, a multiple of R, and of a tile
     ptrdiff_t threads, by_rows;  // by_rows: in the backward pass each thread has blocks of its own
@@ -550,7 +552,7 @@ struct BackwardScratch {
     float *grad_mixed, *mixed;  // (H, panel)
     float *dots;                // (H, strips, R): sums over its keys of maps times their gradients
     float *grad_query;          // (H, strips, D, R): sums over its keys
-    float *grad_alpha;          // (H, H, W): sums over its keys and blocks
+    double *grad_alpha;         // (H, H, W): sums over its keys and blocks
     ptrdiff_t dots_size, grad_query_size, grad_key_size, grad_value_size;
 
     BackwardScratch(const Call &c, Arena &arena) {
@@ -570,7 +572,7 @@ struct BackwardScratch {
         grad_value = arena.of_group(grad_value_size);
         grad_mixed = arena.own(c.H * c.panel());
         mixed = arena.own(c.H * c.panel());
-        grad_alpha = arena.own(c.grad_alpha ? c.H * c.H * W : 0);
+        grad_alpha = (double *)arena.own(c.grad_alpha ? 2 * c.H * c.H * W : 0);
         dots = arena.own(dots_size);
         grad_query = arena.own(grad_query_size);
         all_dots = dots - arena.me.index * dots_size;
@@ -678,7 +680,7 @@ void add_up(float *x, ptrdiff_t n, ptrdiff_t count, ptrdiff_t stride) {
 
 // Of the keys of a member, and all coefficients.
 void clear_sums(const Call &c, const BackwardScratch &s, const Member &me) {
-    if (c.grad_alpha) memset(s.grad_alpha, 0, sizeof(float) * c.H * c.H * W);
+    if (c.grad_alpha) memset(s.grad_alpha, 0, sizeof(double) * c.H * c.H * W);
     for (ptrdiff_t h = 0; h < c.H; h++)
         for (ptrdiff_t tile = me.index; tile < c.tiles(); tile += me.size) {
             const ptrdiff_t k = h * c.S + tile * c.keys, keys = c.keys_of(tile);
@@ -707,9 +709,9 @@ void write_sums(const Call &c, ptrdiff_t b, const BackwardScratch &s, const Memb
         }
     }
     if (!c.grad_alpha) return;
-    float *to = c.grad_alpha + (me.thread * c.B + b) * c.H * c.H;
+    double *to = c.grad_alpha + (me.thread * c.B + b) * c.H * c.H;
     for (ptrdiff_t i = 0; i < c.H * c.H; i++) {
-        to[i] = 0.0f;
+        to[i] = 0.0;
         for (int w = 0; w < W; w++) to[i] += s.grad_alpha[i * W + w];
     }
 }
