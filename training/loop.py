@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from trackers import log
+from trackers import end_training, log
 from validation import all_validation_prompts
 
 
@@ -236,7 +236,7 @@ def after_step(
         stops = stop()  # pictures take their time
     if stops:
         checkpoints.save(trainee, losses)
-        accelerator.end_training()
+        end_training(accelerator)
         raise Stopped(
             f"stopped after step {done} of {settings.max_train_steps}. {checkpoints.safe_text()}",
             request.signal_number or signal.SIGTERM,

@@ -39,6 +39,16 @@ def log(values: Mapping[str, float], step: int, accelerator: Accelerator) -> Non
         accelerator.trackers = []
 
 
+def end_training(accelerator: Accelerator) -> None:
+    """Ends the trackers, of which some write only now, and the group of processes; what `log` says holds here, too."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        print(f"The end of the log could not be written: {error}.", file=sys.stderr)
+        accelerator.trackers = []
+        accelerator.end_training()
+
+
 def log_pictures(trackers: Sequence[Any], pictures: Mapping[str, list[Image.Image]], step: int) -> None:
     """Logs a row of pictures a prompt. Trackers for which accelerate has no such call keep to numbers."""
     for tracker in trackers:

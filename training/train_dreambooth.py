@@ -45,7 +45,7 @@ from stopping import Stopped
 from subjects import check_subjects, read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
-from trackers import check_trackers, log_pictures, start_trackers
+from trackers import check_trackers, end_training, log_pictures, start_trackers
 from validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
 
 import coeff_diffusers
@@ -160,7 +160,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
         weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
         images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator))
-    accelerator.end_training()
+    end_training(accelerator)
     if not accelerator.is_main_process:
         return None
     result = write_results(family, parameters, settings, losses, weights, images)
@@ -238,7 +238,7 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
         weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
         images = show_last(len(losses))
     accelerator.print(peak_memory_text(accelerator))
-    accelerator.end_training()
+    end_training(accelerator)
     for each in alone.values():
         write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
     return {

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import trackers
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -56,6 +57,21 @@ def test_all_logs_numbers_pictures_and_settings_to_what_is_installed(train: Call
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(result.losses)
     assert [event.step for event in events.Images("a fox")] == [1, 2]
     assert [(event.width, event.height) for event in events.Images("fox")] == [(3 * 16, 16)] * 2  # side by side
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_log_that_cannot_be_ended_does_not_take_the_result_along(
+    train: Callable[..., TrainingResult], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", full)
+    result = train(report_to="tensorboard")
+    assert result.coeff_file.exists()
+    assert result.model_card.exists()
+    assert "The end of the log could not be written: [Errno 28] No space left on device." in capsys.readouterr().err
+    assert not torch.distributed.is_initialized()
 
 
 class Listed(GeneralTracker):
