@@ -89,18 +89,19 @@ INLINE vec exponential(vec x) {
 
 // ---- products ----
 
-// out (K, R) = x (K, width) y (width, R).
-template <int K>
-INLINE void multiply_some(const float *x, ptrdiff_t width, const float *y, float *out) {
+// out (K, R) = X y, or added to it, where y is (width, R) and X[k, d] is x[k * next + d * step].
+template <int K, bool ADD>
+INLINE void multiply_some(const float *x, ptrdiff_t next, ptrdiff_t step, ptrdiff_t width, const float *y,
+                          float *out) {
     vec sum[K][NR];
     EACH (k, K)
-        EACH (r, NR) sum[k][r] = vec{};
+        EACH (r, NR) sum[k][r] = ADD ? load(out + k * R + r * W) : vec{};
     for (ptrdiff_t d = 0; d < width; d++) {
         vec row[NR];
-        __builtin_prefetch(x + K * width + K * d);
+        if (!ADD) __builtin_prefetch(x + K * next + K * d);  // the rows that come next
         EACH (r, NR) row[r] = load(y + d * R + r * W);
         EACH (k, K)
-            EACH (r, NR) sum[k][r] += splat(x[k * width + d]) * row[r];
+            EACH (r, NR) sum[k][r] += splat(x[k * next + d * step]) * row[r];
     }
     EACH (k, K)
         EACH (r, NR) store(out + k * R + r * W, sum[k][r]);
@@ -110,27 +111,11 @@ INLINE void multiply_some(const float *x, ptrdiff_t width, const float *y, float
 // that of the output.
 void multiply(const float *x, int keys, ptrdiff_t width, const float *y, float *out) {
     int k = 0;
-    for (; k + N <= keys; k += N) multiply_some<N>(x + k * width, width, y, out + k * R);
+    for (; k + N <= keys; k += N) multiply_some<N, false>(x + k * width, width, 1, width, y, out + k * R);
 #define SOME(n) \
-    if (n < N) multiply_some<at_most(n, N - 1)>(x + k * width, width, y, out + k * R)
+    if (n < N) multiply_some<at_most(n, N - 1), false>(x + k * width, width, 1, width, y, out + k * R)
     SWITCH(keys - k, SOME)
 #undef SOME
-}
-
-// out (D, R) += x (keys, D of width)^T y (keys, R).
-template <int D>
-INLINE void add_some(const float *x, ptrdiff_t width, const float *y, int keys, float *out) {
-    vec sum[D][NR];
-    EACH (d, D)
-        EACH (r, NR) sum[d][r] = load(out + d * R + r * W);
-    for (int k = 0; k < keys; k++) {
-        vec row[NR];
-        EACH (r, NR) row[r] = load(y + k * R + r * W);
-        EACH (d, D)
-            EACH (r, NR) sum[d][r] += splat(x[k * width + d]) * row[r];
-    }
-    EACH (d, D)
-        EACH (r, NR) store(out + d * R + r * W, sum[d][r]);
 }
 
 // out (width, R) += x (keys, width)^T y (keys, R): the output, of values by mixed maps; the gradient of queries, of
@@ -140,7 +125,7 @@ void add_product(const float *x, int keys, ptrdiff_t width, const float *y, floa
     for (ptrdiff_t p = 0; p < parts; p++) {
         const ptrdiff_t d = width * p / parts;
 #define SOME(n) \
-    if (n <= N) add_some<at_most(n, N)>(x + d, width, y, keys, out + d * R)
+    if (n <= N) multiply_some<at_most(n, N), true>(x + d, 1, width, keys, y, out + d * R)
         SWITCH(width * (p + 1) / parts - d, SOME)
 #undef SOME
     }
