@@ -269,7 +269,7 @@ def test_attention_dropout_drops_map_entries_before_they_are_mixed() -> None:
     torch.testing.assert_close(dropped, torch.einsum("ij, bjts -> bits", alpha, maps) @ value)
 
 
-@ways({"torch": Way(None), **{name: BY_KERNEL[name] for name in BY_KERNEL if "share" not in name}})
+@ways({"torch": Way(None)} | BY_KERNEL)
 def test_a_coefficient_s_gradient_loses_little_more_than_the_plain_formula_s(way) -> None:
     """A single head's, whose terms, of all queries and keys, nearly cancel; a running float32 sum loses 17 times."""
     errors = []

@@ -127,13 +127,9 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
 
 
 @pytest.mark.usefixtures("one_process")
-def test_pictures_and_scores_leave_no_process_group(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_pictures_leave_no_process_group(weights: Path, prompts: Path, tmp_path: Path) -> None:
     """Its threads would abort some of the runs at their end, with all written."""
     make(weights, prompts, tmp_path / "many")
-    assert not torch.distributed.is_initialized()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    clip = str(tiny_clip(tmp_path / "clip"))
-    score.main(score.parse_args(["--pictures", str(tmp_path / "many"), "--clip_model", clip, "--device", "cpu"]))
     assert not torch.distributed.is_initialized()
 
 
@@ -382,13 +378,26 @@ def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("flag", ["--clip_model", "--dino_model"])
 def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) -> None:
-    picture = Picture("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
-    write_manifest({"a.png": (picture, {})}, tmp_path / "manifest.jsonl")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    write_one_picture(tmp_path)
     models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
     given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
     with pytest.raises(PromptsError, match=f"{flag}: .*none"):
         score.main(score.parse_args(["--pictures", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_scores_leave_no_process_group(tmp_path: Path) -> None:
+    write_one_picture(tmp_path)
+    clip = str(tiny_clip(tmp_path / "clip"))
+    score.main(score.parse_args(["--pictures", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
+    assert not torch.distributed.is_initialized()
+
+
+def write_one_picture(folder: Path) -> None:
+    """As generate.py, with the coefficients x."""
+    picture = Picture("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
+    write_manifest({"a.png": (picture, {})}, folder / "manifest.jsonl")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
 
 
 def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
