@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 install: $(STAMP)
 
 # .ci/constraints.txt pins what was tested; pyproject.toml holds the ranges that should work
-$(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers/csrc/*)
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers/backends/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
 	touch $@
@@ -29,17 +29,17 @@ test-oldest:
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror coeff_diffusers/csrc/*
+	$(VENV)/bin/clang-format --dry-run --Werror coeff_diffusers/backends/csrc/*
 	$(VENV)/bin/mypy
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i coeff_diffusers/csrc/*
+	$(VENV)/bin/clang-format -i coeff_diffusers/backends/csrc/*
 
 bench: $(STAMP)
 	$(PY) examples/benchmarks/attention.py
 	$(PY) examples/benchmarks/unet.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info coeff_diffusers/*.so
+	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info coeff_diffusers/backends/*.so

@@ -12,7 +12,6 @@ Letters: B batch, H heads (i output, j source), T queries, S keys, D head width 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,14 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import kernel
-
-# Entries of an array of maps, of which a block has three or four at a time, where no kernel forms them. On a CPU these
-# are 8 MB of float32. An accelerator must be filled: an array may take a 512th part of its memory; where that is not
-# known, 2**23 float32 are 32 MB. That is not measured.
-_BLOCK_ENTRIES_CPU = 2**21
-_BLOCK_ENTRIES_ACCELERATOR = 2**23
-_BLOCK_MEMORY_SHARE = 1 / 512
+from . import backends
+from .backends.common import accumulation_dtype, empty_output, masked, softmax
 
 
 def mixed_attention(
@@ -112,13 +105,13 @@ def mixed_attention_reference(
     Forms all (B, H, T, S) maps at once, in float32 (float64 for float64 inputs).
     """
     _check_shapes(query, key, value, coeff, attn_mask, is_causal, enable_gqa)
-    dtype, wide = query.dtype, _accumulation_dtype(query.dtype)
+    dtype, wide = query.dtype, accumulation_dtype(query.dtype)
     query, key, value, coeff = (x.to(wide) for x in (query, key, value, coeff))
     if enable_gqa:
         key, value = (_repeat_groups(x, query.shape[1]) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bjtd, bjsd -> bjts", query, key) * scale
-    maps = F.dropout(_softmax(_masked(scores, attn_mask, is_causal, 0), attn_mask is not None), dropout_p)
+    maps = F.dropout(softmax(masked(scores, attn_mask, is_causal), attn_mask is not None), dropout_p)
     alpha = torch.eye(coeff.shape[-1], dtype=wide, device=coeff.device) + coeff
     if alpha.ndim == 2:
         mixed = torch.einsum("ij, bjts -> bits", alpha, maps)
@@ -146,21 +139,13 @@ def _blockwise(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The reference, a block of query rows at a time; and statistics for the kernel's backward pass."""
-    alpha = _alpha(coeff, query)
-    if kernel.takes(query, key, value):
-        return kernel.forward(query, key, value, alpha, attn_mask, is_causal, scale)
-    out = kernel.empty_output(query, value)
-    with torch.autocast(query.device.type, enabled=False):
-        for b, t in _blocks(query, key):
-            maps = _maps(query[b, :, t], key[b], _block_of(attn_mask, b, t), is_causal, t.start, scale)
-            out[b, :, t] = _mix(alpha[b], maps) @ value[b].to(maps.dtype)
-    return out, query.new_zeros(2, *query.shape[:3], dtype=torch.float32)  # not read: of the kernel's shape, though
+    """The reference, a block of query rows at a time; and statistics of the rows for the backward pass, (2, B, H, T)."""
+    return backends.forward(query, key, value, coeff, attn_mask, is_causal, scale)
 
 
 @_blockwise.register_fake
 def _(query, key, value, coeff, attn_mask, is_causal, scale):  # type: ignore[no-untyped-def]
-    return kernel.empty_output(query, value), query.new_empty(2, *query.shape[:3], dtype=torch.float32)
+    return empty_output(query, value), query.new_empty(2, *query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -182,16 +167,9 @@ def _blockwise_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and coeff, empty where not wanted."""
-    alpha = _alpha(coeff, query)
-    if kernel.takes(query, key, value):
-        *gradients, grad_alpha = kernel.backward(
-            grad_out, query, key, value, alpha, statistics, attn_mask, is_causal, scale, wanted
-        )
-    else:
-        with torch.autocast(query.device.type, enabled=False):
-            *gradients, grad_alpha = _add_up_gradients(
-                grad_out, query, key, value, alpha, attn_mask, is_causal, scale, wanted
-            )
+    *gradients, grad_alpha = backends.backward(
+        grad_out, query, key, value, coeff, attn_mask, statistics, is_causal, scale, wanted
+    )
     if wanted[3] and coeff.ndim == 2:
         grad_alpha = grad_alpha.sum(0)
     return (*gradients, grad_alpha.to(coeff.dtype))  # type: ignore[return-value]
@@ -218,119 +196,6 @@ def _backward(ctx: Any, grad_out: Tensor, grad_statistics: Tensor) -> tuple[Tens
 
 
 _blockwise.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _add_up_gradients(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and alpha. Each block's maps are formed again, and sums are kept wide.
-
-    With M = alpha maps:    dV = M^T dO,  dM = dO V^T,  dalpha = dM maps^T,  dmaps = alpha^T dM,
-                            dscores = softmax'(dmaps),  dQ = dscores K scale,  dK = dscores^T Q scale.
-    """
-    wide = alpha.dtype
-    inputs = (query, key, value, alpha)
-    sums = [torch.zeros_like(x, dtype=wide) if wants else x.new_empty(0) for x, wants in zip(inputs, wanted)]
-    grad_query, grad_key, grad_value, grad_alpha = sums
-    for b, t in _blocks(query, key):
-        maps = _maps(query[b, :, t], key[b], _block_of(attn_mask, b, t), is_causal, t.start, scale)
-        block_grad = grad_out[b, :, t].to(wide)
-        if wanted[2]:
-            grad_value[b] += _mix(alpha[b], maps).mT @ block_grad
-        if not (wanted[0] or wanted[1] or wanted[3]):
-            continue
-        grad_mixed = block_grad @ value[b].to(wide).mT
-        if wanted[3]:
-            # a row at a time: in one product of all, whose terms nearly cancel, more is lost
-            grad_alpha[b] += torch.einsum("bits, bjts -> btij", grad_mixed, maps).sum(1)
-        if not (wanted[0] or wanted[1]):
-            continue
-        grad_maps = _mix(alpha[b].mT, grad_mixed)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_maps, maps, -1, wide)
-        if wanted[0]:
-            grad_query[b, :, t] = grad_scores @ key[b].to(wide) * scale
-        if wanted[1]:
-            grad_key[b] += grad_scores.mT @ query[b, :, t].to(wide) * scale
-    return (*(x.to(like.dtype) for x, like in zip(sums, inputs)),)  # type: ignore[return-value]
-
-
-def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and of query rows whose maps fit a budget: whole samples, or else some rows of one."""
-    B, H, T, S = *query.shape[:3], key.shape[2]
-    most_rows = max(1, _block_entries(query.device) // max(1, H * S))
-    samples = max(1, min(B, most_rows // max(1, T)))
-    for b in range(0, B, samples):
-        for t in range(0, T, most_rows):
-            yield slice(b, min(b + samples, B)), slice(t, min(t + most_rows, T))
-
-
-def _block_entries(device: torch.device) -> int:
-    """How many entries of the maps an array may have."""
-    if device.type == "cpu":
-        return _BLOCK_ENTRIES_CPU
-    if device.type == "cuda":  # a part of the whole, not of what is free: asking for that waits for the device
-        return int(torch.cuda.get_device_properties(device).total_memory * _BLOCK_MEMORY_SHARE / 4)
-    return _BLOCK_ENTRIES_ACCELERATOR
-
-
-def _block_of(attn_mask: Tensor | None, b: slice, t: slice) -> Tensor | None:
-    if attn_mask is None:
-        return None
-    attn_mask = attn_mask[b if attn_mask.shape[0] > 1 else slice(None)]
-    return attn_mask[:, :, t if attn_mask.shape[2] > 1 else slice(None)]
-
-
-def _maps(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int, scale: float
-) -> Tensor:
-    """(b, H, t, S), in the accumulation dtype, of queries from `first_row` on."""
-    wide = _accumulation_dtype(query.dtype)
-    scores = (query.to(wide) * scale) @ key.to(wide).mT
-    return _softmax(_masked(scores, attn_mask, is_causal, first_row), attn_mask is not None)
-
-
-def _mix(alpha: Tensor, maps: Tensor) -> Tensor:
-    """einsum("bij, bjts -> bits", alpha, maps)."""
-    return (alpha @ maps.flatten(2)).view_as(maps)
-
-
-def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, first_row: int) -> Tensor:
-    T, S = scores.shape[-2:]
-    if is_causal:
-        rows = torch.arange(first_row, first_row + T, device=scores.device)
-        attn_mask = rows[:, None] >= torch.arange(S, device=scores.device)
-    if attn_mask is None:
-        return scores
-    if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, float("-inf"))
-    return scores + attn_mask.to(scores.dtype)
-
-
-def _softmax(scores: Tensor, has_mask: bool) -> Tensor:
-    """Softmax over the keys; zeros, as from `scaled_dot_product_attention`, for a row whose keys are all masked."""
-    if not has_mask or scores.shape[-1] == 0:
-        return torch.softmax(scores, dim=-1)
-    empty = scores.amax(dim=-1, keepdim=True) == float("-inf")
-    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)  # twice: no NaN in a gradient
-
-
-def _alpha(coeff: Tensor, query: Tensor) -> Tensor:
-    """I + coeff for each sample, (B, H, H), in the accumulation dtype of the query."""
-    wide = _accumulation_dtype(query.dtype)
-    alpha = torch.eye(coeff.shape[-1], dtype=wide, device=coeff.device) + coeff.to(wide)
-    return alpha.expand(query.shape[0], -1, -1)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _repeat_groups(x: Tensor, heads: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from coeff_diffusers import functional, kernel, mixed_attention
+from coeff_diffusers import functional, mixed_attention
+from coeff_diffusers.backends import cpu, loop
 from coeff_diffusers.functional import mixed_attention_reference
 
 B, H, T, S, D, E = 2, 3, 5, 7, 4, 6
@@ -61,12 +62,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thr
     way: Way = request.param
     if way.instructions and way.instructions not in RUNS:
         pytest.skip(f"this CPU has no {way.instructions}")
-    library = kernel._load(way.instructions) if way.instructions else None
-    monkeypatch.setattr(kernel, "_library", lambda: library)
-    monkeypatch.setattr(functional, "_BLOCK_ENTRIES_CPU", way.entries)
-    monkeypatch.setattr(kernel, "_THREAD_MIN_WORK", 1)
-    monkeypatch.setattr(kernel, "_TILE_KEYS", way.tile_keys)
-    monkeypatch.setattr(kernel, "_BLOCK_FLOATS", way.floats)
+    library = cpu._load(way.instructions) if way.instructions else None
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(loop, "_BLOCK_ENTRIES_CPU", way.entries)
+    monkeypatch.setattr(cpu, "_THREAD_MIN_WORK", 1)
+    monkeypatch.setattr(cpu, "_TILE_KEYS", way.tile_keys)
+    monkeypatch.setattr(cpu, "_BLOCK_FLOATS", way.floats)
     torch.set_num_threads(way.threads)
     return way
 
@@ -94,7 +95,7 @@ def gradients(out: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def test_the_kernel_was_built() -> None:
     """Where it can be: without it the tests of the kernel would only say that torch's functions are right."""
     for instructions in RUNS:
-        assert kernel._load(instructions) is not None, "no compiled kernel: is there a compiler? Then `make install`"
+        assert cpu._load(instructions) is not None, "no compiled kernel: is there a compiler? Then `make install`"
 
 
 def naive_loop(
@@ -484,21 +485,21 @@ def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
 @ways(BY_KERNEL)
 def test_a_library_that_was_built_before_its_source_was_changed_is_not_called(monkeypatch, way, tmp_path) -> None:
     changed = tmp_path / "kernel.h"
-    changed.write_bytes(kernel._SOURCE.read_bytes() + b" ")
-    monkeypatch.setattr(kernel, "_SOURCE", changed)
+    changed.write_bytes(cpu._SOURCE.read_bytes() + b" ")
+    monkeypatch.setattr(cpu, "_SOURCE", changed)
     with pytest.raises(
         ImportError, match="was built from another kernel.h .*: install the package once more, or delete"
     ):
-        kernel._load(way.instructions)
-    monkeypatch.setattr(kernel, "_SOURCE", tmp_path / "not in a wheel")
-    assert kernel._load(way.instructions) is not None
+        cpu._load(way.instructions)
+    monkeypatch.setattr(cpu, "_SOURCE", tmp_path / "not in a wheel")
+    assert cpu._load(way.instructions) is not None
 
 
 @ways({"AVX2": Way("AVX2"), "torch": Way(None)})
 def test_float64_and_other_dtypes_are_not_the_kernel_s(way) -> None:
-    assert not kernel.takes(*inputs()[:3])
-    assert kernel.takes(*inputs(torch.bfloat16)[:3]) == (way.instructions is not None)
-    assert kernel.instruction_set() == (BEST if way.instructions else None)
+    assert not cpu.takes(*inputs()[:3])
+    assert cpu.takes(*inputs(torch.bfloat16)[:3]) == (way.instructions is not None)
+    assert cpu.instruction_set() == (BEST if way.instructions else None)
 
 
 def _shapes(query=(B, H, T, D), key=(B, H, S, D), value=(B, H, S, E), coeff=(H, H), **options):
@@ -565,8 +566,8 @@ def test_what_was_compiled_without_the_kernel_is_right_with_it(monkeypatch) -> N
     args = inputs(torch.float32)
     fake = torch._subclasses.FakeTensorMode()
     shapes = []
-    for library in (kernel._library(), None):
-        monkeypatch.setattr(kernel, "_library", lambda library=library: library)
+    for library in (cpu._library(), None):
+        monkeypatch.setattr(cpu, "_library", lambda library=library: library)
         real = torch.ops.coeff_diffusers.mixed_attention(*args, None, False, 0.5)
         with fake:
             planned = torch.ops.coeff_diffusers.mixed_attention(*map(fake.from_tensor, args), None, False, 0.5)

@@ -1,7 +1,7 @@
-"""`mixed_attention` on a CPU by compiled code: csrc/kernel.h, which is built when the package is installed.
+"""Mixed attention on an x86 CPU by compiled code: csrc/kernel.h, which is built when the package is installed.
 
 Where there was no compiler for it, or the CPU has neither AVX-512 nor AVX2, or the inputs are float64,
-[`takes`] says no, and functional.py computes the same with torch's functions, in more time.
+[`takes`] says no, and loop.py computes the same with torch's functions, in more time.
 
 Both passes hold the maps of all heads for a block of query rows in memory, each thread those of its own block. With
 many keys, of whose gradients each thread would have sums of its own, the threads of the backward pass share a block
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .common import alpha_of, empty_output
 
 _LIBRARIES = {"AVX512": "_avx512", "AVX2": "_avx2"}  # by what torch says of the CPU; modules of this package
 _SOURCE = Path(__file__).parent / "csrc" / "kernel.h"
@@ -73,16 +75,16 @@ def instruction_set() -> str | None:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, coeff: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output, laid out as (B, T, H, E), and float32 statistics of the rows for [`backward`], (2, B, H, T).
 
     Args:
         query, key, value: (B, H, T, D), (B, H, S, D), (B, H, S, E), such as [`takes`] takes.
-        alpha: float32, (B, H, H): I + coeff of each sample.
+        coeff: (H, H), or (B, H, H) for one matrix per sample.
         attn_mask: boolean or floating point, with four dimensions, each of size 1 or as of the maps.
     """
-    call = _Inputs(query, key, value, alpha, attn_mask, is_causal, scale)
+    call = _Inputs(query, key, value, alpha_of(coeff, query), attn_mask, is_causal, scale)
     out = empty_output(query, value)
     statistics = query.new_empty(2, *query.shape[:3], dtype=torch.float32)
     wide = _to_write(out)
@@ -97,15 +99,15 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor,
-    statistics: Tensor,
+    coeff: Tensor,
     attn_mask: Tensor | None,
+    statistics: Tensor,
     is_causal: bool,
     scale: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, laid out as these are, and of alpha; empty where not wanted."""
-    call = _Inputs(query, key, value, alpha, attn_mask, is_causal, scale)
+    call = _Inputs(query, key, value, alpha_of(coeff, query), attn_mask, is_causal, scale)
     gradients = [torch.empty_like(x) if wants else x.new_empty(0) for x, wants in zip((query, key, value), wanted)]
     wide = [_to_write(x) for x in gradients]
     arrays = dict(zip(("grad_query", "grad_key", "grad_value"), wide))
@@ -116,12 +118,6 @@ def backward(
         if gradient is not computed:
             gradient.copy_(computed)
     return (*gradients, grad_alpha)  # type: ignore[return-value]
-
-
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """(B, H, T, E) in the memory of (B, T, H, E), which models make of it next."""
-    B, H, T = query.shape[:3]
-    return query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
 
 
 class _Inputs:
