@@ -139,7 +139,7 @@ def _blockwise(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The reference, a block of query rows at a time; and statistics of the rows for the backward pass, (2, B, H, T)."""
+    """The reference, a block of query rows at a time; and statistics of the rows for the backward pass."""
     return backends.forward(query, key, value, coeff, attn_mask, is_causal, scale)
 
 

@@ -1,4 +1,4 @@
-"""What the ways to compute mixed attention have in common: dtypes, the matrix alpha, softmax, the layout of the output."""
+"""What the ways to compute mixed attention share: dtypes, the matrix alpha, softmax, the layout of the output."""
 
 from __future__ import annotations
 

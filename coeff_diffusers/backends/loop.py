@@ -1,9 +1,9 @@
-"""Mixed attention by torch's functions, in a loop over blocks of query rows: on any device, in any floating-point dtype.
+"""Mixed attention by torch's functions, in a loop over blocks of query rows: on any device, in any dtype.
 
-The maps of a block are formed whole, in float32 (float64 for float64 inputs), mixed by one product, and formed again in
-the backward pass. For 16-bit inputs on an accelerator the two large products, queries by keys and maps by values, and
-those of the backward pass take 16-bit operands and add them up in float32, so that they run on its matrix units; scores,
-softmax and mixing stay float32. On a CPU all is done in float32.
+The maps of a block are formed whole, in float32 (float64 for float64 inputs), mixed by one product, and formed again
+in the backward pass. For 16-bit inputs on an accelerator the two large products, queries by keys and maps by values,
+and those of the backward pass take 16-bit operands and add them up in float32, so that they run on its matrix units;
+scores, softmax and mixing stay float32. On a CPU all is done in float32.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def backward(
     """
     alpha, products = alpha_of(coeff, query), _Products(query)
     inputs = (query, key, value, alpha)
-    sums = [
-        torch.zeros_like(x, dtype=alpha.dtype) if wants else x.new_empty(0) for x, wants in zip(inputs, wanted)
-    ]
+    sums = [torch.zeros_like(x, dtype=alpha.dtype) if wants else x.new_empty(0) for x, wants in zip(inputs, wanted)]
     grad_query, grad_key, grad_value, grad_alpha = sums
     with torch.autocast(query.device.type, enabled=False):
         for b, t in _blocks(query, key):
@@ -84,7 +82,7 @@ def backward(
 
 
 class _Products:
-    """(b, H, n, k) @ (b, H, k, m) in the accumulation dtype, of operands in the dtype that the device multiplies best."""
+    """(b, H, n, k) @ (b, H, k, m) in the accumulation dtype, of operands in the dtype that suits the device."""
 
     def __init__(self, query: Tensor) -> None:
         self.wide = accumulation_dtype(query.dtype)
