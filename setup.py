@@ -1,6 +1,6 @@
 """The compiled part of the package, `mixed_attention` on x86 CPUs. All else is in pyproject.toml.
 
-GCC and clang compile it. Where there is neither, pip goes on without, and coeff_diffusers/backends/cpu.py finds nothing.
+GCC and clang compile it. Where there is neither, pip goes on without, and coeff_diffusers/backends/cpu.py finds none.
 """
 
 import platform

@@ -14,6 +14,7 @@ from .adapters import (
     unload_coeff_weights,
 )
 from .arithmetic import merge_coeff_files, prune_coeff_file
+from .backends import get_mixing_backend, set_mixing_backend
 from .check import check_coeff_adapters
 from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
@@ -36,6 +37,7 @@ __all__ = [
     "disable_coeff_adapters",
     "enable_coeff_adapters",
     "get_active_coeff_adapters",
+    "get_mixing_backend",
     "list_coeff_adapters",
     "load_coeff_weights",
     "merge_coeff_files",
@@ -44,5 +46,6 @@ __all__ = [
     "read_coeff_metadata",
     "save_coeff_weights",
     "set_coeff_adapters",
+    "set_mixing_backend",
     "unload_coeff_weights",
 ]

@@ -58,20 +58,19 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "several strips": Case(2, 3, 21, 37, 20, 24, BF16),
-    "several strips, float16": Case(2, 3, 21, 37, 20, 24, FP16),
-    "one head": Case(1, 1, 20, 40, 16, 16, FP16, scale=-0.3),
-    "a boolean mask of every entry, one row empty": Case(2, 8, 6, 45, 40, 40, BF16, "boolean"),
-    "a boolean mask of keys": Case(2, 10, 5, 33, 64, 64, FP16, "keys"),
-    "an additive mask of keys": Case(1, 20, 4, 20, 64, 64, BF16, "added keys"),
-    "an additive mask of every head": Case(1, 5, 17, 35, 72, 72, FP16, "added"),
-    "causal": Case(1, 24, 4, 18, 128, 128, BF16, causal=True),
-    "38 heads": Case(1, 38, 3, 20, 64, 64, BF16),
-    "38 heads, float16": Case(1, 38, 2, 18, 16, 16, FP16),
-    "some heads unmixed": Case(2, 8, 9, 40, 16, 16, BF16, "keys", unmixed="heads"),
-    "a sample unmixed": Case(2, 3, 17, 40, 16, 16, FP16, unmixed="samples"),
+    "several strips": Case(1, 3, 18, 37, 20, 24, BF16),
+    "several strips, float16": Case(2, 2, 17, 33, 20, 24, FP16),
+    "one head": Case(1, 1, 17, 40, 16, 16, FP16, scale=-0.3),
+    "a boolean mask of every entry, one row empty": Case(2, 8, 3, 45, 40, 40, BF16, "boolean"),
+    "a boolean mask of keys": Case(2, 10, 2, 33, 64, 64, FP16, "keys"),
+    "an additive mask of keys": Case(1, 20, 3, 20, 64, 64, BF16, "added keys"),
+    "an additive mask of every head": Case(1, 5, 3, 35, 72, 72, FP16, "added"),
+    "causal": Case(1, 24, 3, 18, 128, 128, BF16, causal=True),
+    "38 heads": Case(1, 38, 2, 18, 64, 64, BF16),
+    "some heads unmixed": Case(2, 8, 3, 40, 16, 16, BF16, "keys", unmixed="heads"),
+    "a sample unmixed": Case(2, 3, 3, 40, 16, 16, FP16, unmixed="samples"),
     "nothing mixed": Case(1, 4, 17, 40, 16, 16, BF16, "boolean", unmixed="all"),
-    "large coefficients": Case(1, 3, 17, 40, 16, 16, FP16, size=30.0),
+    "large coefficients": Case(1, 3, 3, 40, 16, 16, FP16, size=30.0),
     "tiny": Case(3, 2, 1, 1, 8, 8, BF16),
 }
 
@@ -79,13 +78,14 @@ CASES = {
 def main(results: Path) -> None:
     torch.set_num_threads(1)
     tiles.choose = lambda *args: SMALL  # type: ignore[assignment]
+    gpu._MOST_BYTES = SMALL.backward_bytes  # of a strip for the sake of its rows
     found: dict[str, Any] = {name: errors(case) for name, case in CASES.items()}
     found |= {claim.__name__: claim() for claim in CLAIMS}
     results.write_text(json.dumps(found))
 
 
-def errors(case: Case) -> dict[str, list[float]]:
-    """Ours and SDPA's own, each against float64: of the output and of the gradients of query, key, value, coefficients.
+def errors(case: Case) -> dict[str, Any]:
+    """Ours and SDPA's own, each against float64: output and gradients of query, key, value and coefficients.
 
     SDPA has no coefficients; theirs are held to what it loses of the values' gradient, the largest sum next to it.
     """
@@ -114,7 +114,11 @@ def errors(case: Case) -> dict[str, list[float]]:
     )
     plain_expected = [plain, *torch.autograd.grad(plain, exact, grad_out.double())]
     sdpa = [relative(*pair) for pair in zip(theirs, plain_expected)]
-    return {"ours": [relative(*pair) for pair in zip(ours, expected)], "sdpa": [*sdpa, sdpa[3]]}
+    return {
+        "ours": [relative(*pair) for pair in zip(ours, expected)],
+        "sdpa": [*sdpa, sdpa[3]],
+        "rounding": torch.finfo(case.dtype).eps / 2,
+    }
 
 
 def inputs(case: Case) -> tuple[Tensor, ...]:
@@ -153,9 +157,9 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 def strides_do_not_matter() -> bool:
     """Not those of inputs, nor of gradients, nor of an output's gradient that is one number for all."""
-    case = CASES["several strips"]._replace(B=1, T=5)
+    case = CASES["several strips"]._replace(T=3)
     query, key, value, coeff, _, _ = inputs(case)
-    gradient = torch.ones(1, dtype=BF16).expand(1, 3, 5, 24)
+    gradient = torch.ones(1, dtype=BF16).expand(1, 3, 3, 24)
     found = []
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2)):
         back = [order.index(i) for i in range(4)]
@@ -174,7 +178,7 @@ def strides_do_not_matter() -> bool:
 
 def offsets_beyond_32_bits_are_right() -> bool:
     """Heads, and rows of a mask, that lie 2**31 entries apart; most of that memory is never touched."""
-    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(B=1, H=2, T=17))
+    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(H=2, T=17))
     far_key = torch.empty(2**31 + 37 * 20, dtype=BF16).as_strided(key.shape, (0, 2**31, 20, 1)).copy_(key)
     mask = torch.rand(1, 1, 17, 37, generator=torch.Generator().manual_seed(0)) > 0.3
     far_mask = torch.empty(2**31 + 37, dtype=torch.bool).as_strided(mask.shape, (0, 0, 2**27, 1)).copy_(mask)
@@ -184,9 +188,9 @@ def offsets_beyond_32_bits_are_right() -> bool:
 
 def the_least_number_of_a_dtype_masks_evenly() -> bool:
     """A row whose keys all have it is not masked: transformers fills masks with it."""
-    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(B=1, T=4))
+    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(T=3))
     for dtype in (BF16, torch.float32):
-        mask = torch.zeros(1, 1, 4, 37, dtype=dtype)
+        mask = torch.zeros(1, 1, 3, 37, dtype=dtype)
         mask[:, :, 2] = torch.finfo(dtype).min
         out = gpu.forward(query, key, value, coeff, mask, False, 0.3)[0]
         wide = [x.double() for x in (query, key, value, coeff)]
@@ -197,8 +201,8 @@ def the_least_number_of_a_dtype_masks_evenly() -> bool:
 
 
 def a_boolean_mask_hides_even_what_is_not_a_number() -> bool:
-    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(B=1, T=4))
-    mask = torch.ones(1, 1, 4, 37, dtype=torch.bool)
+    query, key, value, coeff, _, _ = inputs(CASES["several strips"]._replace(T=3))
+    mask = torch.ones(1, 1, 3, 37, dtype=torch.bool)
     mask[..., 3] = False
     expected = gpu.forward(query, key, value, coeff, mask, False, 0.3)[0]
     key = key.clone()
@@ -209,7 +213,7 @@ def a_boolean_mask_hides_even_what_is_not_a_number() -> bool:
 
 def what_is_not_a_number_is_not_hidden() -> bool:
     for spoilt in range(4):
-        args = list(inputs(CASES["several strips"]._replace(B=1, T=4))[:4])
+        args = list(inputs(CASES["several strips"]._replace(T=3))[:4])
         args[spoilt] = args[spoilt].contiguous().clone()
         args[spoilt].view(-1)[0] = float("nan")
         out = gpu.forward(*args, None, False, 0.3)[0]
@@ -219,7 +223,7 @@ def what_is_not_a_number_is_not_hidden() -> bool:
 
 
 def equal_inputs_give_equal_bits() -> bool:
-    query, key, value, coeff, grad_out, _ = inputs(CASES["several strips"]._replace(B=1))
+    query, key, value, coeff, grad_out, _ = inputs(CASES["several strips"]._replace(H=2))
 
     def run() -> list[Tensor]:
         out, statistics = gpu.forward(query, key, value, coeff, None, False, 0.3)
@@ -229,7 +233,7 @@ def equal_inputs_give_equal_bits() -> bool:
 
 
 def gradients_that_are_not_wanted_are_empty() -> bool:
-    query, key, value, coeff, grad_out, _ = inputs(CASES["several strips"]._replace(B=1, T=5))
+    query, key, value, coeff, grad_out, _ = inputs(CASES["several strips"]._replace(T=3))
     _, statistics = gpu.forward(query, key, value, coeff, None, False, 0.3)
     args = (grad_out, query, key, value, coeff, None, statistics, False, 0.3)
     everything = gpu.backward(*args, [True] * 4)

@@ -97,11 +97,11 @@ def compiled(launch: Launch, architecture: str) -> Resources:
     constants: dict[str, Any] = {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or (value is not True and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -58,12 +58,13 @@ def get_mixing_backend(
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The output, and statistics of the rows for [`backward`]: (2, B, H, T) float32, of what the way in use needs."""
-    return _run("forward", _way(query, key, value), query, value, query, key, value, *args)
+    out, statistics = _run("forward", query, key, value, query, key, value, *args)
+    return out, statistics
 
 
 def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, and of alpha for each sample; empty where not wanted."""
-    return _run("backward", _way(query, key, value), query, value, grad_out, query, key, value, *args)
+    return tuple(_run("backward", query, key, value, grad_out, query, key, value, *args))
 
 
 def _way(query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
@@ -74,7 +75,8 @@ def _way(query: Tensor, key: Tensor, value: Tensor) -> ModuleType:
     return loop
 
 
-def _run(function: str, way: ModuleType, query: Tensor, value: Tensor, *args: Any) -> Any:
+def _run(function: str, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Any:
+    way = _way(query, key, value)
     if way is gpu:  # a compiler's failure is met at a kernel's first launch
         try:
             return getattr(gpu, function)(*args)

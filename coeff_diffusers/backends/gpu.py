@@ -59,7 +59,7 @@ def forward(
     """The output, laid out as (B, T, H, E); and of each row the largest score, in base 2, and one by its sum."""
     from . import triton_kernels as kernels
 
-    B, H, T, S, E = *query.shape[:3], *value.shape[2:]
+    B, H, T, E = *query.shape[:3], value.shape[3]
     out = empty_output(query, value)
     statistics = query.new_empty(2, B, H, T, dtype=torch.float32)
     call = _Call(query, key, value, coeff, attn_mask, is_causal, out=out, statistics=statistics)

@@ -92,8 +92,8 @@ class _Products:
         if self.narrow is None:
             return left.to(self.wide) @ right.to(self.wide)
         left, right = (x.to(self.narrow) for x in (left, right))
-        product = _narrow_product(left.flatten(0, 1), right.flatten(0, 1))
-        return product.unflatten(0, left.shape[:2])
+        product: Tensor = _narrow_product(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+        return product
 
     def of_mixed(self, alpha: Tensor, maps: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
         """alpha maps, or its transpose over queries and keys, times `right`."""

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
-from coeff_diffusers.backends import cpu
+from coeff_diffusers.backends.cpu import instruction_set
 
 STATUS, CPUINFO = Path("/proc/self/status"), Path("/proc/cpuinfo")
 
@@ -24,7 +24,7 @@ def machine() -> str:
         cpu = next(
             (line.split(":")[1].strip() for line in CPUINFO.read_text().splitlines() if "model name" in line), cpu
         )
-    threads, instructions = torch.get_num_threads(), cpu.instruction_set() or "none"
+    threads, instructions = torch.get_num_threads(), instruction_set() or "none"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, Python {platform.python_version()}"
     return f"{cpu}, {threads} threads, kernel: {instructions}, {versions}, {datetime.date.today()}"
 
