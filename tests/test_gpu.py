@@ -84,17 +84,9 @@ def test_claim(interpreted, claim) -> None:
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SDXL, FLUX, SD35 = (2, 10, 4096, 4096, 64), (1, 24, 4608, 4608, 128), (1, 38, 4250, 4250, 64)
-# What the table names: every width and number of heads on the cards that most people have and on the fastest; on those
-# that share their entries the one that takes most.
-COMPILED = [
-    *(("sm_80", *case) for case in ((SDXL, BF16), (FLUX, BF16))),
-    *(("sm_86", *case) for case in ((FLUX, BF16), (SD35, FP16))),
-    *(("sm_89", *case) for case in ((SDXL, FP16),)),
-    *(("sm_90", *case) for case in ((SDXL, BF16), (FLUX, BF16), (SD35, FP16))),
-    *(("sm_100", *case) for case in ((SDXL, BF16), (FLUX, FP16))),
-    *(("sm_120", *case) for case in ((FLUX, BF16), (SD35, FP16))),
-    *(("gfx942", *case) for case in ((SDXL, BF16), (FLUX, BF16))),
-]
+# Both widths of the table, and its three numbers of heads, on every target; float16 takes the most registers.
+COMPILED = [(target, *case) for target in triton_targets.TARGETS for case in ((FLUX, BF16), (SD35, FP16))]
+COMPILED += [("sm_90", SDXL, BF16), ("sm_86", SDXL, BF16)]
 
 
 @pytest.mark.slow
@@ -110,16 +102,16 @@ def test_kernels_compile_without_spills_and_fit(monkeypatch, architecture, shape
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [torch.bool, BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("rows", [1, 4096])
-def test_kernels_with_masks_compile(monkeypatch, mask, rows) -> None:
-    launches = triton_targets.launches(
-        monkeypatch, "sm_90", SDXL, BF16, torch.empty(2, 1, rows, 4096, dtype=mask, device="meta")
-    )
-    for launch in launches:
-        if "mask" in launch.arguments:
-            assert launch.arguments["MASK"] == (1 if mask == torch.bool else 2) + (2 if rows == 1 else 0)
-            assert triton_targets.compiled(launch, "sm_90").spilled == 0, launch.name
+@pytest.mark.parametrize(
+    ("dtype", "rows", "kind"), [(torch.bool, 4096, 1), (torch.float32, 4096, 2), (torch.bool, 1, 3)]
+)
+def test_kernels_with_masks_compile(monkeypatch, dtype, rows, kind) -> None:
+    mask = torch.empty(2, 1, rows, 4096, dtype=dtype, device="meta")
+    launches = triton_targets.launches(monkeypatch, "sm_90", SDXL, BF16, mask)
+    with_masks = {launch.name: launch for launch in launches if "mask" in launch.arguments}
+    assert all(launch.arguments["MASK"] == kind for launch in with_masks.values())
+    assert list(with_masks) == ["plain_kernel", "exps_kernel", "maps_kernel"]
+    assert triton_targets.compiled(with_masks["exps_kernel"], "sm_90").spilled == 0
 
 
 @pytest.mark.parametrize("architecture", triton_targets.TARGETS)

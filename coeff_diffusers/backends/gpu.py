@@ -306,7 +306,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     B, H, _, D = query.shape
     S, E = value.shape[2:]
     return (
-        query.device.type == "cuda"
+        _is_gpu(query.device)
         and query.dtype == key.dtype == value.dtype
         and query.dtype in _DTYPES
         and all(size > 0 for size in (*query.shape, S, E))
@@ -317,6 +317,10 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and _failures.get(_kind(query, value)) is None
         and _is_right(query.device, query.dtype)
     )
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"  # which ROCm's are called, too
 
 
 @functools.cache
@@ -362,7 +366,7 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
         return found
     if _name(device) in tiles.MEASURED:
         return True
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_gpu(device) and torch.cuda.is_current_stream_capturing():
         return _not_while_capturing(device)
     with _lock:
         if (device, dtype) not in _checked:

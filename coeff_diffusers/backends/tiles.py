@@ -117,6 +117,7 @@ MOST_WIDTH = max(_BY_WIDTH["default"])
 # default.
 _STRIP_BYTES = {"sm_80": 28 * _MIB, "sm_89": 48 * _MIB, "sm_90": 36 * _MIB, "sm_100": 64 * _MIB, "sm_120": 64 * _MIB}
 _DEFAULT_STRIP_BYTES = 24 * _MIB
+_MOST_BACKWARD_BYTES = 72 * _MIB  # of the two strips of a backward pass, beside float32 sums for keys and values
 
 
 def choose(architecture: str, heads: int, width: int, queries: int, keys: int) -> Tiles:
@@ -129,7 +130,7 @@ def choose(architecture: str, heads: int, width: int, queries: int, keys: int) -
     fields = fields | _BY_HEADS[next(limit for limit in sorted(_BY_HEADS) if heads <= limit)]
     fields = {name: _shrunk(tile, queries, keys) for name, tile in fields.items()}
     strip_bytes = _STRIP_BYTES.get(architecture, _DEFAULT_STRIP_BYTES)
-    return Tiles(**fields, strip_bytes=strip_bytes, backward_bytes=2 * strip_bytes)
+    return Tiles(**fields, strip_bytes=strip_bytes, backward_bytes=min(2 * strip_bytes, _MOST_BACKWARD_BYTES))
 
 
 def _shrunk(tile: Tile, queries: int, keys: int) -> Tile:

@@ -580,9 +580,9 @@ def maps_kernel(
     q = _load(query, r, d, T - row, D, stride_qt, EVEN_T, EVEN_D)
     grad_out += b * stride_gb + h.to(tl.int64) * stride_gh + row.to(tl.int64) * stride_gt
     g = _load(grad_out, r, e, T - row, E, stride_gt, EVEN_T, EVEN_E)
-    at = statistics + (b * H + h) * T + row + r
-    shift = tl.load(at, mask=there, other=float("inf"))
-    factor = tl.load(at + B * H * T, mask=there, other=0.0) * MAP_GAIN
+    statistics += (b * H + h) * T + row
+    shift = tl.load(statistics + r, mask=there, other=float("inf"))
+    factor = tl.load(statistics + B * H * T + r, mask=there, other=0.0) * MAP_GAIN
     first_key = group * TILES * BN
     key += b * stride_kb + h.to(tl.int64) * stride_kh + first_key.to(tl.int64) * stride_ks
     value += b * stride_vb + h.to(tl.int64) * stride_vh + first_key.to(tl.int64) * stride_vs
