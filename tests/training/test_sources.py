@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,21 @@ def test_pictures_and_captions_come_from_an_imagefolder(tmp_path: Path, cache: P
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red fox\nb.png, a blue fox \n")
     assert seen(dataset_pictures(settings(tmp_path, cache, caption_column="text"))) == EXPECTED
     assert {p.prompt for p in dataset_pictures(settings(tmp_path, cache))} == {"a sks fox"}
+
+
+def test_a_data_set_may_lie_where_names_look_like_patterns(tmp_path: Path, cache: Path) -> None:
+    made = rows(tmp_path / "my [dog]")
+    chosen = settings(tmp_path / "my [dog]", cache)
+    (tmp_path / "my [dog]" / "metadata.csv").write_text("file_name,text\n0.png,a red fox\n1.png,a blue fox\n")
+    assert seen(dataset_pictures(replace(chosen, caption_column="text"))) == EXPECTED
+    for split in ("train", "test"):  # found in a folder below it as well
+        (tmp_path / "my [dog]" / "splits" / split).mkdir(parents=True)
+        saved(tmp_path / "my [dog]" / "splits" / split / "a.png", (8, 4), RED)
+    assert seen(dataset_pictures(replace(chosen, dataset_name=f"{chosen.dataset_name}/splits"))) == [
+        ("a sks fox", RED, 4, 8)
+    ]
+    made.to_parquet(tmp_path / "my [dog].parquet")
+    assert len(dataset_pictures(settings(tmp_path / "my [dog].parquet", cache))) == 2
 
 
 def test_pictures_come_from_what_save_to_disk_wrote_in_its_only_split(tmp_path: Path, cache: Path) -> None:
