@@ -61,7 +61,14 @@ class DreamBoothSettings:
         InputError: if values are out of range or do not go together; every problem is listed.
     """
 
-    pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
+    pretrained_model_name_or_path: str = flag(
+        "The base model: a folder in diffusers format, a name on the Hub, or a single .safetensors file."
+    )
+    single_file_config: str | None = flag(
+        "For a base model in a single file, a folder in diffusers format, or a name on the Hub, of a model of its "
+        "kind, for configs, tokenizers and what the file lacks; diffusers' own choice, on the Hub, if not given.",
+        None,
+    )
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
     instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
     dataset_name: str | None = flag(
