@@ -64,11 +64,6 @@ class DreamBoothSettings:
     pretrained_model_name_or_path: str = flag(
         "The base model: a folder in diffusers format, a name on the Hub, or a single .safetensors file."
     )
-    single_file_config: str | None = flag(
-        "For a base model in a single file, a folder in diffusers format, or a name on the Hub, of a model of its "
-        "kind, for configs, tokenizers and what the file lacks; diffusers' own choice, on the Hub, if not given.",
-        None,
-    )
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
     instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
     dataset_name: str | None = flag(
@@ -97,6 +92,11 @@ class DreamBoothSettings:
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
+    single_file_config: str | None = flag(
+        "For a base model in a single file, a folder in diffusers format, or a name on the Hub, of a model of its "
+        "kind, for configs, tokenizers and what the file lacks; diffusers' own choice, on the Hub, if not given.",
+        None,
+    )
     pretrained_vae_model_name_or_path: str | None = flag(
         "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
         None,
