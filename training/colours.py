@@ -15,7 +15,7 @@ SAME = 2  # of 255: by so much do profiles of sRGB differ from one another
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """In RGB, or RGBA if something is transparent; the picture itself if the profile changes nothing or is useless."""
     try:
-        transform = None if profile is None else srgb_transform(profile, _plain_mode(image))
+        transform = srgb_transform(profile, _plain_mode(image)) if profile else None
     except ValueError:  # open_pictures has said so
         transform = None
     if transform is None:
@@ -30,14 +30,16 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def changes_colours(image: Image.Image) -> bool:
     """Whether the picture has a profile that gives its numbers another meaning. Raises as [`srgb_transform`]."""
-    profile = image.info.get("icc_profile")
-    return profile is not None and srgb_transform(profile, _plain_mode(image)) is not None
+    profile = image.info.get("icc_profile", b"")
+    if profile is None:  # which Pillow says of a JPEG
+        raise ValueError("parts of it are missing")
+    return bool(profile) and srgb_transform(profile, _plain_mode(image)) is not None
 
 
 def _plain_mode(image: Image.Image) -> str:
     """What the picture is, its palette and its transparency apart."""
-    if image.mode.startswith(("1", "L", "I")):
-        return "LAB" if image.mode == "LAB" else "L"
+    if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+        return "L"
     return "RGB" if image.mode.startswith(("RGB", "P")) else image.mode
 
 

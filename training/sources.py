@@ -156,7 +156,8 @@ def _picture_files(folder: Path) -> list[Path]:
 def _pictures_within(folder: Path, setting: str) -> str:
     """What is said of folders within that have pictures; kohya's scripts take such, named as in `10_sks fox`."""
     lines = []
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and _picture_files(path)):
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in filter(_picture_files, folders):
         kohya = re.fullmatch(r"(\d+)_(.+)", path.name)
         flags = f' --repeats {kohya[1]} --instance_prompt "{kohya[2]}"' if kohya else ""
         lines.append(f'--{setting} "{path}"{flags}' if setting == "instance_data_dir" else str(path))
@@ -225,7 +226,7 @@ def _csv_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
     entries, problems, names = {}, [], []
     try:
         names = next(reader, [])
-        problems = [f"line 1 has the column {name} twice" for name in _twice(names)]
+        problems = [f"line 1 has the column {name} twice" for name in _twice(list(filter(None, names)))]
         for cells in reader:
             where = f"line {reader.line_num}"
             if len(cells) > len(names):

@@ -72,7 +72,7 @@ def test_a_column_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path,
 
 def test_captions_are_read_from_csv_as_excel_writes_it(tmp_path: Path) -> None:
     images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
-    text = 'file_name,text\r\nb.png,"a sks fox, ""on"" blue"\r\na.png,ein Föxchen\r\n'
+    text = 'file_name,text,,\r\nb.png,"a sks fox, ""on"" blue",,\r\na.png,ein Föxchen,,\r\n'
     (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
     assert read_captions(tmp_path, images, "text") == {images[0]: "ein Föxchen", images[1]: 'a sks fox, "on" blue'}
     (tmp_path / "metadata.csv").write_bytes(text.encode("utf-16"))
@@ -318,12 +318,16 @@ def test_a_profile_counts_in_every_mode_and_leaves_alone_what_is_transparent(mod
 def test_a_profile_that_cannot_be_used_is_a_warning_that_names_the_file(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), RED).save(tmp_path / "torn.png", icc_profile=profile()[:200])
     Image.new("CMYK", (4, 4)).save(tmp_path / "other.jpg", icc_profile=profile())
-    other, torn = warned(tmp_path)
-    assert other == (
-        f"{tmp_path / 'other.jpg'}: its colour profile cannot be used, and it is taken for sRGB: it is for RGB, and "
-        "the picture is in CMYK"
-    )
-    assert torn.startswith(f"{tmp_path / 'torn.png'}: its colour profile cannot be used, and it is taken for sRGB: ")
+    Image.new("RGB", (4, 4)).save(tmp_path / "part.jpg", icc_profile=profile())
+    whole = (tmp_path / "part.jpg").read_bytes()
+    (tmp_path / "part.jpg").write_bytes(
+        whole.replace(b"ICC_PROFILE\x00\x01\x01", b"ICC_PROFILE\x00\x01\x02")
+    )  # of two
+    other, part, torn = warned(tmp_path)
+    said = "its colour profile cannot be used, and it is taken for sRGB:"
+    assert other == f"{tmp_path / 'other.jpg'}: {said} it is for RGB, and the picture is in CMYK"
+    assert part == f"{tmp_path / 'part.jpg'}: {said} parts of it are missing"
+    assert torn.startswith(f"{tmp_path / 'torn.png'}: {said} ")
     with Image.open(tmp_path / "torn.png") as image:
         assert upright_rgb(image, "white").getpixel((0, 0)) == RED
 
