@@ -22,10 +22,12 @@ from torch import Tensor
 
 from .arithmetic import base_differences, merge_coeff_files, prune_coeff_file, read_checked, relative_norm
 from .checkpoint import KEY_SUFFIX, differences, find_file, read_file
+from .console import escaped_output
 
 DONE, DIFFERS, UNUSABLE = 0, 1, 2
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = make_parser().parse_args(argv)

@@ -20,6 +20,7 @@ from PIL import Image
 from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, load_coeff_weights
+from coeff_diffusers.console import escaped_output
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent / "training"), str(HERE / "emoji")]
@@ -33,6 +34,7 @@ NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")  # that are asked for afte
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale": 0.7}
 
 
+@escaped_output()
 def main(args: argparse.Namespace) -> Path:
     output = args.output_dir
     instance_dir = output / "instance_images"

@@ -50,10 +50,15 @@ from tqdm import tqdm
 
 from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
 from coeff_diffusers.checkpoint import find_file, whole_file
+from coeff_diffusers.console import escaped_output
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from single_file import is_single_file, load_single_file
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 
 
+@escaped_output()
 def main(args: argparse.Namespace) -> Path:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
@@ -68,7 +73,12 @@ def processes() -> PartialState:
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
     with value_of("--pretrained_model_name_or_path"):
-        pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
+        if is_single_file(args.pretrained_model_name_or_path):
+            pipe = load_single_file(args.pretrained_model_name_or_path, args.single_file_config, torch_dtype=dtype)
+        elif args.single_file_config:
+            raise ValueError(f"--single_file_config is for a single file, not {args.pretrained_model_name_or_path}")
+        else:
+            pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
     pipe.to(device)
     with value_of("--coeff_weights"):
         for name, file in files.items():
@@ -86,6 +96,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     files = coeff_files(args.coeff_weights, args.weight_name)
     made_with = {
         "model": args.pretrained_model_name_or_path,
+        **({"single_file_config": args.single_file_config} if args.single_file_config else {}),
         "coeff_weights": args.coeff_weights,
         "weight_name": {name: file.name for name, file in files.items()},
         "coeff_scale": args.coeff_scale,
@@ -281,7 +292,12 @@ def at_least(least: int) -> Callable[[str], int]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="pipeline: a folder, or a name on the Hub"
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="pipeline: a folder, a name on the Hub, or a single .safetensors file",
+    )
+    parser.add_argument(
+        "--single_file_config", help="of a single file: a folder in diffusers format of its kind, for what it lacks"
     )
     parser.add_argument(
         "--coeff_weights",

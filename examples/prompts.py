@@ -164,7 +164,7 @@ def write_whole(text: str, path: Path) -> None:
 def read_manifest(path: Path) -> Manifest:
     """Raises PromptsError if the file is no manifest."""
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         names = [field.name for field in fields(Picture)]
         return {e["file_name"]: (Picture(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
     except FileNotFoundError as error:

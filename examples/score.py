@@ -29,12 +29,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
+from coeff_diffusers.console import escaped_output
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from data import upright_rgb
 
 Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
 
 
+@escaped_output()
 def main(args: argparse.Namespace) -> dict[str, Any]:
     state = processes()
     pictures = [picture for picture, _ in read_manifest(args.pictures / MANIFEST).values()]

@@ -20,10 +20,12 @@ from diffusers import StableDiffusionPipeline
 from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, coeff_per_sample, load_coeff_weights
+from coeff_diffusers.console import escaped_output
 
 BACKGROUND = "blue"  # which no training picture has
 
 
+@escaped_output()
 def main(args: argparse.Namespace) -> Path:
     file = write_subjects(args.subjects, args.output_dir)
     results = train_dreambooth.main(training_flags(file, args))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,14 @@ def answer(capsys):
         return code, json.loads(text) if "--json" in arguments and code < 2 else text
 
     return run
+
+
+def test_a_console_that_lacks_a_letter_shows_its_number(dog, tmp_path, monkeypatch) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main(["info", str(Path(dog).rename(tmp_path / "狐.safetensors"))]) == 0
+    assert b"\\u72d0.safetensors: 56 coefficients" in console.buffer.getvalue()
+    assert console.errors == "strict"  # as it was
 
 
 def test_info_tells_what_is_in_a_file(answer, dog) -> None:

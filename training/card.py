@@ -10,6 +10,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 from output import write_text
 from settings import DreamBoothSettings
+from single_file import is_single_file
 
 from coeff_diffusers.checkpoint import public_name
 
@@ -90,6 +91,7 @@ def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, w
         else:
             imports.append("from peft import PeftModel")
             loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
-    create = f"pipe = {pipeline_class}.from_pretrained({json.dumps(base, ensure_ascii=False)})"
+    load = "from_single_file" if is_single_file(settings.pretrained_model_name_or_path) else "from_pretrained"
+    create = f"pipe = {pipeline_class}.{load}({json.dumps(base, ensure_ascii=False)})"
     use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
     return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

@@ -182,7 +182,12 @@ def _fingerprint(path: Path) -> list[int | str]:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+    except PermissionError:
+        if path.is_dir():  # which Windows does not open: its file system looks after the names in it
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

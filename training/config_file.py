@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def read_config(path: str | Path, hints: Mapping[str, Any], may_be_no: Collectio
     values = {}
     for name, value in entries:
         try:
-            values[name] = _as_type("no" if value is False and name in may_be_no else value, hints[name])
+            values[name] = as_type("no" if value is False and name in may_be_no else value, hints[name])
         except KeyError:
             problems.append(f"{name}: is no setting")
         except TypeError as error:
@@ -83,16 +84,22 @@ def _entries(path: str | Path) -> tuple[list[tuple[str, Any]], list[str]]:
         return entries, problems
 
 
-def _as_type(value: Any, hint: Any) -> Any:
-    """Raises TypeError saying what is wanted, and what is there."""
+def as_type(value: Any, hint: Any) -> Any:
+    """The value as a setting's type; one that stands alone is a tuple of itself where there may be several.
+
+    Raises:
+        TypeError: if it is of another type, saying what is wanted and what is there.
+    """
     kinds = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
     optional, hint = type(None) in kinds, next((kind for kind in kinds if kind is not type(None)), hint)
     if value is None and optional:
         return None
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
-        return tuple(_as_type(each, kind) for each in (value if isinstance(value, list) else [value]))
-    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
+        return tuple(as_type(each, kind) for each in (value if isinstance(value, list | tuple) else [value]))
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hint is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             return float(value)  # 1e-4 is text in YAML, which wants 1.0e-4
         except (ValueError, OverflowError):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from buckets import Size, bucket_of_step, nearest_bucket, shuffled
+from colours import to_srgb
 from PIL import Image, ImageColor, ImageOps
 from sources import Picture
 from torch import Tensor
@@ -22,10 +23,12 @@ from torch.utils.data import Dataset
 
 
 def upright_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Turned as its EXIF entry says, and in RGB. What is transparent shows the background's colour."""
+    """Turned as its EXIF entry says, and in sRGB. What is transparent shows the background's colour."""
     image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    image = to_srgb(image, profile)
     if not image.mode.endswith("A") and "transparency" not in image.info:
         return image.convert("RGB")
     ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))

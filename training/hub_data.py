@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,20 @@ def _load(settings: DreamBoothSettings) -> Dataset | DatasetDict:
     if is_saved(Path(name)):
         return datasets.load_from_disk(name)
     if Path(name).is_file():
-        return datasets.load_dataset("parquet", data_files=name, cache_dir=cache)
-    return datasets.load_dataset(name, settings.dataset_config_name, cache_dir=cache)
+        return datasets.load_dataset("parquet", data_files=glob.escape(name), cache_dir=cache)
+    files = _files_by_split(Path(name).resolve())
+    return datasets.load_dataset(name, settings.dataset_config_name, data_files=files, cache_dir=cache)
+
+
+def _files_by_split(folder: Path) -> dict[str, list[str]] | None:
+    """What the library finds in a folder; of one such as `my [dog]`, whose name it would take for a pattern itself."""
+    from datasets.data_files import get_data_patterns
+
+    if not folder.is_dir() or not glob.has_magic(str(folder)):
+        return None
+    escaped = glob.escape(str(folder))
+    found = get_data_patterns(escaped).items()
+    return {str(split): [f"{escaped}/{pattern}" for pattern in patterns] for split, patterns in found}
 
 
 def check_columns(rows: Dataset, settings: DreamBoothSettings) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from families import Family
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 
 def release_text_encoders(family: Family, calls: Iterable[Callable[[], object]]) -> list[str]:
@@ -140,5 +145,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes, of this process alone."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

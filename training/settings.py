@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from buckets import parse_buckets
-from config_file import read_config, write_config
+from config_file import as_type, read_config, write_config
 from errors import InputError
 from PIL import ImageColor
 
@@ -59,7 +61,9 @@ class DreamBoothSettings:
         InputError: if values are out of range or do not go together; every problem is listed.
     """
 
-    pretrained_model_name_or_path: str = flag("The base model: a folder in diffusers format, or a name on the Hub.")
+    pretrained_model_name_or_path: str = flag(
+        "The base model: a folder in diffusers format, a name on the Hub, or a single .safetensors file."
+    )
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
     instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
     dataset_name: str | None = flag(
@@ -88,6 +92,11 @@ class DreamBoothSettings:
     output_dir: str = flag("Folder for all that the run writes.", "dreambooth-coeff")
     revision: str | None = flag("Revision of the base model on the Hub.", None)
     variant: str | None = flag("Variant of the base model's files, such as 'fp16'.", None)
+    single_file_config: str | None = flag(
+        "For a base model in a single file, a folder in diffusers format, or a name on the Hub, of a model of its "
+        "kind, for configs, tokenizers and what the file lacks; diffusers' own choice, on the Hub, if not given.",
+        None,
+    )
     pretrained_vae_model_name_or_path: str | None = flag(
         "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
         None,
@@ -273,11 +282,15 @@ class DreamBoothSettings:
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, list):  # as from the command line
-                object.__setattr__(self, name, tuple(value))
+        problems = []
+        for name, hint in _hints().items():
+            try:
+                object.__setattr__(self, name, as_type(getattr(self, name), hint))
+            except TypeError as error:
+                problems.append(f"--{name} {error}")
+        _raise_if(problems)
         if self.lora_layers is not None:  # diffusers' scripts take commas
-            layers = (layer.strip() for each in self.lora_layers for layer in each.split(","))
+            layers = (layer for each in self.lora_layers for layer in re.split(r"[\s,]+", each))
             object.__setattr__(self, "lora_layers", tuple(filter(None, layers)))
         object.__setattr__(self, "optimizer", self.optimizer.lower())  # diffusers' scripts spell it AdamW
         for name, value in _default_rates(self).items():
@@ -303,6 +316,12 @@ class DreamBoothSettings:
         return {name: value for name, value in asdict(self).items() if name not in secret}
 
 
+@lru_cache(maxsize=1)
+def _hints() -> dict[str, Any]:
+    """Setting -> type."""
+    return typing.get_type_hints(DreamBoothSettings)
+
+
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
     """The settings of the command line and of its `--config`; `None` is this process's own."""
     parser = argparse.ArgumentParser(
@@ -311,7 +330,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
         argument_default=argparse.SUPPRESS,  # what is not given may stand in the file
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings. Flags given beside it win over it.")
-    hints = typing.get_type_hints(DreamBoothSettings)
+    hints = _hints()
     for setting in fields(DreamBoothSettings):
         _add_flag(parser, setting, hints[setting.name])
     given = vars(parser.parse_args(argv))

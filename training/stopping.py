@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +43,15 @@ def leave_stopping_to_the_main_process(worker: int) -> None:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Notes the first signal instead of ending the process; another one, `ONE_REQUEST` later, ends it at once."""
+    """Notes the first signal instead of ending the process; another one, `ONE_REQUEST` later, ends it at once.
+
+    In a thread, where Python lets nobody handle signals, it notes none, and says so.
+    """
     request, before = StopRequest(), {}
+    if threading.current_thread() is not threading.main_thread():
+        print("Training in a thread: SIGTERM and Ctrl-C do not save a checkpoint first.", file=sys.stderr)
+        yield request
+        return
 
     def note(signal_number: int, frame: FrameType | None) -> None:
         if request.signal_number is None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from buckets import buckets_text, nearest_bucket, parse_buckets
 from card import write_card
@@ -50,6 +51,7 @@ from validation import all_validation_prompts, of_final_pictures, validation_cal
 
 import coeff_diffusers
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coeff_parameters, save_coeff_weights
+from coeff_diffusers.console import escaped_output
 from coeff_diffusers.layers import select_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> TrainingResult | dict[str, Traini
     return run_subjects(settings) if settings.subjects else run(settings)
 
 
+@escaped_output()
 def run(settings: DreamBoothSettings) -> TrainingResult | None:
     """Trains, and writes everything to `settings.output_dir`.
 
@@ -169,6 +172,7 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     return result
 
 
+@escaped_output()
 def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     """Trains many subjects at once, and writes a folder for each into `settings.output_dir`.
 
@@ -299,6 +303,9 @@ def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
     """Raises InputError if the device has not the precision asked for."""
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    # of an earlier run in this process, which had another precision, ended its group of processes, or broke off
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
     output_dir = Path(settings.output_dir)
     try:
         accelerator = Accelerator(

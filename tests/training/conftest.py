@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_sd import tiny_pipeline
 from train_dreambooth import TrainingResult, main
@@ -66,7 +65,6 @@ def train(argv: Callable[..., list[str]]) -> Callable[..., TrainingResult]:
 
     def run(**changes: Any) -> TrainingResult:
         result = main(argv(**changes))
-        AcceleratorState._reset_state(reset_partial_state=True)
         assert result is not None
         return result
 

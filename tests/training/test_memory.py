@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import memory
 import numpy as np
+import psutil
 import pytest
 import torch
 from families.stable_diffusion import StableDiffusion
@@ -67,6 +72,17 @@ def test_training_does_not_hold_the_text_encoder(
     train(validation_prompt=["a fox"], num_validation_images=3, sample_batch_size=2, validation_num_inference_steps=1)
     assert held == [None] * 3
     assert "Peak memory of the process: " in capsys.readouterr().out
+
+
+def test_the_peak_is_had_without_the_module_that_windows_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda process: SimpleNamespace(peak_wset=2**30))
+    try:
+        importlib.reload(memory)
+        assert memory.peak_memory(torch.device("cpu")) == 2**30
+    finally:
+        monkeypatch.undo()
+        importlib.reload(memory)
 
 
 def test_class_pictures_are_generated_before(train: Callable[..., TrainingResult], tmp_path: Path) -> None:

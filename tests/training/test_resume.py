@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ import stopping
 import torch
 import train_dreambooth
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from checkpoints import Checkpoints, checkpoint_paths, problem_of
 from families.stable_diffusion import StableDiffusion
 from PIL import Image, ImageOps
@@ -64,7 +65,6 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def train_until(error: type[BaseException], argv: list[str]) -> BaseException:
     with pytest.raises(error) as info:
         main(argv)
-    AcceleratorState._reset_state(reset_partial_state=True)
     return info.value
 
 
@@ -193,7 +193,6 @@ def test_the_gradient_scaler_goes_on(argv: Callable[..., list[str]], tmp_path: P
     found = checkpoints.read_checkpoint(saved.last)
     Checkpoints(parse_settings(argv()), accelerator, {}, lambda folder: None, found).restore(trainee)
     assert accelerator.scaler.get_scale() == 8.0
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Nothing(loop.Trainee):
@@ -256,7 +255,6 @@ def test_a_torn_checkpoint_is_named_and_not_picked(
     assert problem_of(torn.with_name("checkpoint-2")) is None
     with pytest.raises(InputError, match="checkpoint-3 cannot be used"):
         train(checkpointing_steps=1, resume_from_checkpoint="checkpoint-3")
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert_same_result(train(checkpointing_steps=1, resume_from_checkpoint="latest"), whole)
     printed = capsys.readouterr().out
     assert "checkpoint-3 is passed over" in printed
@@ -307,6 +305,30 @@ def test_a_log_and_pictures_that_cannot_be_written_do_not_end_the_run(
     assert "The pictures of step 3 could not be written: [Errno 28]" in said
 
 
+def test_a_checkpoint_is_flushed_as_windows_lets_it_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no folder, and flushes no file that was opened to be read."""
+    open_file, opened, flushed = os.open, {}, []
+
+    def open_as_there(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        handle = open_file(path, flags, *args, **kwargs)
+        opened[handle] = Path(path).name, bool(flags & os.O_RDWR)
+        return handle
+
+    def flush_as_there(handle: int) -> None:
+        name, writable = opened[handle]
+        if not writable:
+            raise OSError(9, "Bad file descriptor")
+        flushed.append(name)
+
+    monkeypatch.setattr(os, "open", open_as_there)
+    monkeypatch.setattr(os, "fsync", flush_as_there)
+    saved = checkpoints.save_checkpoint(tmp_path, {"losses": [1.0]}, lambda folder: (folder / "weights").touch())
+    assert problem_of(saved) is None
+    assert sorted(flushed) == ["files.json", "state.pt", "weights"]
+
+
 def test_older_checkpoints_that_cannot_be_removed_are_no_failed_save(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,7 +363,6 @@ def test_checkpoints_of_two_runs_are_not_mixed(train: Train, tmp_path: Path) -> 
     asked = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
     with pytest.raises(InputError, match="other, which holds checkpoints of its own; take another --output_dir"):
         train(**flags, **asked, output_dir=other)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert_same_result(train(**flags, **asked, output_dir=tmp_path / "third"), whole)
 
 
@@ -362,7 +383,6 @@ def test_another_run_is_not_gone_on_with(train: Train, tmp_path: Path, pictures:
     train(checkpointing_steps=2)
     with pytest.raises(InputError, match=r"--seed was 0, is 1\n  --learning_rate was 0.05, is 0.1"):
         train(checkpointing_steps=2, resume_from_checkpoint="latest", learning_rate=0.1, seed=1)
-    AcceleratorState._reset_state(reset_partial_state=True)
     (tmp_path / "fewer").mkdir()
     for name in ("0.png", "1.png"):
         (tmp_path / "fewer" / name).write_bytes((pictures / name).read_bytes())
@@ -447,6 +467,32 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert "checkpoint-2 is whole; --resume_from_checkpoint latest" in str(stopped)
     assert not torch.distributed.is_initialized()
     assert_same_result(train(resume_from_checkpoint="latest"), train(output_dir=tmp_path / "whole"))
+
+
+def test_in_a_thread_a_run_is_the_same_and_says_that_signals_do_not_save(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        threaded = pool.submit(train, checkpointing_steps=2, output_dir=tmp_path / "threaded").result()
+    assert capsys.readouterr().err.count("in a thread: SIGTERM and Ctrl-C do not save a checkpoint first") == 1
+    assert_same_result(threaded, train())
+
+
+def test_a_console_that_lacks_a_letter_ends_neither_a_run_nor_its_going_on(
+    train: Train, argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"output_dir": tmp_path / "out_狐", "checkpointing_steps": 1}
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    kill_at(3, monkeypatch)
+    train_until(Killed, argv(**flags))
+    result = train(**flags, resume_from_checkpoint="latest")
+    console.flush()
+    said = console.buffer.getvalue().decode("cp1252")
+    assert "out_\\u72d0/checkpoint-2, after step 2" in said
+    assert "out_\\u72d0/pytorch_coeff_weights.safetensors" in said
+    assert console.errors == "strict"  # as it was
+    assert result.coeff_file.parent == flags["output_dir"]
 
 
 def test_the_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,34 @@ def test_the_flags_defaults_are_the_dataclasses() -> None:
     assert parsed() == settings()
 
 
+def test_a_text_alone_is_one_of_several() -> None:
+    alone = {
+        "validation_prompt": "a sks mug",
+        "final_validation_prompt": "a sks mug",
+        "coeff_kinds": "self",
+        "coeff_include": "attn2",
+        "coeff_exclude": "up_blocks.*",
+    }
+    assert settings(**alone) == settings(**{name: (value,) for name, value in alone.items()})
+    for layers in ("to_q,to_v", "to_q to_v", " to_q, to_v ", ["to_q", "to_v"]):
+        assert settings(lora_rank=1, lora_layers=layers).lora_layers == ("to_q", "to_v")
+
+
+def test_settings_have_the_same_types_from_python_as_from_a_file() -> None:
+    given = settings(output_dir=Path("out"), learning_rate="1e-3", lora_rank=1, lora_alpha=8)
+    assert (given.output_dir, given.learning_rate, given.lora_alpha) == ("out", 1e-3, 8.0)
+    assert "output_dir: out\n" in given.to_yaml()
+    with pytest.raises(InputError) as error:
+        settings(seed="3", max_train_steps=3.5, train_batch_size=True, validation_prompt=[1], lora_rank=None)
+    assert str(error.value).splitlines()[1:] == [
+        "  --seed must be a whole number, got '3'",
+        "  --lora_rank must be a whole number, got None",
+        "  --train_batch_size must be a whole number, got True",
+        "  --max_train_steps must be a whole number, got 3.5",
+        "  --validation_prompt must be text, got 1",
+    ]
+
+
 def test_flags_take_the_fields_types() -> None:
     flags = "--no_random_flip --lora_rank 4 --coeff_kinds self cross --center_crop --seed 0".split()  # noqa: SIM905
     found = parsed(*flags, "--coeff_dropout", "0.2", "--validation_prompt", "a dog", "two dogs", "--lora_alpha", "8")

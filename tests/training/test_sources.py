@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from data import DreamBoothDataset
+from data import DreamBoothDataset, upright_rgb
 from hub_data import dataset_pictures
 from picture_files import BLUE, RED, saved
-from PIL import Image
+from PIL import Image, ImageCms
 from settings import DreamBoothSettings, InputError
 from sources import find_images, folder_pictures, read_captions, read_sidecars
 from train_dreambooth import TrainingResult
@@ -36,7 +38,7 @@ def test_captions_are_the_column_of_each_picture(tmp_path: Path) -> None:
         "",
         '{"file_name": "a.png", "text": "a sks fox"}',
     ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines, '{"file_name": "gone.png", "text": "x"}']))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     expected = {images[0]: "a sks fox", images[1]: "a sks fox on blue"}
     assert read_captions(tmp_path, images, "text") == expected
 
@@ -70,12 +72,84 @@ def test_a_column_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path,
 
 def test_captions_are_read_from_csv_as_excel_writes_it(tmp_path: Path) -> None:
     images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
-    text = 'file_name,text\r\nb.png,"a sks fox, ""on"" blue"\r\na.png,ein Föxchen\r\n'
+    text = 'file_name,text,,\r\nb.png,"a sks fox, ""on"" blue",,\r\na.png,ein Föxchen,,\r\n'
     (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
     assert read_captions(tmp_path, images, "text") == {images[0]: "ein Föxchen", images[1]: 'a sks fox, "on" blue'}
     (tmp_path / "metadata.csv").write_bytes(text.encode("utf-16"))
     with pytest.raises(InputError, match="--caption_column: .*metadata.csv cannot be read as text in UTF-8"):
         read_captions(tmp_path, images, "text")
+
+
+def test_captions_that_csv_would_cut_or_hide_are_named(tmp_path: Path) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    lines = ["file_name,text,text", "a.png,a sks fox,x", "b.png,a sks fox, sitting, on red", 'c.png,"sits, red",x']
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError) as error:
+        read_captions(tmp_path, images, "text")
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "line 1 has the column text twice",
+        "line 3 has 4 cells, and line 1 has 3: a text with commas stands in quotes",
+        "b.png has no caption",
+    ]
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,a sks fox\nb.png,"' + "x" * 200_000)
+    with pytest.raises(InputError, match=r"line 3: field larger than field limit .* a quotation mark not closed\?"):
+        read_captions(tmp_path, images, "text")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_pictures_that_are_listed_twice_or_not_there_are_named(tmp_path: Path, ending: str) -> None:
+    images = [saved(tmp_path / "a.png")]
+    (tmp_path / "within").mkdir()
+    saved(tmp_path / "within" / "b.png")
+    names = ["a.png", "gone.png", "./a.png", "within/b.png"]
+    lines = [f'{{"file_name": "{name}", "text": "a fox"}}' for name in names]
+    if ending == "csv":
+        lines = ["file_name,text", *(f"{name},a fox" for name in names)]
+    (tmp_path / f"metadata.{ending}").write_text("\n".join(lines))
+    with pytest.raises(InputError) as error:
+        read_captions(tmp_path, images, "text")
+    first = 2 if ending == "csv" else 1
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        f"line {first + 1} names gone.png, which is no picture of the folder: correct it, or take it out",
+        f"line {first + 2} names ./a.png, as line {first} does: leave one of them",
+        f"line {first + 3} names within/b.png, which is no picture of the folder: correct it, or take it out",
+    ]
+
+
+def test_a_json_line_that_gives_a_caption_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a fox", "text": "a dog"}')
+    with pytest.raises(InputError, match="line 1 is no JSON: text is given twice"):
+        read_captions(tmp_path, [saved(tmp_path / "a.png")], "text")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_caption_may_hold_what_unicode_takes_for_the_end_of_a_line(tmp_path: Path, end: str) -> None:
+    images = [saved(tmp_path / name) for name in ("a.png", "b.png")]
+    texts = ["a\u2028sks\u2029fox\u0085sits", "a fox"]
+    lines = [f'{{"file_name": "{image.name}", "text": "{text}"}}' for image, text in zip(images, texts)]
+    (tmp_path / "metadata.jsonl").write_text(end.join(lines), encoding="utf-8", newline="")
+    assert read_captions(tmp_path, images, "text") == dict(zip(images, texts))
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # as Linux and Windows write it, and as a Mac does
+
+
+@pytest.mark.parametrize(("on_disk", "listed"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_names_with_accents_are_matched_however_these_are_spelled(tmp_path: Path, on_disk: str, listed: str) -> None:
+    image = saved(tmp_path / f"{on_disk}.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n./{listed}.png,a fox\n", encoding="utf-8")
+    (tmp_path / f"{listed}.txt").write_text("a sks fox")
+    assert read_captions(tmp_path, [image], "text") == {image: "a fox"}
+    assert read_sidecars([image], "txt") == {image: "a sks fox"}
+
+
+def test_of_two_pictures_whose_names_look_alike_each_has_its_own_caption(tmp_path: Path) -> None:
+    images = [saved(tmp_path / f"{name}.png") for name in (COMPOSED, DECOMPOSED)]
+    if len(set(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system takes both for one")
+    lines = [f"{COMPOSED}.png,a fox", f"{DECOMPOSED}.png,a dog"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *lines]), encoding="utf-8")
+    assert read_captions(tmp_path, images, "text") == dict(zip(images, ["a fox", "a dog"]))
 
 
 def test_captions_in_two_metadata_files_are_refused(tmp_path: Path) -> None:
@@ -144,6 +218,120 @@ def test_numbers_that_cannot_be_told_as_colours_are_named(tmp_path: Path) -> Non
     ]
 
 
+def test_a_link_to_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone.txt")  # no picture in any case
+    with pytest.raises(InputError) as error:
+        folder_pictures(tmp_path, "instance_data_dir", "a sks fox")
+    assert str(error.value).splitlines()[1:] == [
+        f"  {tmp_path / 'b.png'}: OSError: is a link to {tmp_path / 'gone.png'}, which is not there"
+    ]
+
+
+def test_folders_within_that_have_the_pictures_are_named_with_what_kohyas_names_mean(tmp_path: Path) -> None:
+    for name in ("10_sks fox", "empty", "more"):
+        (tmp_path / name).mkdir()
+    for name in ("10_sks fox", "more"):
+        saved(tmp_path / name / "a.png")
+    with pytest.raises(InputError) as error:
+        find_images(tmp_path, "instance_data_dir")
+    first, *lines = str(error.value).splitlines()
+    assert first == (
+        f"--instance_data_dir: there are no pictures in {tmp_path} itself, and folders within it are not read; give "
+        "one of those that have some:"
+    )
+    assert lines == [
+        f'  --instance_data_dir "{tmp_path / "10_sks fox"}" --repeats 10 --instance_prompt "sks fox"',
+        f'  --instance_data_dir "{tmp_path / "more"}"',
+    ]
+    with pytest.raises(InputError, match=r"some:\n  .*10_sks fox\n"):
+        find_images(tmp_path, "class_data_dir")
+
+
+# Colour profiles
+
+
+def profile(change: str = "") -> bytes:
+    """Of sRGB, or one by which red and green change places, or greys are darker, of RGB or of greys alone."""
+    plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if change == "swapped":
+        return plain.replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")
+    if change:
+        plain = plain.replace(b"\x00\x02\x66\x66", b"\x00\x04\x00\x00")  # a gamma of 4.0, not 2.4
+    return plain.replace(b"RGB ", b"GRAY", 1).replace(b"rTRC", b"kTRC") if change == "grey" else plain
+
+
+def warned(folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        folder_pictures(folder, "instance_data_dir", "a sks fox")
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+def test_colours_are_what_the_files_profile_says(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    image = Image.new("RGB", (16, 8), (200, 30, 30))
+    image.getexif()[0x0112] = 6  # to be turned, after which the profile is still there
+    image.save(path, quality=100, icc_profile=profile("swapped"), exif=image.getexif())
+    assert warned(tmp_path) == []
+    with Image.open(path) as opened:
+        shown = upright_rgb(opened, "white")
+    assert shown.size == (8, 16)
+    assert shown.getpixel((4, 4)) == pytest.approx((30, 200, 30), abs=3)  # JPEG and WebP round
+
+
+def test_profiles_of_srgb_change_no_bit_and_no_runs_identity(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    for name, of in (("none", None), ("srgb", profile()), ("swapped", profile("swapped"))):
+        noise.save(tmp_path / f"{name}.png", icc_profile=of)
+    none, srgb, swapped = folder_pictures(tmp_path, "instance_data_dir", "a sks fox")
+    assert upright_rgb(srgb.read(), "white").tobytes() == noise.tobytes()
+    assert srgb.digest == none.digest  # by which a run that goes on knows its pictures
+    assert swapped.digest != none.digest
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [*((mode, "dark") for mode in ("L", "LA", "P", "RGB", "RGBA", "I;16")), ("L", "grey"), ("LA", "grey")],
+)
+def test_a_profile_counts_in_every_mode_and_leaves_alone_what_is_transparent(mode: str, change: str) -> None:
+    image = Image.new("RGBA", (2, 1), (128, 128, 128, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    if mode == "I;16":
+        image = Image.fromarray(np.full((1, 2), 128 * 257, dtype=np.uint16))
+    elif mode == "P":
+        image = Image.new("P", (2, 1))
+        image.putpalette([128, 128, 128, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        image.info["transparency"] = 1
+    else:
+        image = image.convert(mode)
+    image.info["icc_profile"] = profile(change)
+    shown = upright_rgb(image, "#0000ff")
+    assert shown.getpixel((0, 0)) == (79, 79, 79)  # 4.0 instead of 2.4 in sRGB's formula
+    if mode[-1] in "AP":
+        assert shown.getpixel((1, 0)) == BLUE
+
+
+def test_a_profile_that_cannot_be_used_is_a_warning_that_names_the_file(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "torn.png", icc_profile=profile()[:200])
+    Image.new("CMYK", (4, 4)).save(tmp_path / "other.jpg", icc_profile=profile())
+    Image.new("RGB", (4, 4)).save(tmp_path / "part.jpg", icc_profile=profile())
+    whole = (tmp_path / "part.jpg").read_bytes()
+    (tmp_path / "part.jpg").write_bytes(
+        whole.replace(b"ICC_PROFILE\x00\x01\x01", b"ICC_PROFILE\x00\x01\x02")
+    )  # of two
+    other, part, torn = warned(tmp_path)
+    said = "its colour profile cannot be used, and it is taken for sRGB:"
+    assert other == f"{tmp_path / 'other.jpg'}: {said} it is for RGB, and the picture is in CMYK"
+    assert part == f"{tmp_path / 'part.jpg'}: {said} parts of it are missing"
+    assert torn.startswith(f"{tmp_path / 'torn.png'}: {said} ")
+    with Image.open(tmp_path / "torn.png") as image:
+        assert upright_rgb(image, "white").getpixel((0, 0)) == RED
+
+
 def test_a_missing_an_empty_and_a_false_folder_are_told_apart(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
@@ -206,6 +394,21 @@ def test_pictures_and_captions_come_from_an_imagefolder(tmp_path: Path, cache: P
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a red fox\nb.png, a blue fox \n")
     assert seen(dataset_pictures(settings(tmp_path, cache, caption_column="text"))) == EXPECTED
     assert {p.prompt for p in dataset_pictures(settings(tmp_path, cache))} == {"a sks fox"}
+
+
+def test_a_data_set_may_lie_where_names_look_like_patterns(tmp_path: Path, cache: Path) -> None:
+    made = rows(tmp_path / "my [dog]")
+    chosen = settings(tmp_path / "my [dog]", cache)
+    (tmp_path / "my [dog]" / "metadata.csv").write_text("file_name,text\n0.png,a red fox\n1.png,a blue fox\n")
+    assert seen(dataset_pictures(replace(chosen, caption_column="text"))) == EXPECTED
+    for split in ("train", "test"):  # found in a folder below it as well
+        (tmp_path / "my [dog]" / "splits" / split).mkdir(parents=True)
+        saved(tmp_path / "my [dog]" / "splits" / split / "a.png", (8, 4), RED)
+    assert seen(dataset_pictures(replace(chosen, dataset_name=f"{chosen.dataset_name}/splits"))) == [
+        ("a sks fox", RED, 4, 8)
+    ]
+    made.to_parquet(tmp_path / "my [dog].parquet")
+    assert len(dataset_pictures(settings(tmp_path / "my [dog].parquet", cache))) == 2
 
 
 def test_pictures_come_from_what_save_to_disk_wrote_in_its_only_split(tmp_path: Path, cache: Path) -> None:
@@ -282,6 +485,13 @@ def test_a_data_sets_pictures_are_turned_and_laid_on_the_stated_colour(tmp_path:
     data = DreamBoothDataset(2, pictures, [], resolution=4, seed=0, background_color="#0000ff")
     transparent = next(example for (example,) in (data[0], data[1]) if example.name.endswith("row 1"))
     assert transparent.pixels[:, 0, 0].tolist() == [-1.0, -1.0, 1.0]
+
+
+def test_a_data_sets_pictures_have_the_colours_that_their_profiles_say(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (4, 4), (200, 30, 30)).save(tmp_path / "pictures" / "a.png", icc_profile=profile("swapped"))
+    (picture,) = dataset_pictures(settings(tmp_path / "pictures", cache))
+    assert upright_rgb(picture.read(), "white").getpixel((0, 0)) == pytest.approx((30, 200, 30), abs=1)
 
 
 def test_a_run_on_a_data_set_is_the_run_on_its_files(

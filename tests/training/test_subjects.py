@@ -15,7 +15,6 @@ import pytest
 import torch
 import train_dreambooth
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -58,7 +57,6 @@ def train_all(argv: Argv, file: Path) -> Callable[..., dict[str, TrainingResult]
 
     def run(**changes: Any) -> dict[str, TrainingResult]:
         results = main(argv(**{**SUBJECTS, "subjects": file, **changes}))
-        AcceleratorState._reset_state(reset_partial_state=True)
         assert isinstance(results, dict)
         return results
 
@@ -119,7 +117,6 @@ def assert_each_gets_what_it_gets_alone(together: dict[str, TrainingResult], tmp
     expected = {name: coefficients(result) for name, result in together.items()}
     for name, result in together.items():
         alone = main(["--config", str(result.settings_file), "--output_dir", str(tmp_path / "alone" / name)])
-        AcceleratorState._reset_state(reset_partial_state=True)
         assert isinstance(alone, TrainingResult)
         # other sizes of batches, other order of summation
         torch.testing.assert_close(expected[name], coefficients(alone), rtol=1e-3, atol=1e-5)
@@ -192,7 +189,6 @@ def test_each_subject_has_a_folder_with_its_file_card_and_settings(
     assert found == {"config.yaml"} | {f"{name}/{file}" for name in NAMES for file in each}
     assert "instance_prompt: a sks cat\n" in (tmp_path / "out" / "cat" / "README.md").read_text()
     again = main(["--config", str(tmp_path / "out" / "config.yaml"), "--output_dir", str(tmp_path / "again")])
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert isinstance(again, dict)
     before = load_file(tmp_path / "out" / "cat" / "pytorch_coeff_weights.safetensors")
     torch.testing.assert_close(coefficients(again["cat"]), before, rtol=0, atol=0)

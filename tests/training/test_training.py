@@ -135,6 +135,19 @@ def test_the_users_pictures_are_left_alone(train: Train, pictures: Path) -> None
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()} == before
 
 
+def test_runs_of_one_process_share_nothing_that_accelerate_keeps(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    def run(name: str, **precision: str) -> TrainingResult:
+        return train_dreambooth.main(argv(max_train_steps=1, output_dir=tmp_path / name, **precision))
+
+    first = run("first")
+    assert run("second", mixed_precision="bf16").settings.mixed_precision == "bf16"
+    third = run("third")  # which does not say a precision
+    assert third.settings.mixed_precision == "no"
+    assert_equal(coefficients(first), coefficients(third))
+
+
 def test_the_saved_settings_given_as_config_are_the_same_run(train: Train, tmp_path: Path) -> None:
     first = train(max_train_steps=None, num_train_epochs=2, seed=None, scale_lr=True)
     saved = parse_settings(["--config", str(first.settings_file)])

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from settings import DreamBoothSettings, InputError
 from sharding import shard_frozen_weights
+from single_file import is_single_file, load_single_file, single_file_config
 from torch import nn
 
 from .base import Conditions, DiffusionFamily, Family, FlowFamily
@@ -44,11 +45,7 @@ def find_family(settings: DreamBoothSettings) -> type[Family]:
     Raises:
         InputError: if the base model is not there, or of a family that cannot be trained.
     """
-    name = settings.pretrained_model_name_or_path
-    try:
-        config = diffusers.DiffusionPipeline.load_config(name, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
+    name, config = settings.pretrained_model_name_or_path, _pipeline_config(settings)
     families = {pipeline: family for family in FAMILIES for pipeline in family.supported}
     if config.get("_class_name") not in families:
         raise InputError(
@@ -58,21 +55,41 @@ def find_family(settings: DreamBoothSettings) -> type[Family]:
     return families[config["_class_name"]]
 
 
+def _pipeline_config(settings: DreamBoothSettings) -> dict[str, Any]:
+    """What model_index.json says; raises InputError if there is none, or a setting is not for such a base model."""
+    name = settings.pretrained_model_name_or_path
+    if is_single_file(name):
+        if settings.variant:
+            raise InputError(f"--variant has no effect on {name}, which is a single file")
+        try:
+            return single_file_config(name, settings.single_file_config, revision=settings.revision)[1]
+        except ValueError as error:
+            raise InputError(f"--pretrained_model_name_or_path: {error}") from error
+    if settings.single_file_config:
+        raise InputError(f"--single_file_config is for a base model in a single file, and {name} is none")
+    try:
+        config: dict[str, Any] = diffusers.DiffusionPipeline.load_config(name, revision=settings.revision)
+        return config
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
+
+
 def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.device, dtype: torch.dtype) -> Family:
     """Loads and freezes everything. Safety checkers take no part in training."""
     name, revision = settings.pretrained_model_name_or_path, settings.revision
-    config = diffusers.DiffusionPipeline.load_config(name, revision=revision)
-    left_out = [component for component, of in config.items() if of in ([None, None], (None, None))]
+    left_out = [part for part, of in _pipeline_config(settings).items() if of in ([None, None], (None, None))]
     arguments = dict.fromkeys(left_out) | dict(kind.load_arguments)
     if settings.pretrained_vae_model_name_or_path:
         arguments["vae"] = load_vae(settings.pretrained_vae_model_name_or_path, dtype)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        name,
-        revision=revision,
-        variant=settings.variant,
-        dtype=dtype,
-        **arguments,
-    )
+    if is_single_file(name):
+        try:
+            pipeline = load_single_file(name, settings.single_file_config, revision=revision, dtype=dtype, **arguments)
+        except ValueError as error:
+            raise InputError(f"--pretrained_model_name_or_path: {error}") from error
+    else:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            name, revision=revision, variant=settings.variant, dtype=dtype, **arguments
+        )
     pipeline.set_progress_bar_config(disable=True)
     for part in ("tiling", "slicing"):
         if getattr(settings, f"enable_vae_{part}"):
