@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
+PARALLEL := --numprocesses 2 --dist loadgroup
 
 .PHONY: install demo test test-oldest lint format bench clean
 
@@ -17,14 +18,15 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
+# two processes at once: a test computes with one thread
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 # the lower bounds that pyproject.toml states
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable ".[test,plot]"
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -49,6 +49,7 @@ _LOG2_E = math.log2(math.e)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST_PROGRAMS = 65535  # along the second and third axis of a launch
 _MOST_SPLITS = 8
+_MOST_STATISTICS = 64  # tiles whose largest scores and sums mix_kernel holds at once
 _MOST_BYTES = 2**27  # of a strip that is larger than the table says, for the sake of its rows
 _MAP_GAIN = 2.0**10  # of float16 maps of the backward pass: 1 at most before
 
@@ -72,7 +73,9 @@ def forward(
     NT = _cdiv(SP, exps.keys)
     tops, sums = query.new_empty(2, samples, H, R, NT, dtype=torch.float32)
     strip = query.new_empty(samples, H, R, SP)
-    call.set(strip=strip, tops=tops, sums=sums, NT=NT, NTP=_padded(NT, 2), right=call.known["value"])
+    call.set(
+        strip=strip, tops=tops, sums=sums, NT=NT, NTP=min(_padded(NT, 2), _MOST_STATISTICS), right=call.known["value"]
+    )
     parts = max(1, min(_cdiv(6 * multiprocessors(query.device), R * samples), NT // 4))
     splits = call.set_splits(_cdiv(R, times.rows) * H * samples, E)
     for b, count, t, rows in _strips(B, T, samples, R):

@@ -88,11 +88,11 @@ _BY_WIDTH: dict[str, dict[int, dict[str, Tile]]] = {
             "keys": Tile(32, 64, 8, 1),
         },
         256: {
-            "plain": Tile(32, 32, 4, 1),
-            "exps": Tile(32, 64, 4, 1, 4),
+            "plain": Tile(32, 32, 8, 1),
+            "exps": Tile(32, 32, 4, 1, 4),
             "times": Tile(32, 32, 4, 1),
-            "maps": Tile(32, 32, 8, 1, 4),
-            "keys": Tile(32, 32, 8, 1),
+            "maps": Tile(32, 16, 4, 1, 4),
+            "keys": Tile(16, 16, 8, 1),
         },
     },
 }

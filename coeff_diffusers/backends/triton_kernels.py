@@ -352,17 +352,22 @@ def mix_kernel(
     if tl.max(is_mixed, 0) == 0:
         return
     used = tl.load(needed + b * H + i, mask=i < H, other=0) != 0
-    n = tl.arange(0, NTP)
     line = i * R + t  # within the sample's strip, whose size gpu.py keeps below 2**31
     strip += local_b.to(tl.int64) * H * R * SP
     tops += local_b.to(tl.int64) * H * R * NT
     sums += local_b.to(tl.int64) * H * R * NT
-    there = used[:, None] & (n[None, :] < NT)
-    all_tops = tl.load(tops + line[:, None] * NT + n[None, :], mask=there, other=float("-inf"))
-    all_sums = tl.load(sums + line[:, None] * NT + n[None, :], mask=there, other=0.0)
-    top = tl.max(all_tops, 1)
-    reference = tl.where(top == float("-inf"), 0.0, top)
-    shift, divisor = _of_rows(top, tl.sum(all_sums * tl.exp2(all_tops - reference[:, None]), 1))
+    top = tl.full((HP,), float("-inf"), tl.float32)
+    total = tl.zeros((HP,), tl.float32)
+    for first in tl.range(0, NT, NTP, num_stages=1):
+        n = first + tl.arange(0, NTP)
+        there = used[:, None] & (n[None, :] < NT)
+        some_tops = tl.load(tops + line[:, None] * NT + n[None, :], mask=there, other=float("-inf"))
+        some_sums = tl.load(sums + line[:, None] * NT + n[None, :], mask=there, other=0.0)
+        new_top = tl.maximum(top, tl.max(some_tops, 1))
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - reference) + tl.sum(some_sums * tl.exp2(some_tops - reference[:, None]), 1)
+        top = new_top
+    shift, divisor = _of_rows(top, total)
     at = statistics + (b * H + i) * T + first_row + t
     tl.store(at, shift, mask=used & (part == 0))
     tl.store(at + B * H * T, divisor, mask=used & (part == 0))
