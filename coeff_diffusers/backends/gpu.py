@@ -28,7 +28,6 @@ fused kernel would gain little over torch's own.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
@@ -54,6 +53,18 @@ _MOST_BYTES = 2**27  # of a strip that is larger than the table says, for the sa
 _MAP_GAIN = 2.0**10  # of float16 maps of the backward pass: 1 at most before
 
 
+def _on_its_device(run: Any) -> Any:
+    """Makes the device of the tensors current: Triton launches on that, whatever tensors it is given."""
+
+    @functools.wraps(run)
+    def run_there(x: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return run(x, *args)
+
+    return run_there
+
+
+@_on_its_device
 def forward(
     query: Tensor, key: Tensor, value: Tensor, coeff: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -87,6 +98,7 @@ def forward(
     return out, statistics
 
 
+@_on_its_device
 def backward(
     grad_out: Tensor,
     query: Tensor,
@@ -236,9 +248,7 @@ class _Call:
         of_tile["EVEN_T"] = T % tile.rows == 0 and R % tile.rows == 0
         of_tile["EVEN_S"] = tile.keys > 0 and S % tile.keys == 0
         known = self.known | of_tile | more
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            # Triton launches on the device that is current, whatever tensors it is given
-            kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=tile.warps)
+        kernel[grid](**{name: known[name] for name in kernel.arg_names}, num_warps=tile.warps)
 
 
 _STRIDES = {
@@ -368,7 +378,7 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     if found is not None:
         return found
     if _name(device) in tiles.MEASURED:
-        return True
+        return _checked.setdefault((device, dtype), True)
     if _is_gpu(device) and torch.cuda.is_current_stream_capturing():
         return _not_while_capturing(device)
     with _lock:
