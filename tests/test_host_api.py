@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 import weakref
 
@@ -37,7 +36,6 @@ from coeff_diffusers import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
-from coeff_diffusers import processor as processor_module
 from coeff_diffusers.layers import attention_layers
 
 UNET = HOSTS["unet"]
@@ -209,13 +207,19 @@ def test_sliced_attention_cannot_take_the_coefficients_over(tuned) -> None:
     run(tuned)
 
 
-def test_tied_coefficients_are_not_parted(unet) -> None:
+def test_tied_coefficients_stay_tied_over_different_processors(unet) -> None:
     alike = visible(type(unet).from_config({**unet.config, "attention_head_dim": 4}).eval())
     alike.set_attn_processor(CoeffAttnProcessor(4))
     add_coeff_adapter(alike, adapter_name="noted")
+    randomise(alike, "noted")
+    (parameter,) = coeff_parameters(alike, "noted")
+    expected = run(alike)
     alike.set_attn_processor({name: AttnProcessor2_0() for name in alike.attn_processors})
-    with pytest.raises(ValueError, match="tied over several layers cannot be put on different processors"):
-        set_coeff_adapters(alike, "noted")
+    with pytest.raises(RuntimeError, match="was replaced by AttnProcessor2_0"):
+        run(alike)
+    set_coeff_adapters(alike, "noted")
+    assert coeff_parameters(alike, "noted") == [parameter]
+    torch.testing.assert_close(run(alike), expected, rtol=0, atol=0)
 
 
 def test_xformers_is_not_there_or_refused(tuned) -> None:
@@ -348,19 +352,19 @@ def test_compiled_blocks_are_eager(host) -> None:
     assert (run(model, host) - expected).norm() > 1e-2 * expected.norm()
 
 
-def test_peft_freezes_coefficients_and_it_is_said(tuned, caplog) -> None:
+def test_peft_leaves_coefficients_trainable(tuned) -> None:
     tuned.add_adapter(LORA)
-    assert "8 of 8 matrices of adapter 'default' are frozen and will not train, as peft's" in problems(tuned)[0]
-    processor_module._warn_frozen.cache_clear()
-    tuned.train()
-    with caplog.at_level(logging.WARNING):
-        UNET.run(tuned)
-    assert "trains while its coefficients ['default'] are frozen" in caplog.text
-    for parameter in coeff_parameters(tuned):
-        parameter.requires_grad_(True)
     assert problems(tuned) == []
     UNET.run(tuned).square().mean().backward()
     assert all(parameter.grad is not None for parameter in coeff_parameters(tuned))
+
+
+def test_frozen_coefficients_are_reported(tuned) -> None:
+    coeff_parameters(tuned)[0].requires_grad_(False)
+    assert problems(tuned) == [
+        "problem: 1 of 8 matrices of adapter 'default' are frozen and will not train: "
+        "for p in coeff_parameters(model): p.requires_grad_(True)"
+    ]
 
 
 @pytest.mark.parametrize("coeff_first", [True, False])

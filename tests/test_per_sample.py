@@ -24,7 +24,7 @@ from coeff_diffusers import (
     save_coeff_weights,
     set_coeff_adapters,
 )
-from coeff_diffusers.adapters import coeff_processors
+from coeff_diffusers.adapters import layer_coefficients
 
 sys.path.append(str(Path(__file__).parent / "training"))
 from tiny_sd import tiny_pipeline
@@ -340,7 +340,7 @@ def test_what_is_refused_says_why(unet, call, error, message) -> None:
     with_adapters(unet)
     with pytest.raises(error, match=message), call(unet):
         raise AssertionError("went in")
-    assert all(processor.per_sample is None for processor in coeff_processors(unet))
+    assert all(processor.per_sample is None for processor in layer_coefficients(unet))
 
 
 def test_names_that_do_not_fit_a_bare_model_s_batch(unet) -> None:

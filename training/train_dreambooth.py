@@ -380,7 +380,7 @@ def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
 def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
-    if settings.lora_rank:  # first, for peft freezes coefficients that are there
+    if settings.lora_rank:
         parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
@@ -392,14 +392,17 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
 
 def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -> None:
     """Raises RuntimeError unless exactly these parameters require a gradient, in float32."""
-    expected = {id(p) for group in parameters.values() for p in group}
-    problems = []
+    expected = {parameter for group in parameters.values() for parameter in group}
+    names = {p: f"{what} {n}" for what, group in parameters.items() for n, p in enumerate(group)}
     for component, part in family.pipeline.components.items():
-        for name, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
-            if parameter.requires_grad != (id(parameter) in expected):
-                problems.append(f"{component}.{name} " + ("trains" if parameter.requires_grad else "is frozen"))
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                problems.append(f"{component}.{name} trains in {parameter.dtype}")
+        if isinstance(part, nn.Module):
+            names |= {parameter: f"{component}.{name}" for name, parameter in part.named_parameters()}
+    problems = []
+    for parameter, name in names.items():
+        if parameter.requires_grad != (parameter in expected):
+            problems.append(f"{name} " + ("trains" if parameter.requires_grad else "is frozen"))
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            problems.append(f"{name} trains in {parameter.dtype}")
     if problems:
         raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
 

@@ -201,8 +201,11 @@ def test_layers_that_the_prompt_does_not_depend_on_get_nothing(argv: Argv) -> No
         "text_encoder_coefficients": 1,
         "text_encoder_lora": 2 * 4,
     }
-    in_step = {id(parameter) for parameter in DenoisingStep(family, family.trained_text_encoders).parameters()}
-    assert all(id(parameter) in in_step for group in added.values() for parameter in group)  # as DDP needs it
+    trained = [parameter for group in added.values() for parameter in group]
+    in_step = {
+        id(parameter) for parameter in DenoisingStep(family, family.trained_text_encoders, trained).parameters()
+    }
+    assert all(id(parameter) in in_step for parameter in trained)  # as DDP needs it
     [conditions] = family.encode_prompts(["a"])
     conditions["prompt_embeds"].square().sum().backward()
     assert all(parameter.grad is not None for group in added.values() for parameter in group)
