@@ -324,8 +324,10 @@ def wrap_layers(model: Any, layers: Mapping[str, Any], adapter_name: str, config
     parts, chosen = components(model), {}
     for path, layer in layers.items():
         processor = getattr(layer, "processor", None)
-        wrapped = isinstance(processor, CoeffAttnProcessor)
-        coefficients = processor.coefficients if wrapped else LayerCoefficients(head_count(layer))
+        if isinstance(processor, CoeffAttnProcessor):
+            coefficients = processor.coefficients
+        else:
+            coefficients = LayerCoefficients(head_count(layer))
         component, _, inner = path.partition(".")
         put_on(parts[component], inner, layer, coefficients)
         chosen[coefficients] = accelerator_of(layer)

@@ -1,7 +1,6 @@
 """The coefficients of a layer: Delta of each adapter, which of them count, and what is dropped in training.
 
-They are no part of the host's module tree, so that nothing that walks the host can cast, move, offload, freeze, save or
-copy them.
+They are no part of the host's module tree, so that what walks it cannot cast, move, offload, freeze or save them.
 """
 
 from __future__ import annotations

@@ -53,18 +53,20 @@ class Guard:
         if name.startswith(_OF_ONE_CALL):
             set_processor(layer, CoeffAttnProcessor.around(processor, self.coefficients))
         elif self.coefficients.takes_part:
-            advice = softmax_advice(layer)
-            raise RuntimeError(
-                f"the processor with this layer's coefficients was replaced by {name}"
-                + (
-                    f", where no coefficients can take part: {advice}, then set_coeff_adapters(model, names); or, where "
-                    "a pipeline sets such processors in its own call, have it run as the base model, by "
-                    "coeff_disabled(model), or these layers alone, by set_coeff_adapters(model, names, "
-                    f"{{{self.path!r}: 0}}); or unload_coeff_weights(model)"
-                    if advice
-                    else "; set_coeff_adapters(model, names) puts the coefficients on it, unload_coeff_weights(model) "
-                    "gives them up"
+            advice, lost = (
+                softmax_advice(layer),
+                f"the processor with this layer's coefficients was replaced by {name}",
+            )
+            if advice is None:
+                raise RuntimeError(
+                    f"{lost}; set_coeff_adapters(model, names) puts the coefficients on it, "
+                    "unload_coeff_weights(model) gives them up"
                 )
+            raise RuntimeError(
+                f"{lost}, where no coefficients can take part. If a pipeline sets it in its own call, have the call "
+                f"run without: set_coeff_adapters(model, names, {{{self.path!r}: 0}}) for such layers alone, or "
+                f"coeff_disabled(model). Else {advice}, then set_coeff_adapters(model, names); or "
+                "unload_coeff_weights(model)"
             )
 
     def before_state_dict(self, layer: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -86,7 +88,7 @@ def _warn_copied() -> None:
 
 
 def put_on(model: nn.Module, path: str, layer: Any, coefficients: LayerCoefficients) -> None:
-    """Has the layer at `path` of `model` mix with these coefficients, by whatever processor it has, and guards them."""
+    """Has the layer at `path` of `model` mix with these coefficients, by its own processor, and guards them."""
     processor = getattr(layer, "processor", None)
     if not isinstance(processor, CoeffAttnProcessor) or processor.coefficients is not coefficients:
         processor = wrapped_processor(layer) or SdpaAttention()

@@ -141,9 +141,7 @@ def softmax_advice(module: Any) -> str | None:
     if not _computes_own_softmax(processor):
         return None
     if not getattr(module, "scale_qk", True):
-        return (
-            "leave such layers out, by CoeffConfig(exclude=...), for no other processor leaves their scores unscaled"
-        )
+        return "leave such layers out, by CoeffConfig(exclude=...): no other processor leaves their scores unscaled"
     if isinstance(processor, nn.Module):
         return f"put {name}2_0, with the same weights, in its place"
     added = getattr(module, "added_kv_proj_dim", None) is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,8 +157,7 @@ class CoeffAttnProcessor:
                 "unload_coeff_weights(model), or do not call enable_parallelism"
             )
 
-    # To the host, the wrapped processor. Two attributes are the wrapper's own, and those of the coefficients can be had
-    # here, too.
+    # To the host, the wrapped processor. Two attributes are the wrapper's own; those of its coefficients are at hand.
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
@@ -216,10 +215,10 @@ def _default_processor() -> Any:
 
 def _empty_wrapper(processor: Any) -> CoeffAttnProcessor:
     kind = _ModuleProcessor if isinstance(processor, nn.Module) else CoeffAttnProcessor
-    return object.__new__(_wrapper_class(kind, type(processor)))
+    return object.__new__(_wrapper_class(kind, type(processor)))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _wrapper_class(kind: type[CoeffAttnProcessor], processor_class: type) -> type[CoeffAttnProcessor]:
     """A class of wrappers that shows the signature of the processors' own class, and `coeff_scale`.
 

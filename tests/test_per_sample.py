@@ -218,14 +218,14 @@ def test_several_adapters_learn_in_one_batch_as_alone(unet) -> None:
     target = torch.randn(2, 4, 8, 8)
     expected = {}
     for n, name in enumerate(("dog", "cat")):
-        unet.zero_grad()
+        forget_gradients(unet)
         with coeff_adapters(unet, name):
             (host.run(unet)[n] - target[n]).square().sum().backward()
         expected[name] = [parameter.grad.clone() for parameter in coeff_parameters(unet, name)]
-    unet.zero_grad()
+    forget_gradients(unet)
     with coeff_per_sample(unet, ["dog", "cat"]):
         for _ in range(2):  # the second step of a loop sees parameters that have moved, and a graph of its own
-            unet.zero_grad()
+            forget_gradients(unet)
             (host.run(unet) - target).square().sum().backward()
     for name, grads in expected.items():
         found = [parameter.grad for parameter in coeff_parameters(unet, name)]
