@@ -48,10 +48,9 @@ class ModelRecord:
         _records[self.key] = self
 
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.check(model)
         if torch.compiler.is_compiling():
             _before_trace(self.key)
-        else:
-            self.check(model)
         self.scale = 1.0
         for name, given in kwargs.items():
             if name.endswith("attention_kwargs") and given is not None and KEY in given:
@@ -61,21 +60,23 @@ class ModelRecord:
 
     def check(self, model: nn.Module) -> None:
         """Raises RuntimeError if a layer whose coefficients take part is another module by now, or gone."""
-        rebuilt = [path for path, coefficients in self.rebuilt(model).items() if coefficients.takes_part]
-        if rebuilt:
+        rebuilt = self.rebuilt(model)
+        lost = [path for path in rebuilt if rebuilt[path].takes_part]
+        if lost:
             raise RuntimeError(
-                f"{len(rebuilt)} of {len(self.layers)} layers with coefficients are other modules by now, without "
-                f"them, the first is {rebuilt[0]!r}: set_coeff_adapters(model, names) puts the coefficients on them, "
+                f"{len(lost)} of {len(self.layers)} layers with coefficients are other modules by now, without them, "
+                f"the first is {lost[0]!r}: set_coeff_adapters(model, names) puts the coefficients on them, "
                 "unload_coeff_weights(model) gives them up"
             )
 
     def rebuilt(self, model: nn.Module) -> dict[str, LayerCoefficients]:
         """Path -> coefficients, of those whose layer is not the one that they were put on."""
-        return {
-            path: coefficients
-            for path, coefficients in self.layers.items()
-            if getattr(getattr(module_at(model, path), GUARD, None), "coefficients", None) is not coefficients
-        }
+        found = {}
+        for path, coefficients in self.layers.items():  # a loop that torch.compile can trace
+            guard = getattr(module_at(model, path), GUARD, None)
+            if guard is None or guard.coefficients is not coefficients:
+                found[path] = coefficients
+        return found
 
     def move(self, model: nn.Module) -> None:
         """Moves Delta to the accelerators that its layers are on."""
@@ -89,7 +90,7 @@ def module_at(model: nn.Module, path: str) -> Any:
     """The module at `path`, also where modules on the way are wrapped; `None` if there is none."""
     module: Any = model
     for name in path.split("."):
-        module = module._modules.get(name) or getattr(module, name, None)
+        module = getattr(module, name, None)
         if module is None:
             return None
     return module
@@ -97,13 +98,12 @@ def module_at(model: nn.Module, path: str) -> Any:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _before_trace(key: str) -> bool:
-    """As before each forward pass, and moves Delta to its layers, so that nothing compiled copies it each time.
+    """Moves Delta to its layers, so that nothing compiled copies it each time.
 
-    Run for its effects while torch.compile traces the model, once. Older releases take nothing but constants here.
+    Run for its effect while torch.compile traces the model, once. Older releases take nothing but constants here.
     """
     record = _records[key]
     if record.model is not None:
-        record.check(record.model)
         record.move(record.model)
     return True
 

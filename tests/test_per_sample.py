@@ -212,6 +212,11 @@ def test_afterwards_all_is_as_before_also_after_an_error(pipe) -> None:
         same(pictures(pipe, ["a dog"], [0]), inner)
 
 
+def forget_gradients(model):
+    for parameter in coeff_parameters(model):
+        parameter.grad = None
+
+
 def test_several_adapters_learn_in_one_batch_as_alone(unet) -> None:
     with_adapters(unet)
     host = HOSTS["unet"]
