@@ -199,7 +199,13 @@ def read_coeff_metadata(
 
 
 def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
-    """The adapter with the file's keys: copies on the CPU, float32, (H, H)."""
+    """The adapter with the file's keys: copies on the CPU, float32, (H, H).
+
+    [`load_coeff_weights`] takes it, also for a model that the host has built of this one:
+
+        pipe = AnimateDiffPipeline.from_pipe(tuned, motion_adapter=adapter)
+        load_coeff_weights(pipe, coeff_state_dict(tuned))
+    """
     return {
         key: layer.processor.coeff[adapter_name].detach().cpu().clone()
         for key, layer in _keyed_layers(model).items()

@@ -6,6 +6,7 @@ They go along, or it is said: no layer loses its coefficients without a word.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from torch import nn
@@ -71,20 +72,19 @@ class Guard:
 
     def before_state_dict(self, layer: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Says so if a part of the model is copied, as other models are built from it, without the coefficients."""
-        if not f".{prefix}".endswith(f".{self.path}."):
-            _warn_copied()
+        record = self.coefficients.record
+        if f".{prefix}".endswith(f".{self.path}.") or time.monotonic() - record.told_of_copy < 1.0:
+            return  # the model as a whole, or the next part of one copy
+        record.told_of_copy = time.monotonic()
+        logger.warning(
+            "parts of a model with coefficients are copied, as other models are built of it, and the copy has none: "
+            "load_coeff_weights(copy, coeff_state_dict(model)) puts them on a copy; where the host has put its own "
+            "copies into this model, set_coeff_adapters(model, names) does"
+        )
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-
-
-def _warn_copied() -> None:
-    logger.warning(
-        "parts of a model with coefficients are copied, as other models are built of it, and the copy has none: "
-        "load_coeff_weights(copy, coeff_state_dict(model)) puts them on a copy; where the host has put its own copies "
-        "into this model, set_coeff_adapters(model, names) does"
-    )
 
 
 def put_on(model: nn.Module, path: str, layer: Any, coefficients: LayerCoefficients) -> None:

@@ -308,9 +308,7 @@ def test_one_graph_without_copies_for_all_values_and_what_is_lost_is_noticed(mon
         set_coeff_adapters(model, "default")
         torch.testing.assert_close(host.run(compiled), out, rtol=0, atol=0)
         model.transformer_blocks[0] = SD3Transformer2DModel.from_config(config).transformer_blocks[0]
-        with pytest.raises(
-            RuntimeError, match=r"1 of 1 layers .* other modules by now, .*blocks.0.attn'"
-        ):
+        with pytest.raises(RuntimeError, match=r"1 of 1 layers .* other modules by now, .*blocks.0.attn'"):
             host.run(compiled)
 
 
