@@ -82,6 +82,8 @@ class LayerCoefficients:
     def on(self, name: str, device: torch.device | None) -> Tensor:
         """Delta of one adapter, on `device`: the parameter itself, or a copy that hands gradients on to it."""
         parameter = self.coeff[name]
+        if torch.jit.is_tracing():
+            return parameter.data  # a constant of the trace, which must not require a gradient
         tracing = torch.compiler.is_compiling()
         if device is not None and parameter.device != device:
             if self.stays or tracing:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
-from .functional import mixed_attention
+from .functional import mixed_attention, mixed_attention_reference
 from .layers import head_count, select_layers
 from .record import KEY, checked
 
@@ -263,7 +263,9 @@ class _MixMaps(TorchFunctionMode):
                 f"{heads} heads, tokens, width): leave such layers out with CoeffConfig(exclude=...)"
             )
         delta = self.delta if self.delta.ndim == 2 else _by_query(self.delta, query.shape[0])
-        return mixed_attention(query, key, value, delta, *args, **kwargs)
+        # ONNX has no operator for the one that mixes a block at a time
+        mix = mixed_attention_reference if torch.onnx.is_in_onnx_export() else mixed_attention
+        return mix(query, key, value, delta, *args, **kwargs)
 
 
 def _scores_are_skipped(attn: nn.Module) -> bool:

@@ -42,7 +42,7 @@ from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothS
 from sharding import check_processes, held
 from sources import Picture, folder_pictures
 from stopping import Stopped
-from subjects import check_subjects, read_subject_pictures, read_subjects
+from subjects import read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, end_training, log_pictures, start_trackers
@@ -200,7 +200,6 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     prompts = chain(*((*subject.validation_prompt, subject.class_prompt or "") for subject in subjects))
     family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
     check_adapters(family, settings)
-    check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
     classes: dict[str, list[Picture]] = {name: [] for name in pictures}
     if settings.with_prior_preservation:
