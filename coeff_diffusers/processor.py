@@ -262,7 +262,7 @@ class _MixMaps(TorchFunctionMode):
                 f"{self.name} asks for attention of queries {tuple(query.shape)}, the coefficients are for (batch, "
                 f"{heads} heads, tokens, width): leave such layers out with CoeffConfig(exclude=...)"
             )
-        delta = self.delta if self.delta.ndim == 2 else _by_query(self.delta, query.shape[0])
+        delta = self.delta if self.delta.ndim == 2 else _by_query(_unperturbed(self.delta, self.name), query.shape[0])
         # ONNX has no operator for the one that mixes a block at a time
         mix = mixed_attention_reference if torch.onnx.is_in_onnx_export() else mixed_attention
         return mix(query, key, value, delta, *args, **kwargs)
@@ -280,6 +280,14 @@ def _device_of(args: Any, kwargs: Any) -> torch.device | None:
         if isinstance(value, Tensor):
             return value.device
     return None
+
+
+def _unperturbed(delta: Tensor, name: str) -> Tensor:
+    """The matrices of the samples that perturbed-attention guidance leaves as they are, which come first."""
+    if not name.startswith("PAG"):
+        return delta
+    parts, left = (3, 2) if name.startswith("PAGCFG") else (2, 1)
+    return delta[: len(delta) * left // parts]
 
 
 def _by_query(delta: Tensor, batch: int) -> Tensor:

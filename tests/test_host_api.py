@@ -14,11 +14,19 @@ from diffusers import (
     FasterCacheConfig,
     LayerSkipConfig,
     PyramidAttentionBroadcastConfig,
+    T5FilmDecoder,
     apply_faster_cache,
     apply_layer_skip,
     apply_pyramid_attention_broadcast,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+)
 from hosts import HOSTS, randomise, visible
 from model_zoo import build, call
 from peft import LoraConfig
@@ -205,6 +213,36 @@ def test_sliced_attention_cannot_take_the_coefficients_over(tuned) -> None:
         set_coeff_adapters(tuned, "default")
     unload_coeff_weights(tuned)
     run(tuned)
+
+
+def test_the_way_out_of_sliced_attention_works_on_layers_of_either_kind() -> None:
+    deepfloyd = "UNet2DConditionModel (text among the keys)"
+    for name, processor, sliced, plain in (
+        (deepfloyd, AttnAddedKVProcessor2_0, "SlicedAttnAddedKVProcessor", AttnAddedKVProcessor),
+        ("UNet2DConditionModel", AttnProcessor2_0, "SlicedAttnProcessor", AttnProcessor),
+    ):
+        model = build(name)
+        model.set_attn_processor(plain())
+        way = rf"call model.set_attn_processor\({processor.__name__}\(\)\)"
+        with pytest.raises(ValueError, match=rf"First {way}:\n.*attentions.*\({plain.__name__}\)"):
+            add_coeff_adapter(model)
+        model.set_attn_processor(processor())
+        add_coeff_adapter(model)
+        randomise(model)
+        with torch.no_grad():
+            expected = call(name, model)
+            model.set_attention_slice("max")
+            with pytest.raises(RuntimeError, match=f"was replaced by {sliced}.*Else {way}, then set_coeff_adapters"):
+                call(name, model)
+            model.set_attn_processor(processor())
+            set_coeff_adapters(model, "default")
+            torch.testing.assert_close(call(name, model), expected, rtol=0, atol=0)
+
+
+def test_unscaled_layers_are_not_told_to_take_a_processor_that_scales() -> None:
+    decoder = T5FilmDecoder(input_dims=4, d_model=8, num_layers=1, num_heads=2, d_kv=4, d_ff=8)
+    with pytest.raises(ValueError, match=r"First leave such layers out, by CoeffConfig\(exclude=...\): no other"):
+        add_coeff_adapter(decoder)
 
 
 def test_tied_coefficients_stay_tied_over_different_processors(unet) -> None:

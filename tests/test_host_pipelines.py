@@ -54,6 +54,7 @@ from coeff_diffusers import (
     add_coeff_adapter,
     check_coeff_adapters,
     coeff_disabled,
+    coeff_per_sample,
     coeff_state_dict,
     list_coeff_adapters,
     load_coeff_weights,
@@ -226,6 +227,24 @@ def test_perturbed_layers_mix_what_is_not_perturbed() -> None:
     whole = run(pipe, **PAG)
     set_coeff_adapters(pipe, "default", {path: 0.0})
     assert np.abs(run(pipe, **PAG) - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [7.5, 0.0], ids=["guided", "unguided"])
+def test_each_picture_of_perturbed_guidance_has_its_own_adapter(guidance) -> None:
+    pipe = made(StableDiffusionPAGPipeline, sd(), pag_applied_layers=["down", "mid", "up"])
+    settings = PAG | {"guidance_scale": guidance}
+    for seed, name in enumerate(("dog", "cat")):
+        add_coeff_adapter(pipe, adapter_name=name)
+        randomise(pipe, name, seed)
+    alone = []
+    for name in ("dog", "cat"):
+        set_coeff_adapters(pipe, name)
+        alone.append(run(pipe, **settings)[0])
+    seeds = [torch.Generator().manual_seed(0) for _ in alone]
+    with coeff_per_sample(pipe, ["dog", "cat"]):
+        both = pipe(["a fox"] * 2, num_inference_steps=1, output_type="np", generator=seeds, **settings).images
+    np.testing.assert_allclose(both, np.stack(alone), atol=1e-4)  # float32, another batch
+    assert np.abs(alone[0] - alone[1]).max() > 1e-2
 
 
 def three_levels() -> UNet2DConditionModel:
