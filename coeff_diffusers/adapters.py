@@ -57,7 +57,7 @@ def add_coeff_adapter(
     }
     _check_ties(model, layers.values())
     wrap_layers(model, layers, adapter_name, config)
-    _activate(model, {adapter_name: 1.0})
+    _activate(model, find_layers(model)[0], {adapter_name: 1.0})
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -117,7 +117,8 @@ def set_coeff_adapters(
     by_layer = {name: _by_layer(paths, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
     if lost:
         _put_back(model, lost)
-    _activate(model, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+        held, _ = find_layers(model)
+    _activate(model, held, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
 
 
 @contextmanager
@@ -177,7 +178,7 @@ def coeff_disabled(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    before = [(layer, layer.enabled) for layer in known_coefficients(model)]
+    before = [(layer, layer.enabled) for layer in _held_or_lost(model)]
     try:
         for layer, _ in before:
             layer.enabled = False
@@ -193,7 +194,7 @@ def disable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for layer in known_coefficients(model):
+    for layer in _held_or_lost(model):
         layer.enabled = False
 
 
@@ -203,7 +204,7 @@ def enable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for layer in known_coefficients(model):
+    for layer in _held_or_lost(model):
         layer.enabled = True
 
 
@@ -284,6 +285,13 @@ def layer_coefficients(model: Any) -> list[LayerCoefficients]:
     return list(dict.fromkeys(_coefficients(held).values()))
 
 
+def _held_or_lost(model: Any) -> list[LayerCoefficients]:
+    held, lost = find_layers(model)
+    layers = [*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())]
+    _check_names(model, (), layers)
+    return layers
+
+
 def now(layer: Any) -> str:
     """What a layer has in the place of its coefficients."""
     return "no longer there" if layer is None else f"now {processor_name(layer)}"
@@ -304,9 +312,9 @@ def find_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerC
         if module is None or module in seen:
             continue
         seen.add(module)
-        children = module._modules
-        processor = children.get("processor") or vars(module).get("processor")
-        guard = vars(module).get(GUARD)
+        own = vars(module)
+        children, guard = own["_modules"], own.get(GUARD)
+        processor = children.get("processor") or own.get("processor")
         if isinstance(processor, CoeffAttnProcessor) and (guard is None or guard.guards(processor)):
             held[path] = module
         elif guard is not None:
@@ -436,10 +444,13 @@ def _by_layer(
     return chosen
 
 
-def _activate(model: Any, weights: Mapping[str, float | Mapping[LayerCoefficients, float]]) -> None:
-    parts = components(model)
-    for path, coefficients in _coefficients(find_layers(model)[0]).items():
-        coefficients.record = model_record(parts[path.partition(".")[0]])
+def _activate(
+    model: Any, held: Mapping[str, Any], weights: Mapping[str, float | Mapping[LayerCoefficients, float]]
+) -> None:
+    components_held = {path.partition(".")[0] for path in held}
+    records = {name: model_record(part) for name, part in components(model).items() if name in components_held}
+    for path, coefficients in _coefficients(held).items():
+        coefficients.record = records[path.partition(".")[0]]
         coefficients.adapter_weights = {
             name: float(weight[coefficients] if isinstance(weight, Mapping) else weight)
             for name, weight in weights.items()

@@ -54,21 +54,21 @@ class Guard:
         if name.startswith(_OF_ONE_CALL):
             set_processor(layer, CoeffAttnProcessor.around(processor, self.coefficients))
         elif self.coefficients.takes_part:
-            advice, lost = (
-                softmax_advice(layer),
-                f"the processor with this layer's coefficients was replaced by {name}",
-            )
-            if advice is None:
-                raise RuntimeError(
-                    f"{lost}; set_coeff_adapters(model, names) puts the coefficients on it, "
-                    "unload_coeff_weights(model) gives them up"
-                )
             raise RuntimeError(
-                f"{lost}, where no coefficients can take part. If a pipeline sets it in its own call, have the call "
-                f"run without: set_coeff_adapters(model, names, {{{self.path!r}: 0}}) for such layers alone, or "
-                f"coeff_disabled(model). Else {advice}, then set_coeff_adapters(model, names); or "
-                "unload_coeff_weights(model)"
+                f"the processor with this layer's coefficients was replaced by {name}" + self._way_out(layer)
             )
+
+    def _way_out(self, layer: Any) -> str:
+        back = "set_coeff_adapters(model, names)"
+        advice = softmax_advice(layer)
+        if advice is None:
+            return f"; {back} puts the coefficients on it, unload_coeff_weights(model) gives them up"
+        return (
+            f", where no coefficients can take part: {advice}, then {back}, which puts them back, or "
+            "unload_coeff_weights(model). If a pipeline sets it in its own call, have the call run without: by "
+            f"coeff_disabled(model), or by set_coeff_adapters(model, names, {{{self.path!r}: 0}}) where it is not on "
+            "all layers"
+        )
 
     def before_state_dict(self, layer: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Says so if a part of the model is copied, as other models are built from it, without the coefficients."""

@@ -620,3 +620,4 @@ def test_unloading_leaves_no_hook(unet) -> None:
         take_off(unet)
         assert not unet._forward_pre_hooks
         assert not unet._forward_pre_hooks_with_kwargs
+        assert not any(module._forward_pre_hooks or module._state_dict_pre_hooks for module in unet.modules())

@@ -232,7 +232,7 @@ def test_the_way_out_of_sliced_attention_works_on_layers_of_either_kind() -> Non
         with torch.no_grad():
             expected = call(name, model)
             model.set_attention_slice("max")
-            with pytest.raises(RuntimeError, match=f"was replaced by {sliced}.*Else {way}, then set_coeff_adapters"):
+            with pytest.raises(RuntimeError, match=f"was replaced by {sliced}.*: {way}, then set_coeff_adapters"):
                 call(name, model)
             model.set_attn_processor(processor())
             set_coeff_adapters(model, "default")

@@ -209,7 +209,7 @@ def test_processors_of_one_call_take_the_coefficients_along(name) -> None:
                   for layer in attention_layers(part).values()]  # fmt: skip
     randomise(pipe)
     mixed = run(pipe, **settings)
-    assert np.abs(mixed - base).max() > 1e-2  # of a range of 1; float error is 1e-5
+    assert np.abs(mixed - base).max() > 1e-3  # of a range of 1; float error is 1e-5
     assert problems(pipe) == []
     after = [layer.processor for part in pipe.components.values() if hasattr(part, "attn_processors")
              for layer in attention_layers(part).values()]  # fmt: skip
@@ -284,34 +284,23 @@ OWN_SOFTMAX: dict[str, tuple[Callable[[], Any], Callable[[Any], np.ndarray], boo
 def test_pipelines_that_form_maps_themselves_are_refused_and_the_ways_out_work(name) -> None:
     make, use, put_back = OWN_SOFTMAX[name]
     pipe = make()
-    processors = dict(pipe.unet.attn_processors)
     base = use(make())
     add_coeff_adapter(pipe)
     randomise(pipe)
-    with pytest.raises(RuntimeError, match=r"where no coefficients can take part. If a pipeline sets it") as error:
+    with pytest.raises(RuntimeError, match=r"can take part: call model.set_attn_processor\(AttnP.*If a"):
         use(pipe)
-    assert "First" not in str(error.value)
-    # the way that does without
-    with coeff_disabled(make_whole(pipe)):
+    with coeff_disabled(pipe):
         np.testing.assert_array_equal(use(pipe), base)
-    # the way on, for other pipelines
-    if put_back:
-        assert problems(pipe) == []
-    else:
-        with pytest.raises(ValueError, match=r"First call model.set_attn_processor\(AttnProcessor2_0\(\)\)"):
-            set_coeff_adapters(pipe, "default")
-        make_whole(pipe)
-    assert len(problems(pipe)) == 0
-    unload_coeff_weights(pipe)
-    assert {type(p) for p in pipe.unet.attn_processors.values()} == {type(p) for p in processors.values()}
-
-
-def make_whole(pipe: Any) -> Any:
-    """What the error says, where a pipeline has left its own processors behind."""
-    if problems(pipe):
-        pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert problems(pipe)  # processors that the pipeline has left behind, for it was stopped or leaves them always
+    with pytest.raises(ValueError, match=r"First call model.set_attn_processor\(AttnProcessor2_0\(\)\)"):
         set_coeff_adapters(pipe, "default")
-    return pipe
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    set_coeff_adapters(pipe, "default")
+    assert problems(pipe) == []
+    with coeff_disabled(pipe):
+        np.testing.assert_array_equal(use(pipe), base)
+    assert (problems(pipe) == []) == put_back
+    unload_coeff_weights(pipe)
 
 
 def test_a_layer_whose_maps_a_pipeline_takes_can_be_left_out() -> None:
