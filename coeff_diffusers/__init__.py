@@ -16,7 +16,7 @@ from .adapters import (
 from .arithmetic import merge_coeff_files, prune_coeff_file
 from .backends import get_mixing_backend, set_mixing_backend
 from .check import check_coeff_adapters
-from .checkpoint import load_coeff_weights, read_coeff_metadata, save_coeff_weights
+from .checkpoint import coeff_state_dict, load_coeff_weights, read_coeff_metadata, save_coeff_weights
 from .config import CoeffConfig
 from .functional import mixed_attention
 from .per_sample import coeff_per_sample
@@ -33,6 +33,7 @@ __all__ = [
     "coeff_disabled",
     "coeff_parameters",
     "coeff_per_sample",
+    "coeff_state_dict",
     "delete_coeff_adapters",
     "disable_coeff_adapters",
     "enable_coeff_adapters",

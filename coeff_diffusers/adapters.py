@@ -14,11 +14,13 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .call_scale import call_scale, remove_call_scale
+from .coefficients import LayerCoefficients
 from .config import CoeffConfig
-from .layers import check_softmax, device_of, head_count, matches, processor_name, select_layers
+from .guard import put_on, take_off
+from .layers import accelerator_of, check_softmax, head_count, matches, processor_name, select_layers
 from .processor import CoeffAttnProcessor
-from .text import IMPLEMENTATION, SdpaAttention, is_text_encoder, use_coefficients
+from .record import GUARD, known_record, model_record, module_at, remove_record
+from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
 Weight = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
@@ -33,9 +35,8 @@ def add_coeff_adapter(
 ) -> None:
     """Adds coefficients Delta = 0 to the attention layers that `config` selects, and makes them the active adapter.
 
-    Until it is trained the adapter changes nothing. Its parameters are float32, on the device of their layer, and
-    require a gradient; the flags of all other parameters are left as they are. peft's `add_adapter` freezes what it
-    finds: call it before.
+    Until it is trained the adapter changes nothing. Its parameters are float32 and require a gradient; they are no
+    parameters of the model, whose own are left as they are.
 
     Args:
         model: a diffusers model or a pipeline.
@@ -51,22 +52,30 @@ def add_coeff_adapter(
     config = config or CoeffConfig()
     check_new_adapter_name(model, adapter_name)
     parts = denoisers(model) if components is None else _chosen_parts(model, components)
-    layers = [layer for part in parts.values() for layer in select_layers(part, config).values()]
-    _check_ties(model, layers)
+    layers = {
+        f"{name}.{path}": layer for name, part in parts.items() for path, layer in select_layers(part, config).items()
+    }
+    _check_ties(model, layers.values())
     wrap_layers(model, layers, adapter_name, config)
-    _activate(_by_part(model, _walk(model)[0]), {adapter_name: 1.0})
+    _activate(model, find_layers(model)[0], {adapter_name: 1.0})
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
     """The Delta parameters, (H, H) float32 each, of one adapter or of all: what an optimizer is given.
 
-    Coefficients tied over several layers are one parameter.
+    They are not among `model.parameters()`: what averages gradients over processes, or sets them to zero by the model,
+    must be given them, too. Coefficients tied over several layers are one parameter. On an accelerator, they are moved
+    there.
 
     Raises:
         ValueError: if there is no such adapter.
     """
     names = list_coeff_adapters(model) if adapter_name is None else [adapter_name]
-    return [p.coeff[name] for p in known_processors(model, names) for name in names if name in p.coeff]
+    known = known_coefficients(model, names)
+    for part in components(model).values():
+        if record := known_record(part):
+            record.move(part)
+    return [layer.coeff[name] for layer in known for name in names if name in layer.coeff]
 
 
 def set_coeff_adapters(
@@ -80,7 +89,7 @@ def set_coeff_adapters(
     `{"up_blocks.*": 0.5, "attn2": 0.0}`. Where several match, the last counts; a layer that none matches has weight 1.
 
     Where the host has put other processors in the place of those with the coefficients (`load_ip_adapter`,
-    `fuse_qkv_projections`, ...), the coefficients are put on the new ones.
+    `fuse_qkv_projections`, ...), or other modules (`enable_free_noise`), the coefficients are put on the new ones.
 
     Args:
         model: a diffusers model or a pipeline.
@@ -90,11 +99,11 @@ def set_coeff_adapters(
 
     Raises:
         ValueError: for an unknown name, one named twice, weights that do not fit, a pattern that matches no layer of
-            the adapter, or a new processor that computes its own softmax; nothing is changed.
+            the adapter, a new processor that computes its own softmax, or a layer that is gone; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    wrapped, replaced = _walk(model)
-    paths = _processors(wrapped) | {path: _recorded(layer) for path, layer in replaced.items()}
+    held, lost = find_layers(model)
+    paths = _coefficients(held) | {path: coefficients for path, (_, coefficients) in lost.items()}
     _check_names(model, names, paths.values())
     if len(set(names)) < len(names):
         raise ValueError(f"adapters are named twice in {names}")
@@ -106,10 +115,10 @@ def set_coeff_adapters(
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"adapter_weights must be finite, got {weights}")
     by_layer = {name: _by_layer(paths, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
-    if replaced:
-        _put_back(model, replaced)
-        wrapped, _ = _walk(model)
-    _activate(_by_part(model, wrapped), {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
+    if lost:
+        _put_back(model, lost)
+        held, _ = find_layers(model)
+    _activate(model, held, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
 
 
 @contextmanager
@@ -117,18 +126,18 @@ def coeff_adapters(
     model: Any, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] = 1.0
 ) -> Iterator[None]:
     """Inside, these adapters are the active ones, as [`set_coeff_adapters`] says; afterwards those from before."""
-    before = [(processor, processor.adapter_weights) for processor in coeff_processors(model)]
+    before = [(layer, layer.adapter_weights) for layer in layer_coefficients(model)]
     set_coeff_adapters(model, adapter_names, adapter_weights)
     try:
         yield
     finally:
-        for processor, weights in before:
-            processor.adapter_weights = {name: weights[name] for name in weights if name in processor.coeff}
+        for layer, weights in before:
+            layer.adapter_weights = {name: weights[name] for name in weights if name in layer.coeff}
 
 
 def list_coeff_adapters(model: Any) -> list[str]:
     """The names of all adapters on `model`, in the order they were added; empty if there are none."""
-    return list(dict.fromkeys(name for p in coeff_processors(model) for name in p.coeff))
+    return list(dict.fromkeys(name for layer in layer_coefficients(model) for name in layer.coeff))
 
 
 def get_active_coeff_adapters(model: Any) -> dict[str, Weight]:
@@ -137,8 +146,8 @@ def get_active_coeff_adapters(model: Any) -> dict[str, Weight]:
     Where layers differ, the weight is a dict from each layer's path to its own.
     """
     active: dict[str, dict[str, float]] = {}
-    for path, processor in _wrapped_paths(model).items():
-        for name, weight in processor.adapter_weights.items():
+    for path, coefficients in _coefficients(find_layers(model)[0]).items():
+        for name, weight in coefficients.adapter_weights.items():
             active.setdefault(name, {})[path] = weight
     return {
         name: weights if len(set(weights.values())) > 1 else next(iter(weights.values()))
@@ -155,11 +164,11 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    for processor in known_processors(model, names):
+    for layer in known_coefficients(model, names):
         for name in names:
-            if name in processor.coeff:
-                processor.delete_adapter(name)
-    _unwrap(model, [layer for layer in _wrapped_layers(model) if not layer.processor.coeff])
+            if name in layer.coeff:
+                layer.delete_adapter(name)
+    _unwrap(model, {path: layer for path, layer in find_layers(model)[0].items() if not layer.processor.coeff})
 
 
 @contextmanager
@@ -169,14 +178,14 @@ def coeff_disabled(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    before = [(processor, processor.enabled) for processor in known_processors(model)]
+    before = [(layer, layer.enabled) for layer in _held_or_lost(model)]
     try:
-        for processor, _ in before:
-            processor.enabled = False
+        for layer, _ in before:
+            layer.enabled = False
         yield
     finally:
-        for processor, enabled in before:
-            processor.enabled = enabled
+        for layer, enabled in before:
+            layer.enabled = enabled
 
 
 def disable_coeff_adapters(model: Any) -> None:
@@ -185,8 +194,8 @@ def disable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for processor in known_processors(model):
-        processor.enabled = False
+    for layer in _held_or_lost(model):
+        layer.enabled = False
 
 
 def enable_coeff_adapters(model: Any) -> None:
@@ -195,8 +204,8 @@ def enable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for processor in known_processors(model):
-        processor.enabled = True
+    for layer in _held_or_lost(model):
+        layer.enabled = True
 
 
 def unload_coeff_weights(model: Any) -> None:
@@ -207,10 +216,10 @@ def unload_coeff_weights(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    layers = [*_wrapped_layers(model), *replaced_layers(model).values()]
-    if not layers:
-        known_processors(model)
-    _unwrap(model, layers)
+    held, lost = find_layers(model)
+    if not held and not lost:
+        known_coefficients(model)
+    _unwrap(model, held | {path: layer for path, (layer, _) in lost.items()})
 
 
 def components(model: Any) -> dict[str, nn.Module]:
@@ -258,109 +267,121 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped
 
 
-def coeff_processors(model: Any) -> list[CoeffAttnProcessor]:
-    """Every `CoeffAttnProcessor` of `model`, once each.
+def layer_coefficients(model: Any) -> list[LayerCoefficients]:
+    """The coefficients of every layer of `model` that has some; once each, if they are tied.
 
     Raises:
-        ValueError: if some of them were replaced by other processors.
+        ValueError: if some layers lost them to other processors, or are other modules by now.
     """
-    wrapped, replaced = _walk(model)
-    if replaced:
-        lines = [f"  {path} (now {processor_name(layer)})" for path, layer in replaced.items()]
+    held, lost = find_layers(model)
+    if lost:
+        lines = [f"  {path} ({now(layer)})" for path, (layer, _) in lost.items()]
         raise ValueError(
             f"the processors of {len(lines)} layers with coefficients were replaced, as load_ip_adapter, "
-            "fuse_qkv_projections, set_attn_processor and their like do. Either set_coeff_adapters(model, names), "
-            "which puts the coefficients on the new ones, or unload_coeff_weights(model):\n" + "\n".join(lines[:10])
+            "fuse_qkv_projections, set_attn_processor, enable_free_noise and their like do. Either "
+            "set_coeff_adapters(model, names), which puts the coefficients on the new ones, or "
+            "unload_coeff_weights(model):\n" + "\n".join(lines[:10])
         )
-    return list(dict.fromkeys(layer.processor for layer in wrapped.values()))
+    return list(dict.fromkeys(_coefficients(held).values()))
 
 
-def replaced_layers(model: Any) -> dict[str, Any]:
-    """`component.path` -> attention module, of those that lost the processor with their coefficients."""
-    return _walk(model)[1]
+def _held_or_lost(model: Any) -> list[LayerCoefficients]:
+    held, lost = find_layers(model)
+    layers = [*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())]
+    _check_names(model, (), layers)
+    return layers
 
 
-def wrap_layers(model: Any, layers: Sequence[Any], adapter_name: str, config: CoeffConfig) -> None:
-    """Gives each layer of `model` Delta = 0 under a name that is new on it."""
-    for layer in layers:
+def now(layer: Any) -> str:
+    """What a layer has in the place of its coefficients."""
+    return "no longer there" if layer is None else f"now {processor_name(layer)}"
+
+
+def find_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerCoefficients]]]:
+    """`component.path` -> layer, of those with coefficients; and of those that lost them, with what they lost.
+
+    A walk of its own, for `named_modules` takes longer than a switch of adapters should.
+    """
+    held: dict[str, Any] = {}
+    lost: dict[str, tuple[Any, LayerCoefficients]] = {}
+    seen = set()
+    parts = components(model)
+    todo: list[tuple[str, Any]] = list(parts.items())[::-1]
+    while todo:
+        path, module = todo.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        own = vars(module)
+        children, guard = own["_modules"], own.get(GUARD)
+        processor = children.get("processor") or own.get("processor")
+        if isinstance(processor, CoeffAttnProcessor) and (guard is None or guard.guards(processor)):
+            held[path] = module
+        elif guard is not None:
+            lost[path] = module, guard.coefficients
+        todo.extend((f"{path}.{name}", children[name]) for name in reversed(children) if name != "processor")
+    for component, part in parts.items():
+        if record := known_record(part):
+            for path, coefficients in record.rebuilt(part).items():
+                lost[f"{component}.{path}"] = module_at(part, path), coefficients
+    return held, lost
+
+
+def wrap_layers(model: Any, layers: Mapping[str, Any], adapter_name: str, config: CoeffConfig) -> None:
+    """Gives each layer of `model`, `component.path` -> layer, Delta = 0 under a name that is new on it."""
+    parts, chosen = components(model), {}
+    for path, layer in layers.items():
         processor = getattr(layer, "processor", None)
-        if not isinstance(processor, CoeffAttnProcessor):
-            wrapper = CoeffAttnProcessor(head_count(layer), processor or SdpaAttention()).to(device_of(layer))
-            wrapper.delete_adapter(DEFAULT_ADAPTER)
-            set_processor(layer, wrapper)
-        if _RECORD not in vars(layer):
-            vars(layer)[_RECORD] = (layer.processor, layer.register_forward_pre_hook(_refuse_replaced))
-    for processor in dict.fromkeys(layer.processor for layer in layers):
-        processor.add_adapter(adapter_name, config)
+        if isinstance(processor, CoeffAttnProcessor):
+            coefficients = processor.coefficients
+        else:
+            coefficients = LayerCoefficients(head_count(layer))
+        component, _, inner = path.partition(".")
+        put_on(parts[component], inner, layer, coefficients)
+        chosen[coefficients] = accelerator_of(layer)
+    for coefficients, device in chosen.items():
+        coefficients.add_adapter(adapter_name, config)
+        if device is not None:
+            coefficients.move(device)
     _choose_attention_functions(model)
 
 
-def set_processor(layer: Any, processor: Any) -> None:
-    """`layer.processor = processor`, also from a Module to a plain object and on layers without `set_processor`."""
-    layer._modules.pop("processor", None)
-    layer.processor = processor
-
-
-# What a layer was given is written down on the layer itself, out of sight of `named_modules` and `state_dict`: it goes
-# with copies and pickles of the model, and ends with it.
-_RECORD = "_coeff_record"
-
-
-def _recorded(layer: Any) -> Any:
-    return vars(layer)[_RECORD][0]
-
-
-def _refuse_replaced(layer: Any, args: Any) -> None:
-    """Before each forward pass of a layer with coefficients: they must still be there."""
-    processor = getattr(layer, "processor", None)
-    if not isinstance(processor, CoeffAttnProcessor):  # of whatever copy of the model
-        raise RuntimeError(
-            f"the processor with this layer's coefficients was replaced by {type(processor).__name__}; "
-            "set_coeff_adapters(model, names) puts the coefficients on it, unload_coeff_weights(model) gives them up"
+def _put_back(model: Any, lost: Mapping[str, tuple[Any, LayerCoefficients]]) -> None:
+    """Puts the coefficients that layers have lost on the processors, or modules, that there are now."""
+    gone = [path for path, (layer, c) in lost.items() if layer is None or head_count(layer) != c.num_heads]
+    if gone:
+        raise ValueError(
+            f"these layers with coefficients are gone, or have another number of heads by now: {gone[:10]}; "
+            "unload_coeff_weights(model)"
         )
-    chosen = getattr(getattr(layer, "config", None), "_attn_implementation", None)
-    if isinstance(processor.processor, SdpaAttention) and chosen != IMPLEMENTATION:
-        raise RuntimeError(
-            f"the attention function was set to {chosen!r}, where coefficients take no part; call "
-            f"set_attn_implementation({IMPLEMENTATION!r}), or unload_coeff_weights(model)"
-        )
+    check_softmax({path: layer for path, (layer, _) in lost.items()})
+    parts = components(model)
+    for path, (layer, coefficients) in lost.items():
+        component, _, inner = path.partition(".")
+        put_on(parts[component], inner, layer, coefficients)
 
 
-def _put_back(model: Any, replaced: Mapping[str, Any]) -> None:
-    """Puts the coefficients that layers have lost on the processors that they have now."""
-    check_softmax(dict(replaced))
-    new: dict[Any, Any] = {layer.processor: layer.processor.processor for layer in _wrapped_layers(model)}
-    if any(new.setdefault(_recorded(layer), layer.processor) is not layer.processor for layer in replaced.values()):
-        raise ValueError("coefficients tied over several layers cannot be put on different processors")
-    for layer in replaced.values():
-        wrapper, processor = _recorded(layer), layer.processor
-        if wrapper.processor is not processor:
-            wrapper.wrap(processor)
-        set_processor(layer, wrapper)
-
-
-def _unwrap(model: Any, layers: Sequence[Any]) -> None:
+def _unwrap(model: Any, layers: Mapping[str, Any]) -> None:
     """Gives layers their own processor back, unless they have another by now, and forgets their coefficients."""
-    for layer in layers:
-        if isinstance(layer.processor, CoeffAttnProcessor):
-            own = layer.processor.processor
-            set_processor(layer, own)
-            if isinstance(own, SdpaAttention):
-                del layer.processor
-        _, hook = vars(layer).pop(_RECORD, (None, None))
-        if hook is not None:
-            hook.remove()
+    parts = components(model)
+    for path, layer in layers.items():
+        if layer is not None:
+            take_off(layer)
+        component, _, inner = path.partition(".")
+        record = known_record(parts[component])
+        if record is not None:
+            record.layers.pop(inner, None)
     _choose_attention_functions(model)
-    still = _by_part(model, _walk(model)[0])
-    for part in components(model).values():
-        if part not in still:
-            remove_call_scale(part)
+    held = find_layers(model)[0]
+    for component, part in parts.items():
+        if not any(path.startswith(f"{component}.") for path in held):
+            remove_record(part)
 
 
 def _choose_attention_functions(model: Any) -> None:
     for part in components(model).values():
         if is_text_encoder(part):
-            use_coefficients(part, bool(_wrapped_layers(part)))
+            use_coefficients(part, bool(find_layers(part)[0]))
 
 
 def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -373,16 +394,14 @@ def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module
 
 def check_new_adapter_name(model: Any, adapter_name: str) -> None:
     """Raises ValueError if the name is in use on `model` or cannot be used."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-        raise ValueError(
-            "adapter_name must not be empty, hold a full stop or be the name of a method of torch's ParameterDict, "
-            f"got {adapter_name!r}"
-        )
-    if any(not processor.enabled for processor in coeff_processors(model)):
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name must not be empty or hold a full stop, got {adapter_name!r}")
+    known = layer_coefficients(model)
+    if not all(layer.enabled for layer in known):
         raise ValueError(
             "coefficients are disabled, and a new adapter would be too: enable_coeff_adapters(model) first"
         )
-    if any(adapter_name in processor.coeff for processor in coeff_processors(model)):
+    if any(adapter_name in layer.coeff for layer in known):
         raise ValueError(
             f"adapter {adapter_name!r} is in use (there are {list_coeff_adapters(model)}): choose another "
             f"adapter_name, or delete_coeff_adapters(model, {adapter_name!r}) first; "
@@ -390,11 +409,11 @@ def check_new_adapter_name(model: Any, adapter_name: str) -> None:
         )
 
 
-def _check_ties(model: Any, layers: Sequence[Any]) -> None:
+def _check_ties(model: Any, layers: Iterable[Any]) -> None:
     """Raises ValueError if one of `layers` shares its coefficients with a layer that is not among them."""
-    chosen, wrapped = {id(layer) for layer in layers}, _wrapped_layers(model)
-    tied = {id(layer.processor) for layer in wrapped if id(layer) in chosen}
-    left_out = sum(id(layer.processor) in tied and id(layer) not in chosen for layer in wrapped)
+    chosen, held = set(layers), find_layers(model)[0].values()
+    tied = {layer.processor.coefficients for layer in held if layer in chosen}
+    left_out = sum(layer.processor.coefficients in tied and layer not in chosen for layer in held)
     if left_out:
         raise ValueError(
             f"the selected layers share a CoeffAttnProcessor with {left_out} that are not selected, which would get "
@@ -402,96 +421,58 @@ def _check_ties(model: Any, layers: Sequence[Any]) -> None:
         )
 
 
-def _wrapped_layers(model: Any) -> list[Any]:
-    return list(_walk(model)[0].values())
-
-
-def _wrapped_paths(model: Any) -> dict[str, CoeffAttnProcessor]:
-    return _processors(_walk(model)[0])
-
-
-def _processors(wrapped: Mapping[str, Any]) -> dict[str, CoeffAttnProcessor]:
-    return {path: layer.processor for path, layer in wrapped.items()}
-
-
-def _walk(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Component and module path -> layer: those with coefficients, and those that lost them to another processor.
-
-    A walk of its own, for `named_modules` takes longer than a switch of adapters should.
-    """
-    wrapped, replaced, seen = {}, {}, set()
-    todo: list[tuple[str, Any]] = list(components(model).items())[::-1]
-    while todo:
-        path, module = todo.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        children = module._modules
-        if isinstance(children.get("processor"), CoeffAttnProcessor):
-            wrapped[path] = module
-        if _RECORD in vars(module) and getattr(module, "processor", None) is not _recorded(module):
-            replaced[path] = module
-        todo.extend((f"{path}.{name}", children[name]) for name in reversed(children) if name != "processor")
-    return wrapped, replaced
+def _coefficients(held: Mapping[str, Any]) -> dict[str, LayerCoefficients]:
+    return {path: layer.processor.coefficients for path, layer in held.items()}
 
 
 def _by_layer(
-    processors: Mapping[str, CoeffAttnProcessor], name: str, patterns: Mapping[str, float]
-) -> dict[CoeffAttnProcessor, float]:
-    """Processor -> the weight that the last pattern matching its path says, 1 where none matches."""
-    paths = {path: processor for path, processor in processors.items() if name in processor.coeff}
+    paths: Mapping[str, LayerCoefficients], name: str, patterns: Mapping[str, float]
+) -> dict[LayerCoefficients, float]:
+    """Coefficients -> the weight that the last pattern matching their path says, 1 where none matches."""
+    paths = {path: coefficients for path, coefficients in paths.items() if name in coefficients.coeff}
     idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
     if idle:
         raise ValueError(
             f"the patterns {idle} match none of the {len(paths)} layers of adapter {name!r}, of which the first is "
             f"{next(iter(paths))!r}"
         )
-    chosen: dict[CoeffAttnProcessor, float] = {}
-    for path, processor in paths.items():
+    chosen: dict[LayerCoefficients, float] = {}
+    for path, coefficients in paths.items():
         weight = [1.0, *(float(weight) for pattern, weight in patterns.items() if matches(path, pattern))][-1]
-        if chosen.setdefault(processor, weight) != weight:
-            raise ValueError(f"{path} is tied to layers of weight {chosen[processor]}, and cannot have {weight}")
+        if chosen.setdefault(coefficients, weight) != weight:
+            raise ValueError(f"{path} is tied to layers of weight {chosen[coefficients]}, and cannot have {weight}")
     return chosen
 
 
 def _activate(
-    processors: Mapping[nn.Module, list[CoeffAttnProcessor]],
-    weights: Mapping[str, float | Mapping[CoeffAttnProcessor, float]],
+    model: Any, held: Mapping[str, Any], weights: Mapping[str, float | Mapping[LayerCoefficients, float]]
 ) -> None:
-    for part, of_part in processors.items():
-        scale = call_scale(part)
-        for processor in of_part:
-            processor.call_scale = scale
-            processor.adapter_weights = {
-                name: float(weight[processor] if isinstance(weight, Mapping) else weight)
-                for name, weight in weights.items()
-                if name in processor.coeff
-            }
+    components_held = {path.partition(".")[0] for path in held}
+    records = {name: model_record(part) for name, part in components(model).items() if name in components_held}
+    for path, coefficients in _coefficients(held).items():
+        coefficients.record = records[path.partition(".")[0]]
+        coefficients.adapter_weights = {
+            name: float(weight[coefficients] if isinstance(weight, Mapping) else weight)
+            for name, weight in weights.items()
+            if name in coefficients.coeff
+        }
 
 
-def known_processors(model: Any, names: Sequence[str] = ()) -> list[CoeffAttnProcessor]:
-    """As [`coeff_processors`], of a model that has these adapters, and at least one.
+def known_coefficients(model: Any, names: Sequence[str] = ()) -> list[LayerCoefficients]:
+    """As [`layer_coefficients`], of a model that has these adapters, and at least one.
 
     Raises:
         ValueError: otherwise.
     """
-    processors = coeff_processors(model)
-    _check_names(model, names, processors)
-    return processors
+    found = layer_coefficients(model)
+    _check_names(model, names, found)
+    return found
 
 
-def _check_names(model: Any, names: Sequence[str], processors: Iterable[CoeffAttnProcessor]) -> None:
-    known = dict.fromkeys(name for processor in processors for name in processor.configs)
+def _check_names(model: Any, names: Sequence[str], layers: Iterable[LayerCoefficients]) -> None:
+    known = dict.fromkeys(name for layer in layers for name in layer.configs)
     if not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"{type(model).__name__} has no adapter {unknown}; it has {list(known)}")
-
-
-def _by_part(model: Any, wrapped: Mapping[str, Any]) -> dict[nn.Module, list[CoeffAttnProcessor]]:
-    """The processors of each component that has some."""
-    found: dict[str, dict[CoeffAttnProcessor, None]] = {}
-    for path, layer in wrapped.items():
-        found.setdefault(path.partition(".")[0], {})[layer.processor] = None
-    return {part: list(found[name]) for name, part in components(model).items() if name in found}

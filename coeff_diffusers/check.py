@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from .adapters import components, replaced_layers
-from .layers import attention_layers, processor_name
-from .processor import NATIVE_BACKENDS, CoeffAttnProcessor
+from .adapters import components, find_layers, now
+from .coefficients import LayerCoefficients
+from .layers import attention_layers
+from .processor import NATIVE_BACKENDS
 from .text import IMPLEMENTATION, is_text_encoder
 
 
@@ -23,31 +24,26 @@ def check_coeff_adapters(model: Any) -> list[str]:
         One line per finding. Lines that begin with `"problem: "` name what keeps coefficients from taking part in the
         next forward pass, or from being trained in it; the others begin with `"ok: "`.
     """
-    replaced = replaced_layers(model)
-    layers = {
-        f"{component}.{path}": layer
-        for component, part in components(model).items()
-        for path, layer in attention_layers(part).items()
-    }
-    wrapped = {path: layer for path, layer in layers.items() if isinstance(_processor(layer), CoeffAttnProcessor)}
-    if not wrapped and not replaced:
+    held, lost = find_layers(model)
+    if not held and not lost:
         return [f"problem: {type(model).__name__} has no coefficients"]
-    processors = list(dict.fromkeys(layer.processor for layer in wrapped.values()))
-    lines = [f"ok: {len(wrapped)} of {len(layers)} attention layers have coefficients"]
-    for name in dict.fromkeys(name for processor in processors for name in processor.coeff):
-        lines += _adapter(name, [processor for processor in processors if name in processor.coeff])
-    if not all(processor.enabled for processor in processors):
+    chosen = {path.partition(".")[0] for path in (*held, *lost)}  # of the components, those that have some
+    layers = sum(len(attention_layers(part)) for name, part in components(model).items() if name in chosen)
+    coefficients = list(dict.fromkeys(layer.processor.coefficients for layer in held.values()))
+    lines = [f"ok: {len(held)} of {layers} attention layers have coefficients"]
+    for name in dict.fromkeys(name for layer in coefficients for name in layer.coeff):
+        lines += _adapter(name, [layer for layer in coefficients if name in layer.coeff])
+    if not all(layer.enabled for layer in coefficients):
         lines.append("problem: coefficients are switched off (coeff_disabled)")
     lines += [
-        f"problem: {path} lost its coefficients, its processor is now {processor_name(layer)}"
-        for path, layer in replaced.items()
+        f"problem: {path} lost its coefficients, its processor is {now(layer)}" for path, (layer, _) in lost.items()
     ]
-    return lines + _backends(model, wrapped)
+    return lines + _backends(model, held)
 
 
-def _adapter(name: str, processors: Sequence[CoeffAttnProcessor]) -> list[str]:
-    deltas = [processor.coeff[name] for processor in processors]
-    weights = {processor.adapter_weights.get(name, 0.0) for processor in processors}
+def _adapter(name: str, layers: Sequence[LayerCoefficients]) -> list[str]:
+    deltas = [layer.coeff[name] for layer in layers]
+    weights = {layer.adapter_weights.get(name, 0.0) for layer in layers}
     frozen = sum(not delta.requires_grad for delta in deltas)
     lines = []
     if weights == {0.0}:
@@ -58,8 +54,8 @@ def _adapter(name: str, processors: Sequence[CoeffAttnProcessor]) -> list[str]:
         lines.append(f"ok: adapter {name!r} is active with weight {', '.join(map(str, sorted(weights)))}")
     if frozen:
         lines.append(
-            f"problem: {frozen} of {len(deltas)} matrices of adapter {name!r} are frozen and will not train, as "
-            "peft's add_adapter leaves them: for p in coeff_parameters(model): p.requires_grad_(True)"
+            f"problem: {frozen} of {len(deltas)} matrices of adapter {name!r} are frozen and will not train: "
+            "for p in coeff_parameters(model): p.requires_grad_(True)"
         )
     else:
         lines.append(f"ok: adapter {name!r} is trainable, {sum(delta.numel() for delta in deltas)} coefficients")
@@ -70,7 +66,7 @@ def _adapter(name: str, processors: Sequence[CoeffAttnProcessor]) -> list[str]:
 
 def _backends(model: Any, wrapped: dict[str, Any]) -> list[str]:
     lines = []
-    named = {getattr(_processor(layer).processor, "_attention_backend", None) for layer in wrapped.values()}
+    named = {getattr(layer.processor.processor, "_attention_backend", None) for layer in wrapped.values()}
     for backend in sorted(str(getattr(backend, "value", backend)) for backend in named if backend is not None):
         native = backend in NATIVE_BACKENDS
         lines.append(
@@ -85,7 +81,3 @@ def _backends(model: Any, wrapped: dict[str, Any]) -> list[str]:
                 f"set_attn_implementation({IMPLEMENTATION!r})"
             )
     return lines
-
-
-def _processor(layer: Any) -> Any:
-    return getattr(layer, "processor", None)

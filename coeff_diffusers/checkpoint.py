@@ -26,9 +26,9 @@ from torch import Tensor
 from .adapters import (
     DEFAULT_ADAPTER,
     check_new_adapter_name,
-    coeff_processors,
     components,
-    known_processors,
+    known_coefficients,
+    layer_coefficients,
     list_coeff_adapters,
     set_coeff_adapters,
     wrap_layers,
@@ -131,7 +131,7 @@ def load_coeff_weights(
     if hotswap and not strict:
         raise ValueError("hotswap=True replaces a whole adapter or nothing; strict=False cannot be had with it")
     if hotswap:
-        known_processors(model, [adapter_name])
+        known_coefficients(model, [adapter_name])
     else:
         check_new_adapter_name(model, adapter_name)
     source = pretrained_model_name_or_path_or_dict
@@ -161,8 +161,9 @@ def load_coeff_weights(
         if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
             check_text_encoder(part)
     if not hotswap:
-        wrap_layers(model, list(chosen.values()), adapter_name, CoeffConfig())
-    with torch.no_grad():
+        paths = {key.removesuffix(KEY_SUFFIX): layer for key, layer in chosen.items()}
+        wrap_layers(model, paths, adapter_name, CoeffConfig())
+    with torch.inference_mode(False), torch.no_grad():
         for key, layer in chosen.items():
             layer.processor.coeff[adapter_name].copy_(state_dict[key])
     if not hotswap:
@@ -198,12 +199,23 @@ def read_coeff_metadata(
 
 
 def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, Tensor]:
-    """The adapter with the file's keys: copies on the CPU, float32, (H, H)."""
+    """The adapter with the file's keys: copies on the CPU, float32, (H, H).
+
+    [`load_coeff_weights`] takes it, also for a model that the host has built of this one:
+
+        pipe = AnimateDiffPipeline.from_pipe(tuned, motion_adapter=adapter)
+        load_coeff_weights(pipe, coeff_state_dict(tuned))
+    """
     return {
         key: layer.processor.coeff[adapter_name].detach().cpu().clone()
         for key, layer in _keyed_layers(model).items()
-        if adapter_name in getattr(getattr(layer, "processor", None), "coeff", ())
+        if adapter_name in _coeff_of(layer)
     }
+
+
+def _coeff_of(layer: Any) -> Mapping[str, Tensor]:
+    processor = getattr(layer, "processor", None)
+    return processor.coefficients.coeff if isinstance(processor, CoeffAttnProcessor) else {}
 
 
 def _keyed_layers(model: Any) -> dict[str, Any]:
@@ -227,8 +239,8 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
         if component in saved
     }
     parts = sorted(components(model).values(), key=is_text_encoder)  # the denoiser's config, where there are several
-    processors = (processor for part in parts for processor in coeff_processors(part))
-    config = next(p.configs[adapter_name] for p in processors if adapter_name in p.configs)
+    layers = (layer for part in parts for layer in layer_coefficients(part))
+    config = next(layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs)
     return {"format_version": FORMAT_VERSION, "config": config.to_dict(), "base": base}
 
 
@@ -435,7 +447,7 @@ def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, A
         elif not torch.isfinite(delta).all():
             found[key] = f"has {int((~torch.isfinite(delta)).sum())} values that are not finite"
         elif isinstance(getattr(layers[key], "processor", None), CoeffAttnProcessor):
-            first = tied.setdefault(id(layers[key].processor), key)
+            first = tied.setdefault(id(layers[key].processor.coefficients), key)
             if not torch.equal(delta, state_dict[first]):
                 found[key] = f"differs from {first}, to which this layer is tied"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,9 +14,6 @@ from .config import AttentionKind, CoeffConfig
 from .text import check_text_encoder, is_text_encoder, text_attention_layers
 
 logger = logging.getLogger(__name__)
-
-# Processors that compute their own softmax, so that there is no call to mix at. Each has a twin that makes the call.
-_OWN_SOFTMAX = ("AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor")
 
 # Parts of processors' class names, and why their layers get no coefficients.
 _LEFT_OUT = {
@@ -58,10 +56,10 @@ def head_count(module: nn.Module) -> int:
     return next((count for count in counts if isinstance(count, int)), 0)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where the module's weights are; the CPU for those that an offloading hook keeps elsewhere."""
+def accelerator_of(module: nn.Module) -> torch.device | None:
+    """Where the module's weights are; `None` on a CPU, and where an offloading hook keeps them between calls."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
+    return None if device.type in ("cpu", "meta") else device
 
 
 def attention_kind(path: str, module: nn.Module) -> AttentionKind:
@@ -124,15 +122,30 @@ def select_layers(model: nn.Module, config: CoeffConfig) -> dict[str, Any]:
 
 
 def check_softmax(layers: dict[str, Any]) -> None:
-    """Raises ValueError if the processors of some layers compute their own softmax."""
-    names = {path: processor_name(module) for path, module in layers.items()}
-    hand_made = [f"{path} ({name})" for path, name in names.items() if _computes_own_softmax(name)]
-    if hand_made:
+    """Raises ValueError if the processors of some layers compute their own softmax, with a way out for each."""
+    found: dict[str, list[str]] = {}
+    for path, module in layers.items():
+        if advice := softmax_advice(module):
+            found.setdefault(advice, []).append(f"{path} ({processor_name(module)})")
+    if found:
         raise ValueError(
-            "the attention processors of these layers compute their own softmax, where no coefficients can take part; "
-            "call model.set_attn_processor(AttnProcessor2_0()), or disable attention slicing or xFormers, first:\n"
-            + _listed(hand_made)
+            "the attention processors of these layers compute their own softmax, where no coefficients can take part. "
+            + "\n".join(f"First {advice}:\n{_listed(paths)}" for advice, paths in found.items())
         )
+
+
+def softmax_advice(module: Any) -> str | None:
+    """What to do about a processor that computes its own softmax, so that there is no call to mix at, or `None`."""
+    processor = wrapped_processor(module)
+    name = type(processor).__name__
+    if not _computes_own_softmax(processor):
+        return None
+    if not getattr(module, "scale_qk", True):
+        return "leave such layers out, by CoeffConfig(exclude=...): no other processor leaves their scores unscaled"
+    if isinstance(processor, nn.Module):
+        return f"put {name}2_0, with the same weights, in its place"
+    added = getattr(module, "added_kv_proj_dim", None) is not None
+    return f"call model.set_attn_processor({'AttnAddedKVProcessor2_0' if added else 'AttnProcessor2_0'}())"
 
 
 def _is_selected(config: CoeffConfig, path: str, module: nn.Module) -> bool:
@@ -156,8 +169,12 @@ def _check_patterns(config: CoeffConfig, layers: dict[str, nn.Module]) -> None:
         )
 
 
-def _computes_own_softmax(processor_name: str) -> bool:
-    return processor_name in _OWN_SOFTMAX or "Sliced" in processor_name or "XFormers" in processor_name
+def _computes_own_softmax(processor: Any) -> bool:
+    # xFormers and slices go by their names; the others get their maps from a method of diffusers' Attention
+    name = type(processor).__name__
+    call = type(processor).forward if isinstance(processor, nn.Module) else type(processor).__call__
+    code = getattr(inspect.unwrap(call), "__code__", None)
+    return "XFormers" in name or "Sliced" in name or "get_attention_scores" in getattr(code, "co_names", ())
 
 
 def reason_left_out(module: Any) -> str | None:
@@ -179,8 +196,12 @@ def _attention_outside_processors(model: nn.Module, layers: dict[str, Any]) -> l
 
 def processor_name(module: Any) -> str:
     """The class name of the processor of the host, wrapped or not."""
+    return type(wrapped_processor(module)).__name__
+
+
+def wrapped_processor(module: Any) -> Any:
     processor = getattr(module, "processor", None)
-    return type(getattr(processor, "processor", processor)).__name__
+    return getattr(processor, "processor", processor)
 
 
 def _listed(lines: list[str], most: int = 10) -> str:

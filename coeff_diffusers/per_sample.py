@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import coeff_processors, components, denoisers, known_processors
-from .processor import CoeffAttnProcessor
+from .adapters import components, denoisers, known_coefficients, layer_coefficients
+from .coefficients import LayerCoefficients
+from .record import model_record
 
 Pictures = list[tuple[str, float]]  # adapter, "" for none, and weight of each
 
@@ -53,21 +54,21 @@ def coeff_per_sample(
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each picture, got {adapter_names!r}")
     names = list(adapter_names)
-    known_processors(model, [name for name in dict.fromkeys(names) if name is not None])
+    known_coefficients(model, [name for name in dict.fromkeys(names) if name is not None])
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):
         raise ValueError(f"{len(names)} names need as many finite weights, and at least one, got {weights}")
-    processors = _denoising_processors(model, names)
-    if any(not processor.enabled for processor in processors):
+    layers = _denoising_layers(model, names)
+    if any(not layer.enabled for layer in layers):
         raise ValueError("coefficients are disabled, so that no name would count: enable_coeff_adapters(model) first")
-    if any(processor.per_sample is not None for processor in processors):
+    if any(layer.per_sample is not None for layer in layers):
         raise ValueError("coeff_per_sample is in use on this model: leave it before entering it with other names")
 
     pictures = [(name or "", weight) for name, weight in zip(names, weights)]
     with ExitStack() as undo:
-        for processor in processors:  # no samples, until the model is called
-            processor.per_sample = torch.empty(0, processor.num_heads, processor.num_heads)
-        undo.callback(_reset, processors)
+        for layer in layers:  # no samples, until the model is called
+            layer.per_sample = torch.empty(0, layer.num_heads, layer.num_heads)
+        undo.callback(_reset, layers)
         for called, part in _called_objects(model):
             undo.callback(_before_calls(called, _Samples(model, part, pictures)))
         for component in _other_components(model):
@@ -75,22 +76,22 @@ def coeff_per_sample(
         yield
 
 
-def _denoising_processors(model: Any, names: Sequence[str | None]) -> list[CoeffAttnProcessor]:
+def _denoising_layers(model: Any, names: Sequence[str | None]) -> list[LayerCoefficients]:
     parts = set(denoisers(model).values())
     for component, part in components(model).items():
-        known = [] if part in parts else [name for processor in coeff_processors(part) for name in processor.coeff]
+        known = [] if part in parts else [name for layer in layer_coefficients(part) for name in layer.coeff]
         elsewhere = sorted({name for name in names if name in known})
         if elsewhere:
             raise ValueError(f"adapters {elsewhere} are on {component}, too, where pictures cannot be told apart")
-    return [processor for part in parts for processor in coeff_processors(part)]
+    return [layer for part in parts for layer in layer_coefficients(part)]
 
 
 class _Samples:
-    """Gives a model's processors, before it is called, a matrix for each sample of the batch."""
+    """Gives a model's layers, before it is called, a matrix for each sample of the batch."""
 
     def __init__(self, model: Any, part: nn.Module, pictures: Pictures) -> None:
         self.model, self.part, self.pictures = model, part, pictures
-        self.processors = coeff_processors(part)
+        self.layers = layer_coefficients(part)
         self.current: Any = None
 
     def __call__(self, args: Any, kwargs: dict[str, Any]) -> None:
@@ -101,28 +102,27 @@ class _Samples:
                 f"{type(self.part).__name__} was called with a batch of {batch}, which is no multiple of the "
                 f"{len(pictures)} pictures that coeff_per_sample names"
             )
-        used = [p.coeff[name] for p in self.processors for name, _ in pictures if name in p.coeff]
+        used = [layer.coeff[name] for layer in self.layers for name, _ in pictures if name in layer.coeff]
         wanted = pictures, batch, [parameter._version for parameter in used]
         if wanted == self.current and not torch.is_grad_enabled():
             return  # the same as in the step before
-        for processor in self.processors:
+        model_record(self.part).move(self.part)
+        for layer in self.layers:
             times = batch // len(pictures)
-            processor.per_sample = _stack(processor, pictures).repeat(times, 1, 1)
-            processor.per_sample_dropout = [_dropout(processor, name) for name, _ in pictures] * times
+            layer.per_sample = _stack(layer, pictures).repeat(times, 1, 1)
+            layer.per_sample_dropout = [_dropout(layer, name) for name, _ in pictures] * times
         self.current = wanted
 
 
-def _stack(processor: CoeffAttnProcessor, pictures: Pictures) -> Tensor:
+def _stack(layer: LayerCoefficients, pictures: Pictures) -> Tensor:
     """weight * Delta of each picture's adapter, zeros where it has none here: (pictures, H, H)."""
-    device = next(iter(processor.coeff.values())).device
-    zeros = torch.zeros(processor.num_heads, processor.num_heads, device=device)
-    return torch.stack(
-        [weight * processor.coeff[name] if name in processor.coeff else zeros for name, weight in pictures]
-    )
+    device = next(iter(layer.coeff.values())).device
+    zeros = torch.zeros(layer.num_heads, layer.num_heads, device=device)
+    return torch.stack([weight * layer.coeff[name] if name in layer.coeff else zeros for name, weight in pictures])
 
 
-def _dropout(processor: CoeffAttnProcessor, name: str) -> float:
-    return processor.configs[name].dropout if name in processor.configs else 0.0
+def _dropout(layer: LayerCoefficients, name: str) -> float:
+    return layer.configs[name].dropout if name in layer.configs else 0.0
 
 
 def _of_running_call(model: Any, pictures: Pictures) -> Pictures:
@@ -199,7 +199,7 @@ def _before_calls(module: nn.Module, run: Callable[[Any, dict[str, Any]], object
     return lambda: setattr(module, "_compiled_call_impl", compiled)
 
 
-def _reset(processors: list[CoeffAttnProcessor]) -> None:
-    for processor in processors:
-        processor.per_sample = None
-        processor.per_sample_dropout = []
+def _reset(layers: list[LayerCoefficients]) -> None:
+    for layer in layers:
+        layer.per_sample = None
+        layer.per_sample_dropout = []

@@ -7,10 +7,8 @@ The host's processor is kept and called unchanged, inside a function mode that a
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from types import MethodType
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .call_scale import KEY, CallScale, checked
+from .coefficients import LayerCoefficients
 from .config import CoeffConfig
-from .functional import mixed_attention
-from .layers import device_of, head_count, select_layers
-
-logger = logging.getLogger(__name__)
+from .functional import mixed_attention, mixed_attention_reference
+from .layers import head_count, select_layers
+from .record import KEY, checked
 
 # Backends of diffusers' attention dispatcher that come down to scaled_dot_product_attention.
 NATIVE_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
@@ -43,8 +40,8 @@ _FIRST_CALL_ALONE = (
 _PICTURE_FIRST = ("SkyReelsV2AttnProcessor", "WanAttnProcessor")
 
 
-class CoeffAttnProcessor(nn.Module):
-    """Owns the residual coefficients Delta of one attention layer, (H, H) float32 an adapter, and mixes its maps.
+class CoeffAttnProcessor:
+    """Runs the processor of an attention layer, and mixes its maps with the layer's coefficients.
 
     One instance may serve several layers; their coefficients are then tied:
 
@@ -57,11 +54,12 @@ class CoeffAttnProcessor(nn.Module):
     and the pictures of Wan, SkyReels V2 and Cosmos 2.5), and those of perturbed-attention guidance. Coefficients mean
     the same with an image prompt as without.
 
-    The host sees the wrapped processor in its place: its signature, its class (`isinstance` and `__class__`), and the
-    attributes that diffusers sets on processors by name.
+    The host sees the wrapped processor in its place: its signature, its class (`isinstance` and `__class__`), and all
+    of its attributes, to read and to set. A wrapper is an `nn.Module` exactly where that processor is one.
 
-    Delta takes no part in the host's `state_dict`, so `save_pretrained` writes the base model and nothing else;
-    [`save_coeff_weights`] writes Delta. Casting the host (`.to(torch.float16)`) moves Delta but leaves it float32.
+    Delta, residual and float32, is in `coefficients`, and so no part of the host's module tree: `parameters`,
+    `state_dict`, `to` and `save_pretrained` of the host know the base model and nothing else. [`save_coeff_weights`]
+    writes it, [`coeff_parameters`] hands it to an optimizer.
 
     Args:
         num_heads: H, the number of query heads of the layer.
@@ -70,27 +68,27 @@ class CoeffAttnProcessor(nn.Module):
         dropout: probability with which an entry of Delta is dropped while the layer is in training mode.
     """
 
-    def __init__(self, num_heads: int, processor: Any = None, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-        if processor is None:
-            from diffusers.models.attention_processor import AttnProcessor2_0
+    processor: Any
+    coefficients: LayerCoefficients
 
-            processor = AttnProcessor2_0()
+    def __new__(cls, num_heads: int, processor: Any = None, **_: Any) -> CoeffAttnProcessor:
         if isinstance(processor, CoeffAttnProcessor):
             raise ValueError("processor is a CoeffAttnProcessor already; add_coeff_adapter gives it a further adapter")
-        self.num_heads = num_heads
-        self.processor = processor
-        self.enabled = True
-        self.coeff = nn.ParameterDict()
-        self.adapter_weights: dict[str, float] = {}
-        self.configs: dict[str, CoeffConfig] = {}
-        self.call_scale = CallScale()
-        self.per_sample: Tensor | None = None  # (samples, H, H) within coeff_per_sample
-        self.per_sample_dropout: list[float] = []  # of each of them
-        self.add_adapter("default", CoeffConfig(dropout=dropout))
-        self._present_signature()
+        return _empty_wrapper(processor or _default_processor())
+
+    def __init__(self, num_heads: int, processor: Any = None, *, dropout: float = 0.0) -> None:
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+        self.processor = processor or _default_processor()
+        self.coefficients = LayerCoefficients(num_heads)
+        self.coefficients.add_adapter("default", CoeffConfig(dropout=dropout))
+
+    @classmethod
+    def around(cls, processor: Any, coefficients: LayerCoefficients) -> CoeffAttnProcessor:
+        """A wrapper of `processor` with coefficients that others may have, too."""
+        wrapper = _empty_wrapper(processor)
+        wrapper.processor, wrapper.coefficients = processor, coefficients
+        return wrapper
 
     @classmethod
     def for_model(cls, model: Any, config: CoeffConfig | None = None) -> dict[str, Any]:
@@ -106,55 +104,12 @@ class CoeffAttnProcessor(nn.Module):
             raise ValueError(f"{type(model).__name__} has no set_attn_processor; use add_coeff_adapter(model, config)")
         processors = dict(model.attn_processors)
         for path, module in select_layers(model, config).items():
-            wrapper = cls(head_count(module), module.processor).to(device_of(module))
-            wrapper.configs["default"] = config
-            processors[f"{path}.processor"] = wrapper
+            coefficients = LayerCoefficients(head_count(module))
+            coefficients.add_adapter("default", config)
+            processors[f"{path}.processor"] = cls.around(module.processor, coefficients)
         return processors
 
-    def add_adapter(self, name: str, config: CoeffConfig) -> None:
-        """Adds Delta = 0 under `name`, which must be new, and makes it the only active one."""
-        device = next((p.device for p in self.coeff.values()), None)
-        zeros = torch.zeros(self.num_heads, self.num_heads, dtype=torch.float32, device=device)
-        self.coeff[name] = nn.Parameter(zeros)
-        self.configs[name] = config
-        self.adapter_weights = {name: 1.0}
-
-    def delete_adapter(self, name: str) -> None:
-        """Removes `name`, active or not."""
-        del self.coeff[name]
-        del self.configs[name]
-        self.adapter_weights.pop(name, None)
-
-    def delta(self, training: bool = False) -> Tensor | None:
-        """sum_k w_k Delta_k over the active adapters, (H, H) float32; `None` where that is the base model.
-
-        Within [`coeff_per_sample`], (samples, H, H). All is times the call's `coeff_scale`.
-
-        Args:
-            training: whether to drop entries, as the adapters' configs say.
-        """
-        scale = self.call_scale.scale
-        if not self.enabled or scale == 0.0:
-            return None
-        if self.per_sample is not None:
-            delta = self._dropped(self.per_sample) if training and any(self.per_sample_dropout) else self.per_sample
-            return delta if scale == 1.0 else scale * delta
-        active = {name: weight for name, weight in self.adapter_weights.items() if weight != 0.0}
-        if not active:
-            return None
-        terms = [
-            scale * weight * F.dropout(self.coeff[name], self.configs[name].dropout, training)
-            for name, weight in active.items()
-        ]
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
-
-    def _dropped(self, per_sample: Tensor) -> Tensor:
-        """(samples, H, H) with entries dropped, in each sample those that one adapter alone would drop now."""
-        ones = torch.ones_like(per_sample[0])
-        masks = {rate: F.dropout(ones, rate) for rate in dict.fromkeys(self.per_sample_dropout)}
-        return per_sample * torch.stack([masks[rate] for rate in self.per_sample_dropout])
-
-    def forward(self, attn: nn.Module, *args: Any, coeff_scale: float | None = None, **kwargs: Any) -> Any:
+    def __call__(self, attn: nn.Module, *args: Any, coeff_scale: float | None = None, **kwargs: Any) -> Any:
         """Runs the host's processor, with the maps mixed. The base model runs through the untouched call.
 
         Args:
@@ -164,12 +119,13 @@ class CoeffAttnProcessor(nn.Module):
             RuntimeError: if the processor ran and no `scaled_dot_product_attention` call was seen: the coefficients
                 would have had no effect.
         """
-        delta = self.delta(attn.training)  # a processor that was set later has no mode of its own
-        if delta is None or coeff_scale == 0.0 or _scores_are_skipped(attn):
+        coefficients = self.coefficients
+        if not coefficients.takes_part or coeff_scale == 0.0 or _scores_are_skipped(attn):
+            return self.processor(attn, *args, **kwargs)
+        delta = coefficients.delta(attn.training, _device_of(args, kwargs))
+        if delta is None:
             return self.processor(attn, *args, **kwargs)
         self._check_backend()
-        if attn.training and torch.is_grad_enabled() and not delta.requires_grad:
-            _warn_frozen(tuple(self.adapter_weights))
         name = type(self.processor).__name__
         picture_first = name in _PICTURE_FIRST and getattr(attn, "add_k_proj", None) is not None
         if coeff_scale is not None:
@@ -201,112 +157,82 @@ class CoeffAttnProcessor(nn.Module):
                 "unload_coeff_weights(model), or do not call enable_parallelism"
             )
 
-    def wrap(self, processor: Any) -> None:
-        """Takes `processor` in the place of the wrapped one."""
-        self._modules.pop("processor", None)
-        self.processor = processor
-        self._present_signature()
+    # To the host, the wrapped processor. Two attributes are the wrapper's own; those of its coefficients are at hand.
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         # diffusers asks for the class of a processor to know what it may set on it (an IP-Adapter's scale), what to
-        # pass (a mask for FlexAttention), and what to skip
-        processor = self.__dict__.get("processor") or self.__dict__.get("_modules", {}).get("processor")
-        return type(self) if processor is None else type(processor)
+        # pass (a mask for FlexAttention), and what to skip; torch.compile asks to know what it has to trace
+        traced = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo")
+        return type(self) if traced else type(self.__dict__.get("processor", self))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # as of any object, with the true class
-        return object.__new__, (type(self),), self.__getstate__()
+    def __getattr__(self, name: str) -> Any:
+        if "processor" not in self.__dict__:  # of an object that is only being made
+            raise AttributeError(name)
+        return getattr(self.coefficients if hasattr(self.coefficients, name) else self.processor, name)
 
-    def _get_name(self) -> str:
-        return type(self).__name__
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("coefficients", "processor"):
+            self.__dict__[name] = value
+        else:
+            setattr(self.coefficients if hasattr(self.coefficients, name) else self.processor, name, value)
 
-    def _present_signature(self) -> None:
-        # The host reads inspect.signature(processor.__call__) and drops the arguments that are not named there, so the
-        # signature shown must be the wrapped one's, and coeff_scale. It is read from the instance; the call itself
-        # goes by the class.
-        def call(self: CoeffAttnProcessor, *args: Any, **kwargs: Any) -> Any:
-            return nn.Module.__call__(self, *args, **kwargs)
+    def __delattr__(self, name: str) -> None:
+        delattr(self.processor, name)
 
-        signature = inspect.signature(self.processor.__call__)
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        scale = inspect.Parameter(KEY, inspect.Parameter.KEYWORD_ONLY, default=None)
-        parameters = sorted([itself, *signature.parameters.values(), scale], key=lambda parameter: parameter.kind)
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        self.__dict__["__call__"] = MethodType(call, self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "__call__"}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_wrapper, (self.processor,), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._present_signature()
+        self.__dict__.update(state)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoeffAttnProcessor:
-        def moved_not_cast(tensor: Tensor) -> Tensor:
-            applied: Tensor = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+    def __repr__(self) -> str:
+        c = self.coefficients
+        return (
+            f"CoeffAttnProcessor({self.processor!r}, num_heads={c.num_heads}, adapter_weights={c.adapter_weights}, "
+            f"enabled={c.enabled})"
+        )
 
-        self.coeff._apply(moved_not_cast)
-        for child in self.children():
-            child._apply(fn)
-        return self
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """All but the container of Delta, which the host's `named_modules` and `named_parameters` have.
-
-        accelerate's sequential offload goes from child to child, empties those with parameters of their own, and fills
-        them from the host's `state_dict` when they are called: the container is not called, and not in there.
-        """
-        return ((name, child) for name, child in super().named_children() if child is not self.coeff)
-
-    # The wrapped processor's own parameters (an IP-Adapter's) keep the keys they have without the wrapper; Delta has
-    # none, for it is no part of the base model.
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        destination = {} if destination is None else destination
-        if isinstance(self.processor, nn.Module):
-            self.processor.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return destination
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        *_, unexpected_keys, _ = args
-        own = [key for key in state_dict if key.startswith(prefix)]
-        if isinstance(self.processor, nn.Module):
-            for key in own:
-                state_dict[f"{prefix}processor.{key[len(prefix) :]}"] = state_dict.pop(key)
-        else:
-            unexpected_keys.extend(own)
-        for name, delta in self.coeff.items():  # not looked for in the host's file, so not missing from it
-            state_dict[f"{prefix}coeff.{name}"] = delta
-
-    # What diffusers reads and sets on processors by name.
+class _ModuleProcessor(CoeffAttnProcessor, nn.Module):
+    """Around a processor that is a Module, as an IP-Adapter's is, and one to the host: with that one's parameters,
+    children, hooks and mode, under the names that they have without the wrapper."""
 
     @property
-    def _attention_backend(self) -> Any:
-        return _of_wrapped(self, "_attention_backend")
+    def forward(self) -> Any:
+        return self.processor.forward
 
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.processor._attention_backend = backend
+    @forward.setter
+    def forward(self, forward: Any) -> None:  # as offloading hooks set it
+        self.processor.forward = forward
 
-    @property
-    def _parallel_config(self) -> Any:
-        return _of_wrapped(self, "_parallel_config")
 
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.processor._parallel_config = config
+def _default_processor() -> Any:
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
-    @property
-    def scale(self) -> Any:
-        return _of_wrapped(self, "scale")
+    return AttnProcessor2_0()
 
-    @scale.setter
-    def scale(self, scale: Any) -> None:
-        self.processor.scale = scale
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, adapter_weights={self.adapter_weights}, enabled={self.enabled}"
+def _empty_wrapper(processor: Any) -> CoeffAttnProcessor:
+    kind = _ModuleProcessor if isinstance(processor, nn.Module) else CoeffAttnProcessor
+    return object.__new__(_wrapper_class(kind, type(processor)))  # type: ignore[arg-type]
+
+
+@cache
+def _wrapper_class(kind: type[CoeffAttnProcessor], processor_class: type) -> type[CoeffAttnProcessor]:
+    """A class of wrappers that shows the signature of the processors' own class, and `coeff_scale`.
+
+    The host reads `inspect.signature(processor.__call__)` and drops the arguments that are not named there.
+    """
+
+    def call(self: CoeffAttnProcessor, *args: Any, **kwargs: Any) -> Any:
+        return CoeffAttnProcessor.__call__(self, *args, **kwargs)
+
+    signature = inspect.signature(processor_class.__call__)
+    scale = inspect.Parameter(KEY, inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = sorted([*signature.parameters.values(), scale], key=lambda parameter: parameter.kind)
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 class _MixMaps(TorchFunctionMode):
@@ -336,8 +262,10 @@ class _MixMaps(TorchFunctionMode):
                 f"{self.name} asks for attention of queries {tuple(query.shape)}, the coefficients are for (batch, "
                 f"{heads} heads, tokens, width): leave such layers out with CoeffConfig(exclude=...)"
             )
-        delta = self.delta if self.delta.ndim == 2 else _by_query(self.delta, query.shape[0])
-        return mixed_attention(query, key, value, delta, *args, **kwargs)
+        delta = self.delta if self.delta.ndim == 2 else _by_query(_unperturbed(self.delta, self.name), query.shape[0])
+        # ONNX has no operator for the one that mixes a block at a time
+        mix = mixed_attention_reference if torch.onnx.is_in_onnx_export() else mixed_attention
+        return mix(query, key, value, delta, *args, **kwargs)
 
 
 def _scores_are_skipped(attn: nn.Module) -> bool:
@@ -346,13 +274,20 @@ def _scores_are_skipped(attn: nn.Module) -> bool:
     return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
 
 
-@lru_cache
-def _warn_frozen(names: tuple[str, ...]) -> None:
-    logger.warning(
-        "a layer trains while its coefficients %s are frozen, as peft's add_adapter leaves what it finds; if they are "
-        "meant to train: for p in coeff_parameters(model): p.requires_grad_(True)",
-        list(names),
-    )
+def _device_of(args: Any, kwargs: Any) -> torch.device | None:
+    """Where a layer computes: the device of the first tensor that it is given."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device
+    return None
+
+
+def _unperturbed(delta: Tensor, name: str) -> Tensor:
+    """The matrices of the samples that perturbed-attention guidance leaves as they are, which come first."""
+    if not name.startswith("PAG"):
+        return delta
+    parts, left = (3, 2) if name.startswith("PAGCFG") else (2, 1)
+    return delta[: len(delta) * left // parts]
 
 
 def _by_query(delta: Tensor, batch: int) -> Tensor:
@@ -365,8 +300,3 @@ def _by_query(delta: Tensor, batch: int) -> Tensor:
     if batch % len(delta):
         raise ValueError(f"a layer's batch of {batch} is no multiple of the model's {len(delta)} samples")
     return delta if batch == len(delta) else delta.repeat_interleave(batch // len(delta), dim=0)
-
-
-def _of_wrapped(wrapper: CoeffAttnProcessor, name: str) -> Any:
-    # an AttributeError here says, as it should, that the wrapped processor has no such setting
-    return getattr(wrapper.processor, name)

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from coeff_diffusers.adapters import coeff_processors
+from coeff_diffusers.adapters import layer_coefficients
 
 
 @dataclass
@@ -161,6 +161,6 @@ def randomise(model: Any, adapter_name: str = "default", seed: int = 0, scale: f
     """Random Delta, not symmetric, so that rows and columns can be told apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for processor in coeff_processors(model):
+        for processor in layer_coefficients(model):
             if adapter_name in processor.coeff:
                 processor.coeff[adapter_name].normal_(std=scale, generator=generator)

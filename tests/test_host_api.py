@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 import weakref
 
@@ -15,11 +14,19 @@ from diffusers import (
     FasterCacheConfig,
     LayerSkipConfig,
     PyramidAttentionBroadcastConfig,
+    T5FilmDecoder,
     apply_faster_cache,
     apply_layer_skip,
     apply_pyramid_attention_broadcast,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+)
 from hosts import HOSTS, randomise, visible
 from model_zoo import build, call
 from peft import LoraConfig
@@ -37,7 +44,6 @@ from coeff_diffusers import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
-from coeff_diffusers import processor as processor_module
 from coeff_diffusers.layers import attention_layers
 
 UNET = HOSTS["unet"]
@@ -209,13 +215,49 @@ def test_sliced_attention_cannot_take_the_coefficients_over(tuned) -> None:
     run(tuned)
 
 
-def test_tied_coefficients_are_not_parted(unet) -> None:
+def test_the_way_out_of_sliced_attention_works_on_layers_of_either_kind() -> None:
+    deepfloyd = "UNet2DConditionModel (text among the keys)"
+    for name, processor, sliced, plain in (
+        (deepfloyd, AttnAddedKVProcessor2_0, "SlicedAttnAddedKVProcessor", AttnAddedKVProcessor),
+        ("UNet2DConditionModel", AttnProcessor2_0, "SlicedAttnProcessor", AttnProcessor),
+    ):
+        model = build(name)
+        model.set_attn_processor(plain())
+        way = rf"call model.set_attn_processor\({processor.__name__}\(\)\)"
+        with pytest.raises(ValueError, match=rf"First {way}:\n.*attentions.*\({plain.__name__}\)"):
+            add_coeff_adapter(model)
+        model.set_attn_processor(processor())
+        add_coeff_adapter(model)
+        randomise(model)
+        with torch.no_grad():
+            expected = call(name, model)
+            model.set_attention_slice("max")
+            with pytest.raises(RuntimeError, match=f"was replaced by {sliced}.*: {way}, then set_coeff_adapters"):
+                call(name, model)
+            model.set_attn_processor(processor())
+            set_coeff_adapters(model, "default")
+            torch.testing.assert_close(call(name, model), expected, rtol=0, atol=0)
+
+
+def test_unscaled_layers_are_not_told_to_take_a_processor_that_scales() -> None:
+    decoder = T5FilmDecoder(input_dims=4, d_model=8, num_layers=1, num_heads=2, d_kv=4, d_ff=8)
+    with pytest.raises(ValueError, match=r"First leave such layers out, by CoeffConfig\(exclude=...\): no other"):
+        add_coeff_adapter(decoder)
+
+
+def test_tied_coefficients_stay_tied_over_different_processors(unet) -> None:
     alike = visible(type(unet).from_config({**unet.config, "attention_head_dim": 4}).eval())
     alike.set_attn_processor(CoeffAttnProcessor(4))
     add_coeff_adapter(alike, adapter_name="noted")
+    randomise(alike, "noted")
+    (parameter,) = coeff_parameters(alike, "noted")
+    expected = run(alike)
     alike.set_attn_processor({name: AttnProcessor2_0() for name in alike.attn_processors})
-    with pytest.raises(ValueError, match="tied over several layers cannot be put on different processors"):
-        set_coeff_adapters(alike, "noted")
+    with pytest.raises(RuntimeError, match="was replaced by AttnProcessor2_0"):
+        run(alike)
+    set_coeff_adapters(alike, "noted")
+    assert coeff_parameters(alike, "noted") == [parameter]
+    torch.testing.assert_close(run(alike), expected, rtol=0, atol=0)
 
 
 def test_xformers_is_not_there_or_refused(tuned) -> None:
@@ -348,19 +390,19 @@ def test_compiled_blocks_are_eager(host) -> None:
     assert (run(model, host) - expected).norm() > 1e-2 * expected.norm()
 
 
-def test_peft_freezes_coefficients_and_it_is_said(tuned, caplog) -> None:
+def test_peft_leaves_coefficients_trainable(tuned) -> None:
     tuned.add_adapter(LORA)
-    assert "8 of 8 matrices of adapter 'default' are frozen and will not train, as peft's" in problems(tuned)[0]
-    processor_module._warn_frozen.cache_clear()
-    tuned.train()
-    with caplog.at_level(logging.WARNING):
-        UNET.run(tuned)
-    assert "trains while its coefficients ['default'] are frozen" in caplog.text
-    for parameter in coeff_parameters(tuned):
-        parameter.requires_grad_(True)
     assert problems(tuned) == []
     UNET.run(tuned).square().mean().backward()
     assert all(parameter.grad is not None for parameter in coeff_parameters(tuned))
+
+
+def test_frozen_coefficients_are_reported(tuned) -> None:
+    coeff_parameters(tuned)[0].requires_grad_(False)
+    assert problems(tuned) == [
+        "problem: 1 of 8 matrices of adapter 'default' are frozen and will not train: "
+        "for p in coeff_parameters(model): p.requires_grad_(True)"
+    ]
 
 
 @pytest.mark.parametrize("coeff_first", [True, False])

@@ -24,7 +24,7 @@ from coeff_diffusers import (
     save_coeff_weights,
     set_coeff_adapters,
 )
-from coeff_diffusers.adapters import coeff_processors
+from coeff_diffusers.adapters import layer_coefficients
 
 sys.path.append(str(Path(__file__).parent / "training"))
 from tiny_sd import tiny_pipeline
@@ -212,20 +212,25 @@ def test_afterwards_all_is_as_before_also_after_an_error(pipe) -> None:
         same(pictures(pipe, ["a dog"], [0]), inner)
 
 
+def forget_gradients(model):
+    for parameter in coeff_parameters(model):
+        parameter.grad = None
+
+
 def test_several_adapters_learn_in_one_batch_as_alone(unet) -> None:
     with_adapters(unet)
     host = HOSTS["unet"]
     target = torch.randn(2, 4, 8, 8)
     expected = {}
     for n, name in enumerate(("dog", "cat")):
-        unet.zero_grad()
+        forget_gradients(unet)
         with coeff_adapters(unet, name):
             (host.run(unet)[n] - target[n]).square().sum().backward()
         expected[name] = [parameter.grad.clone() for parameter in coeff_parameters(unet, name)]
-    unet.zero_grad()
+    forget_gradients(unet)
     with coeff_per_sample(unet, ["dog", "cat"]):
         for _ in range(2):  # the second step of a loop sees parameters that have moved, and a graph of its own
-            unet.zero_grad()
+            forget_gradients(unet)
             (host.run(unet) - target).square().sum().backward()
     for name, grads in expected.items():
         found = [parameter.grad for parameter in coeff_parameters(unet, name)]
@@ -340,7 +345,7 @@ def test_what_is_refused_says_why(unet, call, error, message) -> None:
     with_adapters(unet)
     with pytest.raises(error, match=message), call(unet):
         raise AssertionError("went in")
-    assert all(processor.per_sample is None for processor in coeff_processors(unet))
+    assert all(processor.per_sample is None for processor in layer_coefficients(unet))
 
 
 def test_names_that_do_not_fit_a_bare_model_s_batch(unet) -> None:

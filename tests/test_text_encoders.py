@@ -173,6 +173,7 @@ def test_text_encoders_are_left_alone_by_default(pipe) -> None:
     assert list_coeff_adapters(pipe.unet) == ["default"]
     assert list_coeff_adapters(pipe.text_encoder) == []
     assert pipe.text_encoder.config._attn_implementation == "sdpa"
+    assert check_coeff_adapters(pipe)[0] == "ok: 8 of 8 attention layers have coefficients"  # none is expected there
 
 
 def test_all_components_go_into_one_file(pipe, tmp_path) -> None:

@@ -158,7 +158,7 @@ def train(
         family.denoiser.enable_gradient_checkpointing()
         for encoder in family.trained_text_encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    step = DenoisingStep(family, family.trained_text_encoders)
+    step = DenoisingStep(family, family.trained_text_encoders, trainee.all_parameters)
     batches = make_batches(settings, accelerator, pictures, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)

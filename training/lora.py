@@ -36,10 +36,7 @@ def lora_targets(family: Family, settings: DreamBoothSettings) -> list[str]:
 
 
 def add_lora(model: Any, settings: DreamBoothSettings, targets: Sequence[str]) -> list[nn.Parameter]:
-    """Adds a LoRA, zero at first, and returns its parameters, in float32.
-
-    peft freezes whatever else it finds, coefficients too: they are added after this.
-    """
+    """Adds a LoRA, zero at first, and returns its parameters, in float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(

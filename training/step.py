@@ -12,14 +12,16 @@ class DenoisingStep(nn.Module):
     """From latents and prompts to the error of each picture, through all that trains.
 
     What wraps models for several processes synchronises gradients in the forward pass of what it wraps: the denoiser,
-    and text encoders that train, must all lie in there.
+    and text encoders that train, must all lie in there; and so must what trains, for coefficients are no parameters of
+    the models that they are on.
     """
 
-    def __init__(self, family: Family, text_encoders: list[nn.Module]) -> None:
+    def __init__(self, family: Family, text_encoders: list[nn.Module], trained: list[nn.Parameter]) -> None:
         super().__init__()
         self.family = family
         self.denoiser = family.denoiser
         self.text_encoders = nn.ModuleList(text_encoders)
+        self.trained = nn.ParameterList(trained)
         # frozen and shared out: of no concern to what averages gradients
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
 

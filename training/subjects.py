@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from coeff_diffusers import coeff_per_sample
-from coeff_diffusers.adapters import check_new_adapter_name
 
 
 @dataclass(frozen=True)
@@ -136,18 +135,6 @@ def _class_folder_problems(subjects: Sequence[Subject]) -> list[str]:
     return problems + [
         f"{folder} is the class_data_dir of several class_prompt" for folder, of in prompts.items() if len(of) > 1
     ]
-
-
-def check_subjects(subjects: Sequence[Subject], settings: DreamBoothSettings, model: Any) -> None:
-    """Raises InputError if a subject's name cannot be that of an adapter on the model."""
-    problems = []
-    for subject in subjects:
-        try:
-            check_new_adapter_name(model, subject.name)
-        except ValueError as error:
-            problems.append(f"{subject.name}: {error}")
-    if problems:
-        raise InputError(f"--subjects: {settings.subjects}:\n  " + "\n  ".join(problems))
 
 
 def _reserved_names(settings: DreamBoothSettings) -> dict[str, str]:

@@ -48,7 +48,7 @@ def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> d
     for name, encoder in _chosen(family).items():
         paths = layers_in_use(family, name)
         switch_dropout_off(encoder)
-        if settings.lora_rank:  # first, for peft freezes coefficients that are there
+        if settings.lora_rank:
             targets = [path for path, _ in encoder.named_modules() if _is_target(path, paths)]
             lora = add_lora(encoder, settings, targets)
             added.setdefault("text_encoder_lora", []).extend(lora)

@@ -43,7 +43,7 @@ from settings import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothS
 from sharding import check_processes, held
 from sources import Picture, folder_pictures
 from stopping import Stopped
-from subjects import check_subjects, read_subject_pictures, read_subjects
+from subjects import read_subject_pictures, read_subjects
 from text_encoders import add_text_encoder_adapters, check_text_encoders
 from torch import nn
 from trackers import check_trackers, end_training, log_pictures, start_trackers
@@ -204,7 +204,6 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     prompts = chain(*((*subject.validation_prompt, subject.class_prompt or "") for subject in subjects))
     family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
     check_adapters(family, settings)
-    check_subjects(subjects, settings, family.denoiser)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
     classes: dict[str, list[Picture]] = {name: [] for name in pictures}
     if settings.with_prior_preservation:
@@ -387,7 +386,7 @@ def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
 def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
     """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
     parameters = {}
-    if settings.lora_rank:  # first, for peft freezes coefficients that are there
+    if settings.lora_rank:
         parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
     if settings.coeff:
         add_coeff_adapter(family.denoiser, coeff_config(settings))
@@ -399,14 +398,17 @@ def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list
 
 def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -> None:
     """Raises RuntimeError unless exactly these parameters require a gradient, in float32."""
-    expected = {id(p) for group in parameters.values() for p in group}
-    problems = []
+    expected = {parameter for group in parameters.values() for parameter in group}
+    names = {p: f"{what} {n}" for what, group in parameters.items() for n, p in enumerate(group)}
     for component, part in family.pipeline.components.items():
-        for name, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
-            if parameter.requires_grad != (id(parameter) in expected):
-                problems.append(f"{component}.{name} " + ("trains" if parameter.requires_grad else "is frozen"))
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                problems.append(f"{component}.{name} trains in {parameter.dtype}")
+        if isinstance(part, nn.Module):
+            names |= {parameter: f"{component}.{name}" for name, parameter in part.named_parameters()}
+    problems = []
+    for parameter, name in names.items():
+        if parameter.requires_grad != (parameter in expected):
+            problems.append(f"{name} " + ("trains" if parameter.requires_grad else "is frozen"))
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            problems.append(f"{name} trains in {parameter.dtype}")
     if problems:
         raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
 

@@ -351,15 +351,6 @@ def test_problems_of_all_subjects_pictures_are_told_before_anything_is_loaded(
         train_all()
 
 
-def test_a_name_that_no_adapter_can_have_is_told(
-    train_all: Callable[..., dict[str, TrainingResult]], file: Path
-) -> None:
-    entries = yaml.safe_load(file.read_text())
-    written(file, [{**entries[0], "name": "keys"}, entries[1]])
-    with pytest.raises(InputError, match="keys: adapter_name must not .*got 'keys'"):
-        train_all()
-
-
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -22,7 +22,7 @@ from tiny_sd import MAX_TOKENS, tiny_pipeline
 from train_dreambooth import TrainingResult
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from coeff_diffusers import load_coeff_weights
+from coeff_diffusers import coeff_parameters, load_coeff_weights
 
 Train = Callable[..., TrainingResult]
 Argv = Callable[..., list[str]]
@@ -81,8 +81,10 @@ def test_the_text_encoder_itself_stays_as_it_was_and_what_trains_is_float32(
     after = {name.replace(".base_layer", ""): p for name, p in family_seen["encoder"].named_parameters()}
     for name, value in family_seen["before"].items():
         torch.testing.assert_close(after.pop(name), value, rtol=0, atol=0)
-    assert {name.partition("coeff.")[1] or name.partition("lora_")[1] for name in after} == {"coeff.", "lora_"}
-    assert all(value.dtype == torch.float32 and value.any() for value in after.values())
+    assert all("lora_" in name for name in after)
+    trained = [*after.values(), *coeff_parameters(family_seen["encoder"])]
+    assert len(trained) > len(after) > 0
+    assert all(value.dtype == torch.float32 and value.any() for value in trained)
 
 
 @pytest.mark.parametrize("flags", [{}, {"no_coeff": True, "text_encoder_lr": None}])
@@ -201,8 +203,11 @@ def test_layers_that_the_prompt_does_not_depend_on_get_nothing(argv: Argv) -> No
         "text_encoder_coefficients": 1,
         "text_encoder_lora": 2 * 4,
     }
-    in_step = {id(parameter) for parameter in DenoisingStep(family, family.trained_text_encoders).parameters()}
-    assert all(id(parameter) in in_step for group in added.values() for parameter in group)  # as DDP needs it
+    trained = [parameter for group in added.values() for parameter in group]
+    in_step = {
+        id(parameter) for parameter in DenoisingStep(family, family.trained_text_encoders, trained).parameters()
+    }
+    assert all(id(parameter) in in_step for parameter in trained)  # as DDP needs it
     [conditions] = family.encode_prompts(["a"])
     conditions["prompt_embeds"].square().sum().backward()
     assert all(parameter.grad is not None for group in added.values() for parameter in group)

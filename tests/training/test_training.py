@@ -26,6 +26,7 @@ from torch import Tensor
 from train_dreambooth import TrainingResult, check_trainable
 
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, load_coeff_weights
+from coeff_diffusers.adapters import layer_coefficients
 from coeff_diffusers.checkpoint import coeff_state_dict
 
 Train = Callable[..., TrainingResult]
@@ -70,7 +71,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def train(*args: Any) -> Any:
         losses = original_train(*args)
-        kept["after"] = _values(kept["parts"])
+        coefficients = layer_coefficients(kept["family"].pipeline)
+        kept["after"] = _values(kept["parts"]) | {
+            f"{n}.coeff.default": layer.coeff["default"].detach().clone() for n, layer in enumerate(coefficients)
+        }
         return losses
 
     monkeypatch.setattr(train_dreambooth, "train", train)
