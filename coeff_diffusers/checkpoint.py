@@ -313,7 +313,7 @@ def whole_file(path: Path) -> Iterator[str]:
     os.close(handle)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -412,3 +413,21 @@ def test_hotswap_wants_a_name_in_use_and_the_whole_file(trained, file, fresh) ->
         load_coeff_weights(fresh, file, hotswap=True)
     with pytest.raises(ValueError, match="hotswap=True replaces a whole adapter or nothing"):
         load_coeff_weights(trained, file, hotswap=True, strict=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="stands in for it")
+def test_a_file_is_flushed_as_windows_lets_it_be(monkeypatch, trained, tmp_path) -> None:
+    """Not by a handle that was opened to be read."""
+    import fcntl
+
+    flushed = []
+
+    def flush_as_there(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        flushed.append(handle)
+
+    monkeypatch.setattr(os, "fsync", flush_as_there)
+    save_coeff_weights(trained, tmp_path)
+    assert len(flushed) == 1
+    assert (tmp_path / NAME).stat().st_size > 0
