@@ -341,7 +341,8 @@ def test_onnx_has_an_operator_for_all_that_is_exported(unet, monkeypatch) -> Non
     inputs = tuple(HOSTS["unet"].inputs()[name] for name in ("sample", "timestep", "encoder_hidden_states"))
     expected = Alone(unet)(*inputs).detach()
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    program = torch.export.export(Alone(unet), inputs)  # which the newer exporter starts with, the older with a trace
+    # the newer exporter starts with this, the older one with a trace
+    program = torch.export.export(Alone(unet), inputs, strict=False)
     assert not any("coeff_diffusers" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*inputs), expected, rtol=1e-4, atol=1e-4)  # other sums
     traced = torch.jit.trace(Alone(unet), inputs, check_trace=False)
