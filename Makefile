@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-PARALLEL := --numprocesses 2 --dist loadgroup
+PARALLEL := --numprocesses 2 --dist loadfile
 
 .PHONY: install demo test test-oldest lint format bench clean
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
-# two processes at once: a test computes with one thread
+# two processes at once, for a test computes with one thread; a file's tests share what they have built
 test: $(STAMP)
 	$(PY) -m pytest $(PARALLEL)
 

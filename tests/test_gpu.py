@@ -58,16 +58,11 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(results.read_text())
 
 
-interpreter = pytest.mark.xdist_group("interpreter")  # so that one worker runs it, once
-
-
-@interpreter
 @pytest.mark.slow
 def test_all_that_was_interpreted_is_asked_for(interpreted) -> None:
     assert list(interpreted) == [*CASES, *CLAIMS]
 
 
-@interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_lose_no_more_than_twice_what_sdpa_loses(interpreted, case) -> None:
@@ -81,7 +76,6 @@ def test_kernels_lose_no_more_than_twice_what_sdpa_loses(interpreted, case) -> N
         assert 0 < ours <= 2 * max(sdpa, errors["rounding"])
 
 
-@interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claim(interpreted, claim) -> None:
