@@ -37,10 +37,11 @@ def mixed_attention(
     r"""`torch.nn.functional.scaled_dot_product_attention`, with the maps of all heads mixed by `I + coeff`.
 
     The maps are formed a block of query rows at a time and formed again in the backward pass, so that neither pass
-    stores an array of T x S entries. On x86 CPUs compiled code does it (kernel.py), with 10 MB of maps for each of
-    torch's threads forward, and 20 MB for all backward; or more where H * S exceeds 80,000, for a block has 32 rows at
-    least (16 with AVX2). Elsewhere torch's functions do it, with three or four arrays of 8 MB on a CPU. Attention
-    dropout, a mask that needs a gradient and forward-mode differentiation (`torch.func.jvp`) take the plain formula
+    stores an array of T x S entries. On x86 CPUs compiled code does it, with 10 MB of maps for each of torch's threads
+    forward, and 20 MB for all backward; or more where H * S exceeds 80,000, for a block has 32 rows at least (16 with
+    AVX2). On GPUs Triton kernels do it for bfloat16 and float16, with strips of maps of 48 to 96 MB; elsewhere torch's
+    functions, with three or four arrays of 8 MB on a CPU ([`get_mixing_backend`] says which). Attention dropout, a
+    mask that needs a gradient and forward-mode differentiation (`torch.func.jvp`) take the plain formula
     ([`mixed_attention_reference`]), which stores all T x S entries.
 
     The softmax and the mixing are done in float32 (float64 for float64 inputs), with autocast switched off; under

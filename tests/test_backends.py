@@ -50,6 +50,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu, "_name", lambda device: "Card 9000")
     monkeypatch.setattr(gpu, "_has_matrix_units", lambda device: True)
     monkeypatch.setattr(gpu, "is_installed", lambda: True)
+    monkeypatch.setattr(gpu, "triton_version", lambda: "3.7")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return calls
 
@@ -121,10 +122,14 @@ def test_an_unknown_card_checks_itself_once_for_each_dtype(monkeypatch, card, ca
     assert not caplog.records
 
 
-def test_a_card_with_a_result_is_not_checked(monkeypatch, card) -> None:
-    monkeypatch.setattr(tiles, "MEASURED", frozenset({"Card 9000"}))
+def test_a_card_with_a_result_of_this_triton_is_not_checked(monkeypatch, card) -> None:
+    monkeypatch.setattr(tiles, "MEASURED", frozenset({("Card 9000", "3.6")}))
     mixed_attention(*inputs())
-    assert card == ["forward"]
+    assert card == ["forward", "backward", "forward"]
+    gpu._checked.clear()
+    monkeypatch.setattr(tiles, "MEASURED", frozenset({("Card 9000", "3.7")}))
+    mixed_attention(*inputs())
+    assert card[3:] == ["forward"]
 
 
 def test_a_wrong_kernel_is_told_once_and_not_used(monkeypatch, card, caplog) -> None:
@@ -144,7 +149,7 @@ def test_a_wrong_kernel_is_told_once_and_not_used(monkeypatch, card, caplog) -> 
 
 
 def test_a_kernel_that_does_not_compile_is_told_once_and_the_loop_takes_over(monkeypatch, card, caplog) -> None:
-    monkeypatch.setattr(tiles, "MEASURED", frozenset({"Card 9000"}))
+    monkeypatch.setattr(tiles, "MEASURED", frozenset({("Card 9000", "3.7")}))
     for failing in ("forward", "backward"):
         with monkeypatch.context() as patch:
             patch.setattr(gpu, failing, lambda *args: (_ for _ in ()).throw(RuntimeError("PTX: no such instruction")))
@@ -166,13 +171,18 @@ def test_a_kernel_that_does_not_compile_is_told_once_and_the_loop_takes_over(mon
 
 
 def test_no_memory_is_no_reason_to_take_another_way(monkeypatch, card) -> None:
-    monkeypatch.setattr(tiles, "MEASURED", frozenset({"Card 9000"}))
+    monkeypatch.setattr(tiles, "MEASURED", frozenset({("Card 9000", "3.7")}))
 
     def no_memory(*args):  # type: ignore[no-untyped-def]
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu, "forward", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
+        mixed_attention(*inputs())
+    monkeypatch.setattr(
+        gpu, "forward", lambda *args: (_ for _ in ()).throw(RuntimeError("Triton Error: out of memory"))
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
         mixed_attention(*inputs())
     assert not gpu._failures
 
@@ -235,7 +245,8 @@ def test_torch_s_loop_in_sixteen_bits_loses_no_more_than_twice_what_sdpa_loses(
 
 def test_the_table_of_tiles_names_the_cards_that_have_a_result() -> None:
     results = Path(__file__).parent.parent / "examples" / "benchmarks" / "results"
-    assert {json.loads(path.read_text())["card"] for path in results.glob("*.json")} == tiles.MEASURED
+    found = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    assert {(result["card"], ".".join(result["triton"].split(".")[:2])) for result in found} == tiles.MEASURED
 
 
 def test_every_backend_is_in_the_module_s_table() -> None:

@@ -30,6 +30,8 @@ CASES = [  # of triton_interpreted.py, whose import would make this process one 
     "a sample unmixed",
     "nothing mixed",
     "large coefficients",
+    "tiles that end where the arrays end",
+    "keys in several parts",
     "tiny",
 ]
 CLAIMS = [
@@ -85,8 +87,8 @@ def test_claim(interpreted, claim) -> None:
 BF16, FP16 = torch.bfloat16, torch.float16
 SDXL, FLUX, SD35 = (2, 10, 4096, 4096, 64), (1, 24, 4608, 4608, 128), (1, 38, 4250, 4250, 64)
 # Both widths of the table, and its three numbers of heads, on every target; float16 takes the most registers.
-COMPILED = [(target, *case) for target in triton_targets.TARGETS for case in ((FLUX, BF16), (SD35, FP16))]
-COMPILED += [("sm_90", SDXL, BF16), ("sm_86", SDXL, BF16)]
+COMPILED = [(target, *case) for target in triton_targets.TARGETS for case in ((FLUX, FP16), (SD35, FP16))]
+COMPILED += [("sm_90", SDXL, BF16), ("sm_86", (2, 8, 4096, 4096, 40), FP16)]
 # The default's, for wide heads; a text of 77 tokens; sizes of one, which Triton compiles as constants; a long video.
 COMPILED += [
     ("sm_120", (2, 16, 300, 300, 200), FP16),
@@ -98,7 +100,9 @@ COMPILED += [("sm_90", (1, 24, 75000, 75000, 128), BF16)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "shape", "dtype"), COMPILED, ids=str)
-def test_kernels_compile_without_spills_and_fit(monkeypatch, architecture, shape, dtype) -> None:
+def test_kernels_compile_without_spills_fit_and_load_sixteen_bytes_at_a_time(
+    monkeypatch, architecture, shape, dtype
+) -> None:
     """What gpu.py would launch there. No input has a value: that it gets this far shows that none is waited for."""
     launches = triton_targets.launches(monkeypatch, architecture, shape, dtype)
     assert {"plain_kernel", "exps_kernel", "mix_kernel", "times_kernel"} < {launch.name for launch in launches}
@@ -106,6 +110,7 @@ def test_kernels_compile_without_spills_and_fit(monkeypatch, architecture, shape
         found = triton_targets.compiled(launch, architecture)
         assert found.spilled == 0, launch.name
         assert found.shared <= triton_targets.TARGETS[architecture][0], launch.name
+        assert found.narrow_loads == 0 or shape[-1] % 8, launch.name
 
 
 @pytest.mark.slow

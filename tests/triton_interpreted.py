@@ -71,6 +71,8 @@ CASES = {
     "a sample unmixed": Case(2, 3, 3, 40, 16, 16, FP16, unmixed="samples"),
     "nothing mixed": Case(1, 4, 17, 40, 16, 16, BF16, "boolean", unmixed="all"),
     "large coefficients": Case(1, 3, 3, 40, 16, 16, FP16, size=30.0),
+    "tiles that end where the arrays end": Case(1, 2, 16, 32, 16, 16, BF16),
+    "keys in several parts": Case(1, 1, 1, 520, 16, 16, FP16),
     "tiny": Case(3, 2, 1, 1, 8, 8, BF16),
 }
 

@@ -49,11 +49,15 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel: registers of a thread, bytes that it spills, bytes of shared memory of a program."""
+    """Of a compiled kernel: registers of a thread, bytes that it spills, bytes of shared memory of a program.
+
+    And loads of two bytes at a time from global memory, in the code for Nvidia's.
+    """
 
     registers: int
     spilled: int
     shared: int
+    narrow_loads: int
 
 
 def launches(
@@ -124,4 +128,5 @@ def compiled(launch: Launch, architecture: str) -> Resources:
         ).stdout
         os.unlink(file.name)
         registers, spilled = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Resources(registers, spilled, binary.metadata.shared)
+    narrow_loads = len(re.findall(r"ld\.global\S*\.b16 ", binary.asm.get("ptx", "")))
+    return Resources(registers, spilled, binary.metadata.shared, narrow_loads)

@@ -80,9 +80,9 @@ def _run(function: str, query: Tensor, key: Tensor, value: Tensor, *args: Any) -
     if way is gpu:  # a compiler's failure is met at a kernel's first launch
         try:
             return getattr(gpu, function)(*args)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if gpu.is_passing(error, query.device):
+                raise
             gpu.give_up(query, value, error)
             way = loop
     return getattr(way, function)(*args)

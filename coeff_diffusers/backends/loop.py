@@ -106,8 +106,12 @@ class _Products:
 
 
 def _multiplies_narrow(query: Tensor) -> bool:
-    """Whether the device multiplies 16-bit matrices into float32 ones; torch >= 2.8 has that for CUDA alone."""
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and _HAS_OUT_DTYPE
+    """Whether the device multiplies 16-bit matrices into float32: Nvidia's with torch >= 2.8, not in all modes."""
+    if query.device.type != "cuda" or torch.version.hip or not _HAS_OUT_DTYPE:
+        return False
+    if query.dtype == torch.float16:
+        return not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return query.dtype == torch.bfloat16 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 _HAS_OUT_DTYPE = any("dtype" in overload for overload in torch.ops.aten.bmm.overloads())

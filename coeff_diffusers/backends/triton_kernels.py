@@ -1,10 +1,10 @@
 """The Triton kernels of gpu.py, which says what they compute together and in which order.
 
 A strip is an array (samples, H, rows, keys) of maps of some query rows, all heads and all keys; its rows are padded to
-a multiple of 16 keys, and the padding is written as zeros. Where a kernel writes in place, no thread overwrites what
-another has still to read: it writes the entries that it loaded itself, and after their product, whose operands have
-gone through shared memory. (A barrier would say so, and keep the compiler from loading the next tiles ahead.) Scores
-and logarithms are in base 2. Offsets of a tile are int64, those within it int32.
+a multiple of 16 keys, and the padding is written as zeros. Where a kernel
+writes in place, no thread overwrites what another has still to read: a product's operands go through shared memory,
+and past its barrier, before anything of the product is written. (A barrier of our own would keep the compiler from
+loading the next tiles ahead.) Scores and logarithms are in base 2. Offsets of a tile are int64, those within it int32.
 
 Triton's interpreter, in which the tests run these kernels on a CPU, multiplies the bits of bfloat16 as if they were
 integers, and cuts float32 off where it should be rounded to bfloat16: `_dot` and `_rounded` see to both there, and are
@@ -28,12 +28,14 @@ _OF_STRIP = ["first_sample", "first_row", "rows"]
 def _dot(left, right, sums=None):
     if _INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
+    if sums is None:
+        return tl.dot(left, right)
     return tl.dot(left, right, sums)
 
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
-    if _INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+    if (_INTERPRETED and dtype == tl.bfloat16) and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
@@ -48,9 +50,39 @@ def _split(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, columns, n_rows, n_columns, stride, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+def _offset(index, stride, ALIGNED: tl.constexpr):
+    """index * stride, in int64. ALIGNED: a multiple of 8, so that 16 bytes load at once; Triton looks for 16 alone."""
+    offset = index.to(tl.int64) * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    return offset
+
+
+@triton.jit
+def _step(count: tl.constexpr, stride, ALIGNED: tl.constexpr):
+    step = count * stride
+    if ALIGNED:
+        step = tl.multiple_of(step, 8)
+    return step
+
+
+@triton.jit
+def _load(
+    base,
+    rows,
+    columns,
+    n_rows,
+    n_columns,
+    stride,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """A tile whose columns are adjacent in memory; zeros beyond the array."""
-    at = base + rows[:, None] * stride + columns[None, :]
+    offset = rows * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    at = base + offset[:, None] + columns[None, :]
     if EVEN_ROWS and EVEN_COLUMNS:
         return tl.load(at)
     if EVEN_ROWS:
@@ -90,7 +122,9 @@ def _masked(
         scores = tl.where(entries != 0, scores, float("-inf"))
     if MASK == 2 or MASK == 4:
         added = entries.to(tl.float32)
-        scores += tl.where(added == float("-inf"), added, tl.maximum(added * _LOG2_E, _LOWEST))
+        scores += tl.where(
+            added == float("-inf"), added, tl.maximum(added * _LOG2_E, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        )
     if CAUSAL:
         scores = tl.where(row[:, None] >= column[None, :], scores, float("-inf"))
     if not EVEN_S:
@@ -142,8 +176,8 @@ def plain_kernel(
     scale,
     T,
     S,
-    D,
-    E,
+    D: tl.constexpr,
+    E: tl.constexpr,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -166,6 +200,7 @@ def plain_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -183,29 +218,34 @@ def plain_kernel(
     r = tl.arange(0, BM)
     d = tl.arange(0, BD)
     e = tl.arange(0, BE)
-    base = query + b * stride_qb + h.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_qt
-    q = _load(base, r, d, T - first_row, D, stride_qt, EVEN_T, EVEN_D)
-    key += b * stride_kb + h.to(tl.int64) * stride_kh
-    value += b * stride_vb + h.to(tl.int64) * stride_vh
+    base = (
+        query
+        + _offset(b, stride_qb, ALIGNED)
+        + _offset(h, stride_qh, ALIGNED)
+        + _offset(first_row, stride_qt, ALIGNED)
+    )
+    q = _load(base, r, d, T - first_row, D, stride_qt, EVEN_T, EVEN_D, ALIGNED)
+    key += _offset(b, stride_kb, ALIGNED) + _offset(h, stride_kh, ALIGNED)
+    value += _offset(b, stride_vb, ALIGNED) + _offset(h, stride_vh, ALIGNED)
     mask += b * stride_mb + h.to(tl.int64) * stride_mh
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, BE), tl.float32)
     c = tl.arange(0, BN)
     for first_key in tl.range(0, S, BN, num_stages=STAGES):
-        k = _load(key, c, d, S - first_key, D, stride_ks, EVEN_S, EVEN_D)
+        k = _load(key, c, d, S - first_key, D, stride_ks, EVEN_S, EVEN_D, ALIGNED)
         scores = _dot(q, tl.trans(k)) * scale
         scores = _masked(scores, mask, first_row, first_key, T, S, stride_mt, stride_ms, MASK, CAUSAL, EVEN_S)
         new_top = tl.maximum(top, tl.max(scores, 1))
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(scores - reference[:, None])
         shrink = tl.exp2(top - reference)
-        v = _load(value, c, e, S - first_key, E, stride_vs, EVEN_S, EVEN_E)
+        v = _load(value, c, e, S - first_key, E, stride_vs, EVEN_S, EVEN_E, ALIGNED)
         total = total * shrink + tl.sum(p, 1)
         sums = _dot(_rounded(p, v.dtype), v, sums * shrink[:, None])
         top = new_top
-        key += BN * stride_ks
-        value += BN * stride_vs
+        key += _step(BN, stride_ks, ALIGNED)
+        value += _step(BN, stride_vs, ALIGNED)
     there = r < T - first_row
     shift, divisor = _of_rows(top, total)
     at = statistics + (b * H + h) * T + first_row + r
@@ -232,7 +272,7 @@ def exps_kernel(
     rows,
     T,
     S,
-    D,
+    D: tl.constexpr,
     R,
     SP,
     NT,
@@ -251,6 +291,7 @@ def exps_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     TILES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -275,7 +316,7 @@ def exps_kernel(
     d = tl.arange(0, BD)
     row = first_row + first
     q = _load(
-        query + b * stride_qb + h.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt,
+        query + _offset(b, stride_qb, ALIGNED) + _offset(h, stride_qh, ALIGNED) + _offset(row, stride_qt, ALIGNED),
         r,
         d,
         T - row,
@@ -283,9 +324,10 @@ def exps_kernel(
         stride_qt,
         EVEN_T,
         EVEN_D,
+        ALIGNED,
     )
     first_key = group * TILES * BN
-    key += b * stride_kb + h.to(tl.int64) * stride_kh + first_key.to(tl.int64) * stride_ks
+    key += _offset(b, stride_kb, ALIGNED) + _offset(h, stride_kh, ALIGNED) + _offset(first_key, stride_ks, ALIGNED)
     mask += b * stride_mb + h.to(tl.int64) * stride_mh
     line = (local_b.to(tl.int64) * H + h) * R + first
     strip += line * SP
@@ -293,9 +335,9 @@ def exps_kernel(
     for i in tl.range(0, tl.minimum(TILES, NT - group * TILES), num_stages=STAGES):
         tile = group * TILES + i
         start = tl.multiple_of(tile * BN, BN)
-        k = _load(key, c, d, S - start, D, stride_ks, EVEN_S, EVEN_D)
+        k = _load(key, c, d, S - start, D, stride_ks, EVEN_S, EVEN_D, ALIGNED)
         scores = _dot(q, tl.trans(k))
-        if MASK == 0 and not CAUSAL and EVEN_S:
+        if (MASK == 0 and not CAUSAL) and EVEN_S:
             top = tl.max(scores, 1) * scale
             exps = tl.exp2(scores * scale - top[:, None])
         else:
@@ -308,7 +350,7 @@ def exps_kernel(
         at = strip + r[:, None] * SP + (start + c)[None, :]
         kept = there[:, None] & ((start + c)[None, :] < SP)
         tl.store(at, _rounded(exps, strip.dtype.element_ty), mask=kept)
-        key += BN * stride_ks
+        key += _step(BN, stride_ks, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_OF_STRIP)
@@ -403,7 +445,7 @@ def times_kernel(
     first_row,
     rows,
     S,
-    E,
+    E: tl.constexpr,
     R,
     SP,
     stride_rb,
@@ -417,6 +459,7 @@ def times_kernel(
     BN: tl.constexpr,
     BE: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
     GAIN: tl.constexpr,
     ALL: tl.constexpr,
@@ -445,17 +488,17 @@ def times_kernel(
     length = tl.cdiv(tl.cdiv(S, BN), SPLITS) * BN
     start = part * length
     at = strip + line * SP + start + r[:, None] * SP + c[None, :]
-    right += b * stride_rb + h.to(tl.int64) * stride_rh + start.to(tl.int64) * stride_rs
+    right += _offset(b, stride_rb, ALIGNED) + _offset(h, stride_rh, ALIGNED) + _offset(start, stride_rs, ALIGNED)
     sums = tl.zeros((BM, BE), tl.float32)
     for first_key in tl.range(start, tl.minimum(start + length, S), BN, num_stages=STAGES):
         if EVEN_S:
             maps = tl.load(at, mask=there[:, None], other=0.0)
-        else:
-            maps = tl.load(at, mask=there[:, None] & (first_key + c[None, :] < S), other=0.0)
-        v = _load(right, c, e, S - first_key, E, stride_rs, EVEN_S, EVEN_E)
+        else:  # up to the padding, which is zeros: more of it loads at once
+            maps = tl.load(at, mask=there[:, None] & (first_key + c[None, :] < SP), other=0.0)
+        v = _load(right, c, e, S - first_key, E, stride_rs, EVEN_S, EVEN_E, ALIGNED)
         sums = _dot(maps, v, sums)
         at += BN
-        right += BN * stride_rs
+        right += _step(BN, stride_rs, ALIGNED)
     kept = there[:, None] & (e[None, :] < E)
     if SPLITS > 1:
         line += part.to(tl.int64) * tl.num_programs(2) * H * R
@@ -479,7 +522,7 @@ def sum_kernel(
     first_sample,
     first_row,
     rows,
-    E,
+    E: tl.constexpr,
     R,
     stride_ob,
     stride_oh,
@@ -532,8 +575,8 @@ def maps_kernel(
     B,
     T,
     S,
-    D,
-    E,
+    D: tl.constexpr,
+    E: tl.constexpr,
     R,
     SP,
     NT,
@@ -559,6 +602,7 @@ def maps_kernel(
     BD: tl.constexpr,
     BE: tl.constexpr,
     TILES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
     MAP_GAIN: tl.constexpr,
     MASK: tl.constexpr,
@@ -581,31 +625,31 @@ def maps_kernel(
     e = tl.arange(0, BE)
     row = first_row + first
     there = r < rows - first
-    query += b * stride_qb + h.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt
-    q = _load(query, r, d, T - row, D, stride_qt, EVEN_T, EVEN_D)
-    grad_out += b * stride_gb + h.to(tl.int64) * stride_gh + row.to(tl.int64) * stride_gt
-    g = _load(grad_out, r, e, T - row, E, stride_gt, EVEN_T, EVEN_E)
+    query += _offset(b, stride_qb, ALIGNED) + _offset(h, stride_qh, ALIGNED) + _offset(row, stride_qt, ALIGNED)
+    q = _load(query, r, d, T - row, D, stride_qt, EVEN_T, EVEN_D, ALIGNED)
+    grad_out += _offset(b, stride_gb, ALIGNED) + _offset(h, stride_gh, ALIGNED) + _offset(row, stride_gt, ALIGNED)
+    g = _load(grad_out, r, e, T - row, E, stride_gt, EVEN_T, EVEN_E, ALIGNED)
     statistics += (b * H + h) * T + row
     shift = tl.load(statistics + r, mask=there, other=float("inf"))
     factor = tl.load(statistics + B * H * T + r, mask=there, other=0.0) * MAP_GAIN
     first_key = group * TILES * BN
-    key += b * stride_kb + h.to(tl.int64) * stride_kh + first_key.to(tl.int64) * stride_ks
-    value += b * stride_vb + h.to(tl.int64) * stride_vh + first_key.to(tl.int64) * stride_vs
+    key += _offset(b, stride_kb, ALIGNED) + _offset(h, stride_kh, ALIGNED) + _offset(first_key, stride_ks, ALIGNED)
+    value += _offset(b, stride_vb, ALIGNED) + _offset(h, stride_vh, ALIGNED) + _offset(first_key, stride_vs, ALIGNED)
     mask += b * stride_mb + h.to(tl.int64) * stride_mh
     line = (local_b.to(tl.int64) * H + h) * R + first
     for i in tl.range(0, tl.minimum(TILES, NT - group * TILES), num_stages=STAGES):
         start = tl.multiple_of((group * TILES + i) * BN, BN)
-        k = _load(key, c, d, S - start, D, stride_ks, EVEN_S, EVEN_D)
+        k = _load(key, c, d, S - start, D, stride_ks, EVEN_S, EVEN_D, ALIGNED)
         scores = _dot(q, tl.trans(k)) * scale
         scores = _masked(scores, mask, row, start, T, S, stride_mt, stride_ms, MASK, CAUSAL, EVEN_S)
         p = tl.exp2(scores - shift[:, None]) * factor[:, None]
         at = line * SP + r[:, None] * SP + (start + c)[None, :]
         kept = there[:, None] & ((start + c)[None, :] < SP)
         tl.store(maps + at, _rounded(p, maps.dtype.element_ty), mask=kept)
-        v = _load(value, c, e, S - start, E, stride_vs, EVEN_S, EVEN_E)
+        v = _load(value, c, e, S - start, E, stride_vs, EVEN_S, EVEN_E, ALIGNED)
         tl.store(grads + at, _rounded(_dot(g, tl.trans(v)), grads.dtype.element_ty), mask=kept)
-        key += BN * stride_ks
-        value += BN * stride_vs
+        key += _step(BN, stride_ks, ALIGNED)
+        value += _step(BN, stride_vs, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_OF_STRIP)
@@ -702,8 +746,8 @@ def keys_kernel(
     first_row,
     rows,
     S,
-    D,
-    E,
+    D: tl.constexpr,
+    E: tl.constexpr,
     R,
     SP,
     stride_qb,
@@ -723,6 +767,7 @@ def keys_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
     GAIN: tl.constexpr,
     ADD: tl.constexpr,
@@ -741,22 +786,24 @@ def keys_kernel(
     d = tl.arange(0, BD)
     e = tl.arange(0, BE)
     at = (local_b.to(tl.int64) * H + h) * R * SP + r[:, None] * SP + (start + c)[None, :]
-    query += b * stride_qb + h.to(tl.int64) * stride_qh + first_row.to(tl.int64) * stride_qt
-    grad_out += b * stride_gb + h.to(tl.int64) * stride_gh + first_row.to(tl.int64) * stride_gt
+    query += _offset(b, stride_qb, ALIGNED) + _offset(h, stride_qh, ALIGNED) + _offset(first_row, stride_qt, ALIGNED)
+    grad_out += (
+        _offset(b, stride_gb, ALIGNED) + _offset(h, stride_gh, ALIGNED) + _offset(first_row, stride_gt, ALIGNED)
+    )
     of_keys = tl.zeros((BN, BD), tl.float32)
     of_values = tl.zeros((BN, BE), tl.float32)
     for first in tl.range(0, rows, BM, num_stages=STAGES):
         kept = (r[:, None] < rows - first) & ((start + c)[None, :] < SP)
         if OF_VALUES:
             m = tl.load(maps + at, mask=kept, other=0.0)
-            g = _load(grad_out, r, e, rows - first, E, stride_gt, False, EVEN_E)
+            g = _load(grad_out, r, e, rows - first, E, stride_gt, False, EVEN_E, ALIGNED)
             of_values = _dot(tl.trans(m), g, of_values)
-            grad_out += BM * stride_gt
+            grad_out += _step(BM, stride_gt, ALIGNED)
         if OF_KEYS:
             s = tl.load(grad_scores + at, mask=kept, other=0.0)
-            q = _load(query, r, d, rows - first, D, stride_qt, False, EVEN_D)
+            q = _load(query, r, d, rows - first, D, stride_qt, False, EVEN_D, ALIGNED)
             of_keys = _dot(tl.trans(s), q, of_keys)
-            query += BM * stride_qt
+            query += _step(BM, stride_qt, ALIGNED)
         at += BM * SP
     there = c[:, None] < S - start
     if OF_VALUES:

@@ -66,6 +66,7 @@ CHECKS = [  # B, H, T, S, D, dtype, mask
     (2, 8, 128, 77, 40, BF16, "keys"),
     (1, 20, 150, 150, 72, BF16, "causal"),
     (1, 5, 700, 4096, 64, BF16, "empty row"),
+    (1, 10, 1024, 4096, 64, BF16, None),
 ]
 DRY_CHECKS = [(1, 3, 20, 33, 16, BF16, mask) for mask in (None, "boolean", "added", "keys", "causal", "empty row")]
 
@@ -80,35 +81,24 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.card = "dry run" if args.dry else torch.cuda.get_device_name()
         self.path = args.output / self.card.replace(" ", "_").replace("/", "_")
+        self.about = about(self)
 
     def left(self) -> float:
         return self.args.seconds - (time.monotonic() - self.start)
 
     def note(self, part: str, **row: Any) -> None:
+        if gpu._failures:  # another row's kernel did not run: this one must not be torch's loop by another name
+            row["not_triton"] = str(list(gpu._failures.values()))[:200]
+            gpu._failures.clear()
         self.rows.append({"part": part, **row})
         shown = " ".join(
             f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
         )
         print(f"{time.monotonic() - self.start:5.0f} s  {part}: {shown}", flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.with_suffix(".json").write_text(json.dumps({**self.about(), "rows": self.rows}, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(markdown(self.about(), self.rows))
-
-    def about(self) -> dict[str, Any]:
-        about = {
-            "card": self.card,
-            "date": str(datetime.date.today()),
-            "seconds": round(time.monotonic() - self.start),
-        }
-        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        with contextlib.suppress(ImportError):
-            import triton
-
-            about["triton"] = triton.__version__
-        if not self.dry:
-            about |= {"architecture": gpu.architecture(self.device), "driver": driver()}
-            about |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
-        return about
+        written = {**self.about, "seconds": round(time.monotonic() - self.start), "rows": self.rows}
+        self.path.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(markdown(self.about, self.rows))
 
     @contextlib.contextmanager
     def part(self, name: str, least_seconds: float, **row: Any) -> Iterator[None]:
@@ -130,6 +120,15 @@ class _OutOfTimeError(Exception):
     pass
 
 
+def about(bench: Bench) -> dict[str, Any]:
+    found = {"card": bench.card, "date": str(datetime.date.today()), "torch": torch.__version__}
+    found |= {"diffusers": diffusers.__version__, "triton": gpu.triton_version() if gpu.is_installed() else "none"}
+    if not bench.dry:
+        found |= {"architecture": gpu.architecture(bench.device), "driver": driver()}
+        found |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+    return found
+
+
 def driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -140,12 +139,16 @@ def driver() -> str:
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    if args.warm:
-        return warm(args.warm, args.dry)
+    if args.warm is not None:
+        jobs_to_warm()[args.warm]()
+        return
     bench = Bench(args)
     if not bench.dry:
-        bench.note("environment", backend=get_mixing_backend("cuda", BF16), **speed_of_card(bench))
         compile_ahead(bench)
+        backend = get_mixing_backend("cuda", BF16)
+        bench.note("environment", backend=backend, **speed_of_card(bench))
+        if backend != "triton":
+            raise SystemExit("the Triton kernels do not run here: see the warnings above; gpu.md names what they need")
     shapes = DRY_SHAPES if bench.dry else SHAPES
     jobs: list[Callable[[], None]] = [
         lambda case=case: check(bench, *case) for case in (DRY_CHECKS if bench.dry else CHECKS)
@@ -158,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
         with contextlib.suppress(_OutOfTimeError):
             job()
     bench.note("end", left=bench.left())
-    print(markdown(bench.about(), bench.rows))
+    print(markdown(bench.about, bench.rows))
 
 
 # 1. Is it right
@@ -168,12 +171,7 @@ def check(bench: Bench, B: int, H: int, T: int, S: int, D: int, dtype: torch.dty
     row = {"shape": f"{B}, {H}, {T}, {S}, {D}", "dtype": str(dtype)[6:], "mask": str(kind)}
     with bench.part("check", 5, **row):
         query, key, value, coeff, grad_out = inputs(bench, (B, H, T, S, D, dtype))
-        mask = {
-            "boolean": lambda: torch.rand(B, 1, T, S, device=bench.device) > 0.3,
-            "empty row": lambda: (torch.rand(1, 1, T, 1, device=bench.device) > 0.3).expand(1, 1, T, S),
-            "keys": lambda: torch.rand(B, 1, 1, S, device=bench.device) > 0.3,
-            "added": lambda: torch.randn(1, H, 1, S, device=bench.device).to(dtype),
-        }.get(str(kind), lambda: None)()
+        mask = mask_of(bench, B, H, T, S, D, dtype, kind)
         options = {"is_causal": kind == "causal"}
         wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
 
@@ -199,7 +197,21 @@ def check(bench: Bench, B: int, H: int, T: int, S: int, D: int, dtype: torch.dty
         theirs = [relative(*pair) for pair in zip(sdpa, sdpa_exact)]
         ratios = [error / max(own, 1e-12) for error, own in zip(errors, [*theirs, theirs[3]])]
         names = ("output", "query", "key", "value", "coefficients")
-        bench.note("check", **row, right=max(ratios) <= 2.0, **dict(zip(names, ratios)))
+        bench.note("check", **row, right=all(ratio <= 2.0 for ratio in ratios), **dict(zip(names, ratios)))
+
+
+def mask_of(
+    bench: Bench, B: int, H: int, T: int, S: int, D: int, dtype: torch.dtype, kind: str | None
+) -> Tensor | None:
+    if kind == "boolean":
+        return torch.rand(B, 1, T, S, device=bench.device) > 0.3
+    if kind == "empty row":
+        return (torch.rand(1, 1, T, 1, device=bench.device) > 0.3).expand(1, 1, T, S)
+    if kind == "keys":
+        return torch.rand(B, 1, 1, S, device=bench.device) > 0.3
+    if kind == "added":
+        return torch.randn(1, H, 1, S, device=bench.device).to(dtype)
+    return None
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -210,38 +222,43 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def attention(bench: Bench, name: str, shape: tuple) -> None:
+    """By replays of a CUDA graph, and as called: small kernels take less time than it takes to launch them."""
     with bench.part("attention", 15, shape=name):
-        args = inputs(bench, shape)
-        query, key, value, coeff, grad_out = args
-        row: dict[str, Any] = {}
+        query, key, value, coeff, grad_out = inputs(bench, shape)
+        row: dict[str, Any] = {"shape": name, "sizes": ", ".join(map(str, shape[:5])), "dtype": str(shape[5])[6:]}
         for label, backend in (("cuDNN", "CUDNN_ATTENTION"), ("flash", "FLASH_ATTENTION"), ("default", None)):
             with contextlib.suppress(RuntimeError):
                 context = sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext()
                 with context:
                     row |= times(bench, label, F.scaled_dot_product_attention, [query, key, value], grad_out)
-        row |= times(bench, "mixed", mixed_attention, [query, key, value, coeff], grad_out)
-        row |= memory(bench, mixed_attention, [query, key, value, coeff], grad_out)
-        if not bench.dry:
-            row["mixed_graph"] = milliseconds(bench, graphed(lambda: mixed_attention(query, key, value, coeff)))
-        zero = torch.zeros_like(coeff)
-        row["zero_forward"] = milliseconds(bench, lambda: mixed_attention(query, key, value, zero))
-        with backend_of("torch"):
-            row |= times(bench, "loop", mixed_attention, [query, key, value, coeff], grad_out, repeats=3)
-        bench.note("attention", shape=name, sizes=", ".join(map(str, shape[:5])), dtype=str(shape[5])[6:], **row)
+        mixing = [query, key, value, coeff]
+        row |= times(bench, "mixed", mixed_attention, mixing, grad_out)
+        row |= times(bench, "mixed_one_matrix", mixed_attention, [*mixing[:3], coeff[0].clone()], grad_out)
+        row |= times(bench, "zero", mixed_attention, [*mixing[:3], torch.zeros_like(coeff)], grad_out)
+        row |= memory(bench, mixed_attention, mixing, grad_out)
+        bench.note("attention", **row)
+    with bench.part("loop", 15, shape=name), backend_of("torch"):
+        bench.note("loop", shape=name, **times(bench, "loop", mixed_attention, mixing, grad_out))
 
 
 def times(
-    bench: Bench, label: str, call: Callable[..., Tensor], args: list[Tensor], grad_out: Tensor, repeats: int = 20
+    bench: Bench, label: str, call: Callable[..., Tensor], args: list[Tensor], grad_out: Tensor
 ) -> dict[str, float]:
-    """Milliseconds forward, and forward with backward."""
+    """Milliseconds forward, and forward with backward: of a graph's replay, and `eager`, as called."""
     wanting = [x.detach().requires_grad_() for x in args]
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(*args)
 
     def both() -> None:
         torch.autograd.grad(call(*wanting), wanting, grad_out)
 
-    with torch.no_grad():
-        forward = milliseconds(bench, lambda: call(*args), repeats)
-    return {f"{label}_forward": forward, f"{label}_both": milliseconds(bench, both, max(3, repeats // 2))}
+    found = {}
+    for way, run in (("forward", forward), ("both", both)):
+        found[f"{label}_{way}"] = milliseconds(bench, run if bench.dry else graphed(run), 10)
+        found[f"{label}_{way}_eager"] = milliseconds(bench, run, 5)
+    return found
 
 
 def memory(bench: Bench, call: Callable[..., Tensor], args: list[Tensor], grad_out: Tensor) -> dict[str, float]:
@@ -377,14 +394,15 @@ def model(bench: Bench, name: str) -> None:
             denoiser(**kwargs)
 
         for kind in ("base", "coefficients", "LoRA", "LoRA, fused"):
-            with contextlib.suppress(ImportError), attached(denoiser, kind) as parameters:
-                row = {"model": name, "kind": kind, "trainable": sum(p.numel() for p in parameters)}
+            row: dict[str, Any] = {"model": name, "kind": kind}
+            with bench.part("model", 20, **row), attached(denoiser, kind) as parameters:
+                row["trainable"] = sum(p.numel() for p in parameters)
                 row["step"] = milliseconds(bench, step, 5)
-                if not bench.dry and kind in ("base", "coefficients"):
-                    row["step_graph"] = milliseconds(bench, graphed(step), 5)
                 if trains and parameters and kind != "LoRA, fused":
                     row |= training(bench, denoiser, kwargs, parameters)
                 bench.note("model", **row)
+                if not bench.dry and kind in ("base", "coefficients"):
+                    bench.note("model", model=name, kind=f"{kind}, graph", step=milliseconds(bench, graphed(step), 5))
 
 
 @contextlib.contextmanager
@@ -457,73 +475,65 @@ def compiled(bench: Bench) -> None:
     """SDXL's step with its transformer blocks compiled."""
     if bench.dry:
         return
-    with bench.part("compiled", 120), built(bench, sdxl, 2) as (unet, kwargs):
+    with bench.part("compiled", 150), built(bench, sdxl, 2) as (unet, kwargs):
 
         @torch.no_grad()
         def step() -> None:
             unet(**kwargs)
 
-        row = {}
         for kind in ("base", "coefficients"):
             with attached(unet, kind):
                 torch._dynamo.reset()
                 unet.compile_repeated_blocks(fullgraph=True)
-                row[kind] = milliseconds(bench, step, 5)
-        bench.note("compiled", model="SDXL", **row)
+                bench.note("compiled", model="SDXL", kind=kind, step=milliseconds(bench, step, 5))
 
 
 # 4. Other tiles
 
 
 def sweep(bench: Bench, name: str, shape: tuple) -> None:
-    """One field of the table changed at a time, then all that gained at once."""
-    if bench.dry or get_mixing_backend(bench.device, shape[5]) != "triton":
+    """One field of the table changed at a time, then all that gained at once; by graphs' replays."""
+    if bench.dry:
         return
     with bench.part("sweep", 30, shape=name):
         query, key, value, coeff, grad_out = inputs(bench, shape)
         _, H, T, S, D, _ = shape
         usual = tiles.choose(gpu.architecture(bench.device), H, D, T, S)
         original = tiles.choose
-        calls = {
-            "forward": lambda: mixed_attention(query, key, value, coeff),
-            "both": lambda: times_both(query, key, value, coeff, grad_out),
-        }
-        best = {label: milliseconds(bench, call, 5) for label, call in calls.items()}
+        args = (query, key, value, coeff, None)
+        scale = D**-0.5
+
+        def forward() -> tuple[Tensor, Tensor]:  # of the kernels themselves, without what takes over where they fail
+            return gpu.forward(*args, False, scale)
+
+        def both() -> None:
+            gpu.backward(grad_out, *args, forward()[1], False, scale, [True] * 4)
+
+        calls: dict[str, Callable[[], Any]] = {"forward": forward, "both": both}
+        usually = {label: milliseconds(bench, graphed(call), 5) for label, call in calls.items()}
         gains: dict[str, Any] = {}
         try:
             for field, values in variants(usual).items():
                 label = "forward" if field in ("exps", "mix", "times", "strip_bytes") else "both"
-                fastest = best[label]
-                for value_ in values:
+                fastest = usually[label]
+                for other in values:
                     if bench.left() < 10:
                         break
-                    tiles.choose = lambda *args, field=field, value_=value_: usual._replace(**{field: value_})
+                    tiles.choose = lambda *args, field=field, other=other: usual._replace(**{field: other})
                     try:
-                        taken = milliseconds(bench, calls[label], 5)
+                        taken = milliseconds(bench, graphed(calls[label]), 5)
                     except Exception as error:  # too much shared memory, say
-                        bench.note("tile", shape=name, field=field, value=str(value_), failed=str(error)[:80])
+                        bench.note("tile", shape=name, field=field, value=str(other), failed=str(error)[:80])
                         continue
-                    bench.note(
-                        "tile",
-                        shape=name,
-                        field=field,
-                        value=str(value_),
-                        of=label,
-                        ratio=taken / best[label],
-                    )
+                    ratio = taken / usually[label]
+                    bench.note("tile", shape=name, field=field, value=str(other), of=label, ratio=ratio)
                     if taken < 0.98 * fastest:
-                        fastest, gains[field] = taken, value_
+                        fastest, gains[field] = taken, other
             tiles.choose = lambda *args: usual._replace(**gains)
-            together = {label: milliseconds(bench, call, 5) / best[label] for label, call in calls.items()}
-            chosen = {field: str(value_) for field, value_ in gains.items()}
-            bench.note("sweep", shape=name, **chosen, **together)
+            together = {label: milliseconds(bench, graphed(call), 5) / usually[label] for label, call in calls.items()}
+            bench.note("sweep", shape=name, **{field: str(other) for field, other in gains.items()}, **together)
         finally:
             tiles.choose = original
-
-
-def times_both(query: Tensor, key: Tensor, value: Tensor, coeff: Tensor, grad_out: Tensor) -> None:
-    args = [x.detach().requires_grad_() for x in (query, key, value, coeff)]
-    torch.autograd.grad(mixed_attention(*args), args, grad_out)
 
 
 def variants(usual: tiles.Tiles) -> dict[str, list[Any]]:
@@ -554,21 +564,26 @@ def inputs(bench: Bench, shape: tuple) -> list[Tensor]:
 
 
 def milliseconds(bench: Bench, call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median, after two calls that warm up, by the device's own clock."""
+    """Median, after two calls that warm up, by the device's own clock. Short calls are timed several at once."""
     if bench.dry:
         start = time.perf_counter()
         call()
         return 1000 * (time.perf_counter() - start)
     call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     call()
+    torch.cuda.synchronize()
+    at_once = max(1, min(20, int(0.01 / (time.perf_counter() - start))))
     taken = []
     for _ in range(repeats):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         first.record()
-        call()
+        for _ in range(at_once):
+            call()
         last.record()
         last.synchronize()
-        taken.append(first.elapsed_time(last))
+        taken.append(first.elapsed_time(last) / at_once)
     return statistics.median(taken)
 
 
@@ -576,12 +591,12 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
     """The replay of a CUDA graph of the call: its time without that of launching."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
+    with torch.cuda.stream(stream):
         call()
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    with torch.cuda.graph(graph):
         call()
     return graph.replay
 
@@ -589,8 +604,10 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
 @contextlib.contextmanager
 def backend_of(name: str) -> Iterator[None]:
     set_mixing_backend(name)
-    yield
-    set_mixing_backend("auto")
+    try:
+        yield
+    finally:
+        set_mixing_backend("auto")
 
 
 def free() -> None:
@@ -614,26 +631,49 @@ def speed_of_card(bench: Bench) -> dict[str, float]:
 
 
 def compile_ahead(bench: Bench) -> None:
-    """Fills Triton's cache on the disk, a process for each shape at the same time: compiling takes longest."""
+    """Fills Triton's cache on the disk, several processes at the same time: compiling takes longest."""
     with bench.part("compiling", 60):
         start = time.monotonic()
         command = [sys.executable, __file__, "--warm"]
         processes = [
-            subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            for name in SHAPES
+            subprocess.Popen([*command, str(job)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for job in range(len(jobs_to_warm()))
         ]
-        for name, process in zip(SHAPES, processes):
-            _, errors = process.communicate(timeout=120)
-            if process.returncode:
-                bench.note(
-                    "compiling", shape=name, failed=errors.strip().splitlines()[-1][:200] if errors.strip() else ""
-                )
+        try:
+            for job, process in enumerate(processes):
+                _, errors = process.communicate(timeout=max(1, 150 - (time.monotonic() - start)))
+                if process.returncode:
+                    failed = errors.strip().splitlines()[-1][:200] if errors.strip() else ""
+                    bench.note("compiling", job=job, failed=failed)
+        finally:
+            for process in processes:
+                process.kill()
         bench.note("compiling", took=time.monotonic() - start)
 
 
-def warm(name: str, dry: bool) -> None:
-    bench = argparse.Namespace(device=torch.device("cpu" if dry else "cuda"))
-    times_both(*inputs(bench, SHAPES[name]))  # type: ignore[arg-type]
+def jobs_to_warm() -> list[Callable[[], None]]:
+    """What compiles what this script runs: its shapes, with a matrix a sample and one for all; its checks; the card's."""
+    bench = argparse.Namespace(device=torch.device("cuda"))
+
+    def run(shape: tuple, one_matrix: bool, mask: Tensor | None = None, causal: bool = False) -> None:
+        query, key, value, coeff, grad_out = inputs(bench, shape)  # type: ignore[arg-type]
+        args = (query, key, value, coeff[0].clone() if one_matrix else coeff, mask)
+        scale = shape[4] ** -0.5
+        _, statistics_ = gpu.forward(*args, causal, scale)
+        gpu.backward(grad_out, *args, statistics_, causal, scale, [True] * 4)
+
+    jobs = [lambda shape=shape: (run(shape, False), run(shape, True)) for shape in SHAPES.values()]
+    jobs += [
+        lambda case=case: run(case[:6], False, mask_of(bench, *case), case[6] == "causal")
+        for case in CHECKS  # type: ignore
+    ]
+    sd35_step = (2, *SHAPES["SD 3.5 large, 1024 px"][1:])
+    jobs += [
+        lambda: run(sd35_step, True),
+        lambda: gpu.check(bench.device, BF16),
+        lambda: gpu.check(bench.device, FP16),
+    ]
+    return jobs
 
 
 def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -648,19 +688,24 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         for row in of_part:
             cells = [row.get(column, "") for column in columns]
             text += "| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells) + " |\n"
+    loops = {row["shape"]: row.get("loop_forward") for row in rows if row["part"] == "loop"}
     ratios = [row for row in rows if row["part"] == "attention" and "mixed_forward" in row]
     if ratios:
-        text += "\n## Ratios\n\n| | forward | forward + backward | to the loop, forward |\n|---|---|---|---|\n"
+        text += "\n## Ratios to SDPA, of graphs' replays\n\n"
+        text += (
+            "| | forward, cuDNN's | flash's | forward + backward, cuDNN's | flash's | loop by ours |\n|"
+            + "---|" * 6
+            + "\n"
+        )
     for row in ratios:
-        fastest = {
-            way: min(
-                row[key] for key in row if key.endswith(way) and key.split("_")[0] in ("cuDNN", "flash", "default")
-            )
-            for way in ("_forward", "_both")
-        }
-        shown = (row["mixed_forward"] / fastest["_forward"], row["mixed_both"] / fastest["_both"])
-        loop = row["mixed_forward"] / row["loop_forward"]
-        text += f"| {row['shape']} | {shown[0]:.2f} | {shown[1]:.2f} | {loop:.2f} |\n"
+        shown = [
+            f"{row[f'mixed_{way}'] / row[f'{label}_{way}']:.2f}" if f"{label}_{way}" in row else ""
+            for way in ("forward", "both")
+            for label in ("cuDNN", "flash")
+        ]
+        loop = loops.get(row["shape"])
+        shown.append(f"{loop / row['mixed_forward']:.1f}" if loop else "")
+        text += f"| {row['shape']} | " + " | ".join(shown) + " |\n"
     return text
 
 
@@ -669,7 +714,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=480, help="after which no further part is begun")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--dry", action="store_true", help="run on a CPU, on tiny sizes")
-    parser.add_argument("--warm", choices=SHAPES, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry runs the same code on a CPU, on tiny sizes")

@@ -24,7 +24,7 @@ def test_a_dry_run_writes_every_part(monkeypatch, tmp_path) -> None:
         assert "failed" not in row, row
         assert "left_out" not in row, row
         rows.setdefault(row["part"], []).append(row)
-    assert list(rows) == ["check", "attention", "model", "subjects", "end"]
+    assert list(rows) == ["check", "attention", "loop", "model", "subjects", "end"]
     assert all(row["right"] for row in rows["check"])
     assert len(rows["check"]) == len(benchmark.DRY_CHECKS)
     assert [(row["model"], row["kind"]) for row in rows["model"]] == [
@@ -45,7 +45,7 @@ def test_what_fails_or_has_no_time_is_noted_and_the_rest_goes_on(monkeypatch, tm
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--output", str(tmp_path), "--seconds", "20"])
     benchmark.main(benchmark.parse_args())
     rows = json.loads((tmp_path / "dry_run.json").read_text())["rows"]
-    assert all("failed" in row for row in rows if row["part"] in ("check", "attention"))
+    assert all("failed" in row for row in rows if row["part"] in ("check", "attention", "loop"))
     assert all("s left, 40 needed" in row["left_out"] for row in rows if row["part"] == "model")
     assert rows[-1]["part"] == "end"
 
