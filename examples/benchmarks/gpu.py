@@ -652,7 +652,7 @@ def compile_ahead(bench: Bench) -> None:
 
 
 def jobs_to_warm() -> list[Callable[[], None]]:
-    """What compiles what this script runs: its shapes, with a matrix a sample and one for all; its checks; the card's."""
+    """What compiles what this script runs: shapes, with a matrix a sample and one for all; checks; the card's own."""
     bench = argparse.Namespace(device=torch.device("cuda"))
 
     def run(shape: tuple, one_matrix: bool, mask: Tensor | None = None, causal: bool = False) -> None:
