@@ -188,7 +188,7 @@ class _Call:
                 self.known |= {f"stride_{letter}": stride for letter, stride in zip(letters, strides)}
 
     def set_alignment(self) -> None:
-        """Whether inputs can be loaded 16 bytes at a time, by their strides in 16-bit entries, and where they begin."""
+        """Whether inputs can be loaded 16 bytes at a time, by their strides, in entries, and where they begin."""
         names = [name for name in ("query", "key", "value", "grad_out") if name in self.known]
         strides = [self.known[f"stride_{letter}"] for name in names for letter in _STRIDES[name]]
         starts = [0 if self.device.type == "meta" else self.known[name].data_ptr() for name in names]
