@@ -504,12 +504,10 @@ def times_kernel(
         line += part.to(tl.int64) * tl.num_programs(2) * H * R
         tl.store(partial + line * E + r[:, None] * E + e[None, :], sums, mask=kept)
     else:
-        sums = sums * scale
         if GAIN:
-            sums = sums / tl.load(gain + b * H + h)
-        row = first_row + first
-        out += b * stride_ob + h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_ot
-        tl.store(out + r[:, None] * stride_ot + e[None, :], _rounded(sums, out.dtype.element_ty), mask=kept)
+            scale = scale / tl.load(gain + b * H + h)
+        out += b * stride_ob + h.to(tl.int64) * stride_oh + (first_row + first).to(tl.int64) * stride_ot
+        tl.store(out + r[:, None] * stride_ot + e[None, :], _rounded(sums * scale, out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=_OF_STRIP)
@@ -550,12 +548,10 @@ def sum_kernel(
     for _ in tl.static_range(SPLITS):
         sums += tl.load(partial + line * E + r[:, None] * E + e[None, :], mask=kept, other=0.0)
         line += tl.num_programs(2) * H * R
-    sums = sums * scale
     if GAIN:
-        sums = sums / tl.load(gain + b * H + h)
-    row = first_row + first
-    out += b * stride_ob + h.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_ot
-    tl.store(out + r[:, None] * stride_ot + e[None, :], _rounded(sums, out.dtype.element_ty), mask=kept)
+        scale = scale / tl.load(gain + b * H + h)
+    out += b * stride_ob + h.to(tl.int64) * stride_oh + (first_row + first).to(tl.int64) * stride_ot
+    tl.store(out + r[:, None] * stride_ot + e[None, :], _rounded(sums * scale, out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=_OF_STRIP)
