@@ -410,9 +410,10 @@ def mix_kernel(
         total = total * tl.exp2(top - reference) + tl.sum(some_sums * tl.exp2(some_tops - reference[:, None]), 1)
         top = new_top
     shift, divisor = _of_rows(top, total)
-    at = statistics + (b * H + i) * T + first_row + t
-    tl.store(at, shift, mask=used & (part == 0))
-    tl.store(at + B * H * T, divisor, mask=used & (part == 0))
+    if part == 0:
+        at = statistics + (b * H + i) * T + first_row + t
+        tl.store(at, shift, mask=used)
+        tl.store(at + B * H * T, divisor, mask=used)
     j = tl.arange(0, HP)
     at = coeff + b * stride_ab + i[:, None] * stride_ai + j[None, :] * stride_aj
     alpha = tl.load(at, mask=(i[:, None] < H) & (j[None, :] < H), other=0.0).to(tl.float32)
