@@ -74,7 +74,7 @@ def train_and_load(pipe: Any, args: argparse.Namespace, name: str, flags: list[s
 @torch.no_grad()
 def subject_loss(pipe: Any, subject: str, flags: list[str], draws: int = 16) -> float:
     """The training loss of the subject on new backgrounds, over `draws` fixed noises and timesteps for each."""
-    step = DenoisingStep(StableDiffusion(pipe, parse_settings(flags)), [])
+    step = DenoisingStep(StableDiffusion(pipe, parse_settings(flags)), [], [])
     glyph = Image.open(demo.SUBJECTS / f"{subject.replace(' ', '-')}.png").convert("RGBA")
     losses = []
     for background in demo.NEW_BACKGROUNDS:
