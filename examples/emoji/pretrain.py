@@ -213,8 +213,8 @@ def encode_scenes(vae: AutoencoderKL, scenes: list[Scene], glyphs: dict[str, Ima
     latents = []
     for start in tqdm(range(0, len(scenes), 64), desc="latents"):
         batch = [render(scene, glyphs[scene.words]) for scene in scenes[start : start + 64]]
-        latents.append(vae.encode(to_tensor(batch)).latent_dist.mode().half())
-    return torch.cat(latents)
+        latents.append(vae.encode(to_tensor(batch)).latent_dist.mode())
+    return torch.cat(latents).half()
 
 
 def all_scenes(words: str) -> list[Scene]:

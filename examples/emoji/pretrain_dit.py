@@ -62,7 +62,7 @@ class Settings:
     patch_size: int = 2
     steps: int = 27000
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     first_glyphs: int = 40  # the curriculum begins with so many
     first_steps: int = 6500
     decay_fraction: float = 0.25  # of the steps, at their end, over which the rate falls to 0
@@ -106,12 +106,8 @@ def new_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
 def load_text_encoder(folder: Path) -> CLIPTextModelWithProjection:
     """The CLIPTextModel in `folder` in the class that the pipeline asks for, with the identity for its projection."""
     config = CLIPTextConfig.from_pretrained(folder)
-    encoder = CLIPTextModelWithProjection(config)
     tensors = load_file(folder / "model.safetensors") | {"text_projection.weight": torch.eye(config.projection_dim)}
-    own = {key: "text_model." + key.removeprefix("text_model.") for key in encoder.text_model.state_dict()}
-    encoder.text_model.load_state_dict({key: tensors[named] for key, named in own.items()})
-    encoder.text_projection.weight.data.copy_(tensors["text_projection.weight"])
-    return encoder.eval()
+    return CLIPTextModelWithProjection.from_pretrained(None, config=config, state_dict=tensors).eval()
 
 
 def new_transformer(settings: Settings, text: CLIPTextConfig) -> SD3Transformer2DModel:
