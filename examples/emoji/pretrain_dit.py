@@ -45,6 +45,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 HERE = Path(__file__).parent
 LONGEST = 256  # default of the pipeline's max_sequence_length
+WARMUP = 200  # steps of an optimizer that begins, also on weights that were trained before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,8 @@ def train(settings: Settings, transformer: SD3Transformer2DModel, work: Path) ->
     progress = tqdm(total=settings.steps, initial=step, desc="dit")
     average = None
     while step < settings.steps:
-        rate = settings.learning_rate * schedule(step, settings.steps, settings.decay_fraction)
+        share = schedule(step, settings.steps, settings.decay_fraction)
+        rate = settings.learning_rate * min(share, (ema.optimization_step + 1) / WARMUP)
         set_rate(optimizer, rate)
         loss = flow_loss(transformer, **draw_batch(settings, cache, index, step))
         step_optimizer(accelerator, transformer, optimizer, loss)

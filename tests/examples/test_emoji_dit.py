@@ -61,10 +61,12 @@ def test_training_goes_on_to_the_bit_and_exports_a_pipeline_of_links(settings, m
     assert sorted(file.name for file in files) == ["diffusion_pytorch_model.safetensors", "projection.safetensors"]
     assert pipe("an apple", num_inference_steps=1).images[0].size == (64, 64)
 
-    # without a checkpoint it goes on from there
+    # without a checkpoint it goes on from there, with an optimizer that warms up
     checkpoint.unlink()
-    pretrain_dit.main(pretrain_dit.Settings(**settings | {"steps": 5, "learning_rate": 0.0}))
-    assert torch.load(checkpoint)["step"] == 5
+    pretrain_dit.main(pretrain_dit.Settings(**settings | {"steps": 5, "learning_rate": 1e-12}))
+    continued = torch.load(checkpoint)
+    assert continued["step"] == 5
+    assert continued["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-12 / pretrain_dit.WARMUP)
     later = evaluate.load_pipeline(tmp_path / "model").transformer
     torch.testing.assert_close(later.state_dict(), pipe.transformer.state_dict(), rtol=0, atol=0)
 
