@@ -65,7 +65,7 @@ class Settings:
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     first_glyphs: int = 40  # the curriculum begins with so many
-    first_steps: int = 6500
+    first_steps: int = 1200
     decay_fraction: float = 0.25  # of the steps, at their end, over which the rate falls to 0
     caption_dropout: float = 0.1
     checkpointing_steps: int = 250
