@@ -10,8 +10,10 @@ import pretrain_dit
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from scenes import BACKGROUNDS
+from scenes import BACKGROUNDS, Scene
 from test_emoji import SHOWN, package  # noqa: F401
+
+from coeff_diffusers import add_coeff_adapter, coeff_parameters
 
 EMOJI = Path(pretrain_dit.__file__).parent
 
@@ -99,3 +101,18 @@ def test_the_measure_takes_a_pipeline_of_either_kind(settings, tmp_path) -> None
     for folder in (tmp_path / "model", EMOJI / "model"):
         pipe = evaluate.load_pipeline(folder)
         assert [picture.size for picture in evaluate.generate(pipe, scenes, args)] == [(64, 64)] * 2
+
+
+# -------------------------------------------------------------------------------------------------- the shipped model
+
+
+def test_shipped_transformer_paints_the_background_it_is_asked_for_and_takes_coefficients() -> None:
+    folder = EMOJI / "model_dit"
+    assert sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()) <= 16e6
+    pipe = evaluate.load_pipeline(folder)
+    args = evaluate.argparse.Namespace(seed=0, num_inference_steps=8, guidance_scale=2.5, guidance_rescale=0.7)
+    scenes = [Scene("pig face", background) for background in ("blue", "yellow", "green", "red")]
+    pictures = evaluate.generate(pipe, scenes, args)
+    assert [evaluate.name_background(picture) for picture in pictures] == [scene.background for scene in scenes]
+    add_coeff_adapter(pipe.transformer)
+    assert sum(parameter.numel() for parameter in coeff_parameters(pipe.transformer)) == 192
