@@ -105,6 +105,7 @@ def new_vae() -> AutoencoderKL:
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
         scaling_factor=1.0,
+        shift_factor=0.0,  # as flow-matching pipelines ask for
     )
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -197,19 +198,23 @@ def cache_latents(settings: Settings, accelerator: Accelerator, package: Path, w
         return
     vae = new_vae()
     load_checkpoint(work / "vae.pt", vae=vae)
-    vae.eval()
-    glyphs = load_glyphs(package, GLYPHS)
     scenes = [scene for words in GLYPHS for scene in all_scenes(words)]
-    latents = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for start in tqdm(range(0, len(scenes), 64), desc="latents"):
-            batch = [render(scene, glyphs[scene.words]) for scene in scenes[start : start + 64]]
-            latents.append(vae.encode(to_tensor(batch)).latent_dist.mode().half())
-    stacked = torch.cat(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        stacked = encode_scenes(vae.eval(), scenes, load_glyphs(package, GLYPHS))
     mean, std = stacked.float().mean((0, 2, 3)), stacked.float().std((0, 2, 3))
     normalised = ((stacked.float() - mean[:, None, None]) / std[:, None, None]).half()
     content = {"latents": normalised, "mean": mean, "std": std, "scenes": [dataclasses.astuple(s) for s in scenes]}
     save_whole(content, work / "latents.pt")
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, scenes: list[Scene], glyphs: dict[str, Image.Image]) -> Tensor:
+    """(N, 8, 16, 16) in float16."""
+    latents = []
+    for start in tqdm(range(0, len(scenes), 64), desc="latents"):
+        batch = [render(scene, glyphs[scene.words]) for scene in scenes[start : start + 64]]
+        latents.append(vae.encode(to_tensor(batch)).latent_dist.mode())
+    return torch.cat(latents).half()
 
 
 def all_scenes(words: str) -> list[Scene]:
@@ -367,15 +372,20 @@ def scene_batches(
     input_ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     index = {tuple(fields): i for i, fields in enumerate(cache["scenes"])}
-    words = list(GLYPHS)
     while True:
-        among = words[: settings.first_glyphs] if step < settings.first_steps else words
-        drawn = [draw_scene(rng.choice(among), rng) for _ in range(settings.unet_batch_size)]
+        first = settings.first_glyphs if step < settings.first_steps else None
+        drawn = draw_scenes(rng, settings.unet_batch_size, first)
         chosen = torch.tensor([index[dataclasses.astuple(scene)] for scene in drawn])
         ids = input_ids[chosen].clone()
         ids[torch.rand(len(ids)) < settings.caption_dropout] = empty
         yield cache["latents"][chosen].float(), ids
         step += 1
+
+
+def draw_scenes(rng: random.Random, count: int, first_glyphs: int | None = None) -> list[Scene]:
+    """Of glyphs drawn evenly from all, or from so many that come first."""
+    among = list(GLYPHS)[:first_glyphs]
+    return [draw_scene(rng.choice(among), rng) for _ in range(count)]
 
 
 def stratified_timesteps(count: int) -> Tensor:
@@ -489,13 +499,14 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
 STAGES = {"vae": train_vae, "cache": cache_latents, "unet": train_unet, "export": export}
 
 
-def parse_args() -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Settings):
-        choices = list(STAGES) if field.name == "stop_after" else None
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=choices)
-    return Settings(**vars(parser.parse_args()))
+def parse_args(kind: type[Any], description: str | None, **choices: list[str]) -> Any:
+    """The settings on the command line: every field of the dataclass `kind` is a flag."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(kind):
+        allowed = choices.get(field.name)
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, choices=allowed)
+    return kind(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Settings, __doc__, stop_after=list(STAGES)))

@@ -74,6 +74,15 @@ def test_a_scene_is_on_its_background_and_the_measure_says_so() -> None:
         assert evaluate.name_background(picture) == background
 
 
+def test_the_nearest_scene_is_that_of_the_glyph_in_the_picture() -> None:
+    files = sorted((EMOJI / "subjects").glob("*.png"))
+    glyphs = {file.stem: Image.open(file).convert("RGBA") for file in files}
+    for words, glyph in glyphs.items():
+        scene = Scene("another", "blue", "small", "on the left")
+        blurred = render(scene, glyph).filter(evaluate.ImageFilter.GaussianBlur(1))
+        assert evaluate.nearest_glyph(scene, blurred, glyphs) == words
+
+
 def test_places_move_the_glyph() -> None:
     glyph = Image.new("RGBA", (64, 64), "red")
     pictures = {place: render(Scene("x", "white", "small", place), glyph) for place in PLACES}
