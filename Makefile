@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-PARALLEL := --numprocesses 2 --dist loadfile
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test test-oldest lint format bench clean
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
-# two processes at once, for a test computes with one thread; a file's tests share what they have built
+# two processes at once, for a test computes with one thread; a file's tests share what they have built, and the slowest files come first
 test: $(STAMP)
 	$(PY) -m pytest $(PARALLEL)
 
