@@ -18,7 +18,8 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
-# two processes at once, for a test computes with one thread; a file's tests share what they have built, and the slowest files come first
+# two processes at once, for a test computes with one thread; a file's tests share what they have built, and the slowest
+# files come first
 test: $(STAMP)
 	$(PY) -m pytest $(PARALLEL)
 
