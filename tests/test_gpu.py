@@ -110,7 +110,7 @@ def test_kernels_compile_without_spills_fit_and_load_sixteen_bytes_at_a_time(
         found = triton_targets.compiled(launch, architecture)
         assert found.spilled == 0, launch.name
         assert found.shared <= triton_targets.TARGETS[architecture][0], launch.name
-        assert found.narrow_loads == 0 or shape[-1] % 8, launch.name
+        assert found.narrow_loads == 0 or shape[-1] > 128, launch.name  # whose tiles are smaller than their programs
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ _BY_WIDTH: dict[str, dict[int, dict[str, Tile]]] = {
             "exps": Tile(64, 128, 4, 2, 4),
             "times": Tile(64, 64, 4, 3),
             "maps": Tile(64, 64, 4, 2, 4),
-            "keys": Tile(64, 64, 4, 2),
+            "keys": Tile(32, 64, 4, 3),
         },
         128: {
             "plain": Tile(64, 64, 4, 2),
