@@ -20,7 +20,6 @@ from . import cpu, gpu, loop
 
 _VARIABLE = "COEFF_DIFFUSERS_BACKEND"
 _WAYS = {"cpu": cpu, "triton": gpu, "torch": loop}
-_chosen = "auto"
 
 
 def set_mixing_backend(name: str = "auto") -> None:

@@ -18,14 +18,12 @@ def alpha_of(coeff: Tensor, query: Tensor) -> Tensor:
     return alpha.expand(query.shape[0], -1, -1)
 
 
-def gain_of(alpha: Tensor, dtype: torch.dtype) -> Tensor:
-    """What mixed maps are multiplied by where they are kept in `dtype`, for each output head, (B, H, 1), a power of 2.
+def gain_of(alpha: Tensor) -> Tensor:
+    """What mixed maps are multiplied by where they are kept in float16, for each output head, (B, H, 1), a power of 2.
 
     Entries of a map of 4,096 keys are some 2e-4, of which float16 keeps less than its 11 bits. 2**10, or what keeps
-    sums of alpha's row below 2**15, since no entry of a map exceeds 1. One for other dtypes.
+    sums of alpha's row below 2**15, since no entry of a map exceeds 1.
     """
-    if dtype != torch.float16:
-        return torch.ones_like(alpha[..., :1])
     largest = alpha.abs().sum(-1, keepdim=True)
     return torch.exp2(torch.floor(15 - torch.log2(largest)).clamp(max=10.0))
 

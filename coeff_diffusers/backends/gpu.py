@@ -41,6 +41,7 @@ from torch import Tensor
 
 from . import loop, tiles
 from .common import empty_output
+from .tiles import power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def forward(
     NT = _cdiv(SP, exps.keys)
     tops, sums = query.new_empty(2, samples, H, R, NT, dtype=torch.float32)
     strip = query.new_empty(samples, H, R, SP)
-    call.set(strip=strip, tops=tops, sums=sums, NT=NT, NTP=min(_padded(NT, 2), _MOST_STATISTICS))
+    call.set(strip=strip, tops=tops, sums=sums, NT=NT, NTP=min(power_of_two(NT, 2), _MOST_STATISTICS))
     call.set_product(kernels, strip, call.known["value"], out, 1.0, everywhere=False)
     parts = max(1, min(_cdiv(6 * multiprocessors(query.device), R * samples), NT // 4))
     for b, count, t, rows in _strips(B, T, samples, R):
@@ -119,7 +120,9 @@ def backward(
     call.prepare(kernels)
     *_, of_maps, of_grads, of_keys, _, _ = call.tiles
     half = query.dtype == torch.float16
-    samples, R, SP = call.strip(call.tiles.backward_bytes, 8 if half else 4, of_maps.rows, 256, 4 * _padded(H) ** 2)
+    samples, R, SP = call.strip(
+        call.tiles.backward_bytes, 8 if half else 4, of_maps.rows, 256, 4 * power_of_two(H) ** 2
+    )
     written = [_to_write(x) for x in gradients]
     if R < T:  # sums over strips
         contiguous = torch.contiguous_format
@@ -127,7 +130,7 @@ def backward(
     maps = query.new_empty(samples, H, R, SP)
     grads = torch.empty_like(maps, dtype=torch.float32 if half else query.dtype)
     grad_scores = torch.empty_like(maps) if half else grads
-    products = query.new_empty(samples, R, _padded(H), _padded(H), dtype=torch.float32)
+    products = query.new_empty(samples, R, power_of_two(H), power_of_two(H), dtype=torch.float32)
     NT = _cdiv(SP, of_maps.keys)
     call.set(maps=maps, grads=grads, grad_scores=grad_scores, products=products, MAP_GAIN=_MAP_GAIN if half else 1.0)
     call.set(grad_key=written[1], grad_value=written[2], OF_KEYS=wanted[1], OF_VALUES=wanted[2], NT=NT)
@@ -171,8 +174,13 @@ class _Call:
         self.tiles = tiles.choose(architecture(query.device), H, max(D, E), T, S)
         self.known: dict[str, Any] = {"B": B, "H": H, "T": T, "S": S, "D": D, "E": E, "CAUSAL": is_causal}
         self.known |= {"first_sample": 0, "first_row": 0, "rows": 0}  # of the strip
-        self.known |= {"HP": _padded(H), "BD": _padded(D), "BE": _padded(E), "GAIN": query.dtype == torch.float16}
-        self.known |= {"EVEN_D": _padded(D) == D, "EVEN_E": _padded(E) == E}
+        self.known |= {
+            "HP": power_of_two(H),
+            "BD": power_of_two(D),
+            "BE": power_of_two(E),
+            "GAIN": query.dtype == torch.float16,
+        }
+        self.known |= {"EVEN_D": power_of_two(D) == D, "EVEN_E": power_of_two(E) == E}
         self.set(coeff=coeff, stride_ab=0 if coeff.ndim == 2 else coeff.stride(0))
         self.set(stride_ai=coeff.stride(-2), stride_aj=coeff.stride(-1))
         self.set(**{name: _to_read(x) for name, x in {"query": query, "key": key, "value": value, **arrays}.items()})
@@ -252,7 +260,7 @@ class _Call:
         rows = strip.shape[:3] if splits > 1 else (0,)
         partial = torch.empty(splits, *rows, width, dtype=torch.float32, device=self.device)
         self.set(strip=strip, right=right, out=out, partial=partial, SPLITS=splits, ALL=everywhere)
-        of_product = {"E": width, "BE": _padded(width), "EVEN_E": _padded(width) == width, "scale": scale}
+        of_product = {"E": width, "BE": power_of_two(width), "EVEN_E": power_of_two(width) == width, "scale": scale}
         of_product["GAIN"] = self.known["GAIN"] and not everywhere  # gradients of scores have none
         for kernel in (kernels.times_kernel, kernels.sum_kernel):
             self.prepare_launch(kernel, tile, **of_product)
@@ -320,11 +328,6 @@ def _to_write(x: Tensor) -> Tensor:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _padded(n: int, least: int = 16) -> int:
-    """The next power of two; the kernels' products need 16 of everything."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 @functools.cache

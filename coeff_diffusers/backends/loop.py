@@ -100,7 +100,7 @@ class _Products:
         if self.narrow != torch.float16:
             mixed = _mix(alpha, maps)
             return self(mixed.mT if transposed else mixed, right)
-        gain = gain_of(alpha, self.narrow)
+        gain = gain_of(alpha)
         mixed = _mix(alpha * gain, maps)
         return self(mixed.mT if transposed else mixed, right) / gain[..., None]
 

@@ -135,9 +135,9 @@ def choose(architecture: str, heads: int, width: int, queries: int, keys: int) -
 
 
 def _shrunk(tile: Tile, queries: int, keys: int) -> Tile:
-    return tile._replace(rows=min(tile.rows, _power_of_two(queries)), keys=min(tile.keys, _power_of_two(keys)))
+    return tile._replace(rows=min(tile.rows, power_of_two(queries)), keys=min(tile.keys, power_of_two(keys)))
 
 
-def _power_of_two(n: int) -> int:
-    """The next one from n on, and 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
+def power_of_two(n: int, least: int = 16) -> int:
+    """The next one from n on; the kernels' products need 16 of everything."""
+    return max(least, 1 << (n - 1).bit_length())
