@@ -23,12 +23,13 @@ from sheet import sheet
 
 from coeff_diffusers import load_coeff_weights
 
-sys.path += [str(Path(demo.__file__).parents[1] / "training"), str(Path(demo.__file__).parent / "emoji")]
-import train_dreambooth
-from families.stable_diffusion import StableDiffusion
+sys.path.append(str(Path(demo.__file__).parent / "emoji"))
 from scenes import Scene, render
-from settings import parse_settings
-from step import DenoisingStep
+
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.step import DenoisingStep
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

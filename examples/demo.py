@@ -23,9 +23,10 @@ from coeff_diffusers import coeff_disabled, load_coeff_weights
 from coeff_diffusers.console import escaped_output
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parent / "training"), str(HERE / "emoji")]
-import train_dreambooth  # noqa: E402
+sys.path.append(str(HERE / "emoji"))
 from scenes import Scene, render  # noqa: E402
+
+from coeff_diffusers.training.run import dreambooth as train_dreambooth  # noqa: E402
 
 MODEL = HERE / "emoji" / "model"
 SUBJECTS = HERE / "emoji" / "subjects"

@@ -51,9 +51,7 @@ from tqdm import tqdm
 from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
 from coeff_diffusers.checkpoint import find_file, whole_file
 from coeff_diffusers.console import escaped_output
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from single_file import is_single_file, load_single_file
+from coeff_diffusers.training.families.single_file import is_single_file, load_single_file
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 

@@ -30,9 +30,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from coeff_diffusers.console import escaped_output
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from data import upright_rgb
+from coeff_diffusers.training.images.dreambooth_dataset import upright_rgb
 
 Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
 

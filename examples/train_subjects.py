@@ -14,13 +14,13 @@ from pathlib import Path
 
 import demo
 import torch
-import train_dreambooth
 import yaml
 from diffusers import StableDiffusionPipeline
 from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, coeff_per_sample, load_coeff_weights
 from coeff_diffusers.console import escaped_output
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
 
 BACKGROUND = "blue"  # which no training picture has
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from hosts import randomise
+from tiny_sd import tiny_pipeline
 
 from coeff_diffusers import add_coeff_adapter, save_coeff_weights, unload_coeff_weights
 from coeff_diffusers.cli import main
-
-sys.path.append(str(Path(__file__).parent / "training"))
-from tiny_sd import tiny_pipeline
 
 ADAPTERS = Path(__file__).parents[1] / "docs" / "adapters.md"
 

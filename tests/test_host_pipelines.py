@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import tiny_models
+import tiny_sd
 import torch
 from diffusers import (
     AnimateDiffPAGPipeline,
@@ -63,10 +64,6 @@ from coeff_diffusers import (
     unload_coeff_weights,
 )
 from coeff_diffusers.layers import attention_layers
-
-sys.path.append(str(Path(__file__).parent / "training"))
-import tiny_models
-import tiny_sd
 
 # Files of diffusers/pipelines that set processors or copy weights from model to model, and what that means here. Every
 # word is a column of the table of docs/compatibility.md; "none" has nothing to do with the coefficients of a user.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNetMotionModel, WanTransformer3DModel
 from hosts import HOSTS, randomise, visible
+from tiny_sd import tiny_pipeline
 
 from coeff_diffusers import (
     CoeffConfig,
@@ -25,9 +25,6 @@ from coeff_diffusers import (
     set_coeff_adapters,
 )
 from coeff_diffusers.adapters import layer_coefficients
-
-sys.path.append(str(Path(__file__).parent / "training"))
-from tiny_sd import tiny_pipeline
 
 MODEL = Path(__file__).parents[1] / "examples" / "emoji" / "model"
 PROMPTS = ["a sks dog", "a dog", "a sks cat"]

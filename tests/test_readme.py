@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-import settings
 
 import coeff_diffusers
+from coeff_diffusers.training.settings import dreambooth as settings
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("", "docs/", "examples/", "examples/emoji/*/", "training/", "training/*/")

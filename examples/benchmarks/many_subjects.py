@@ -58,9 +58,10 @@ def run(way: str, batch: int, args: argparse.Namespace) -> dict[str, float]:
 def measure(way: str, batch: int, steps: int) -> dict[str, float]:
     sys.path += [str(EXAMPLES)]
     import demo  # noqa: F401  finds the training script
-    import loop
-    import train_dreambooth
     import train_subjects
+
+    from coeff_diffusers.training.run import dreambooth as train_dreambooth
+    from coeff_diffusers.training.run import loop
 
     times: list[float] = []
     memory: list[float] = []

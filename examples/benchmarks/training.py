@@ -76,8 +76,7 @@ def run(folder: Path, kind: str, precision: str, args: argparse.Namespace) -> di
 
 
 def measure(kind: str, precision: str, folder: Path, steps: int) -> dict[str, float]:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-    import train_dreambooth
+    from coeff_diffusers.training.run import dreambooth as train_dreambooth
 
     output, memory = folder / f"{kind}-{precision}", {}
     original = train_dreambooth.train

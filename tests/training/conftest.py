@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_sd import tiny_pipeline
-from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
 
 
 @pytest.fixture(scope="session")

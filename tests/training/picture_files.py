@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from sources import Picture, file_pictures
+
+from coeff_diffusers.training.images.files import Picture, file_pictures
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from buckets import Size, nearest_bucket, parse_buckets
-from data import DreamBoothDataset, Example, collate
-from families.stable_diffusion import StableDiffusion
 from picture_files import opened, saved
 from PIL import Image
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError
 from torch.utils.data import BatchSampler, SequentialSampler
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.images.buckets import Size, nearest_bucket, parse_buckets
+from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, Example, collate
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
 WIDE, TALL, SQUARE = (4, 8), (8, 4), (6, 6)  # height and width
 SIZES = [(16, 8), (18, 8), (15, 8), (10, 10), (8, 15)]  # width and height: three wide, a square, a tall one

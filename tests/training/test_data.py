@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data import Cut, DreamBoothDataset, collate, cover, cut_out, seed_of, upright_rgb
 from picture_files import BLUE, RED, opened, saved
 from PIL import Image
-from sources import Picture
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.images.dreambooth_dataset import (
+    Cut,
+    DreamBoothDataset,
+    collate,
+    cover,
+    cut_out,
+    seed_of,
+    upright_rgb,
+)
+from coeff_diffusers.training.images.files import Picture
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_dreambooth
-from data import DreamBoothDataset
 from diffusers import StableDiffusionPipeline
-from families import save_vae_memory
-from families.stable_diffusion import StableDiffusion
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
-from sources import folder_pictures
 from tiny_sd import tiny_pipeline
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families import save_vae_memory
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset
+from coeff_diffusers.training.images.files import folder_pictures
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
 Argv = Callable[..., list[str]]

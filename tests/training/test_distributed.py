@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_dreambooth
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
-from sharding import blocks, check_processes, shard_frozen_weights, sharded_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_each_family import PROMPTS, generators, make_family, make_pipeline, pixels, sizes_of
 from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import Tensor, nn
-from train_dreambooth import TrainingResult, add_adapters
 from two_processes import on_two_processes
 
 from coeff_diffusers import coeff_parameters
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult, add_adapters
+from coeff_diffusers.training.run.sharding import blocks, check_processes, shard_frozen_weights, sharded_names
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Argv = Callable[..., list[str]]
 Train = Callable[..., TrainingResult]

@@ -21,22 +21,23 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
-from families import FAMILIES, DiffusionFamily, Family
 from hosts import visible
-from memory import release_frozen_text_encoders, release_text_encoders
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError
 from tiny_models import FAMILIES as NAMES
 from tiny_models import SIDE, call_settings, tiny_pipeline
 from tiny_sd import MAX_TOKENS
 from torch import Tensor
-from train_dreambooth import TrainingResult, add_adapters
 from transformers.models.t5 import modeling_t5
-from validation import decoding_without_autocast
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weights
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families import FAMILIES, DiffusionFamily, Family
+from coeff_diffusers.training.results.validation import decoding_without_autocast
+from coeff_diffusers.training.run.dreambooth import TrainingResult, add_adapters
+from coeff_diffusers.training.run.memory import release_frozen_text_encoders, release_text_encoders
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
 PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # they hold latents as (B, tokens, channels)
 REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time runs from noise to the picture

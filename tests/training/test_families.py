@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler
-from families import Family
-from families.stable_diffusion import StableDiffusion
-from settings import DreamBoothSettings, InputError
 from tiny_sd import MAX_TOKENS, tiny_pipeline
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families import Family
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
 SIZES = [16, 16, 0, 0, 16, 16]
 

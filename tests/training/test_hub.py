@@ -10,12 +10,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import hub
 import pytest
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
-from settings import DreamBoothSettings, InputError, parse_settings
-from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.results import hub
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
 
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
 

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data import DreamBoothDataset, Example, upright_rgb
-from families.stable_diffusion import StableDiffusion
-from latents import encode_cuts, moments_of, release_vae, vae_on
 from picture_files import opened
 from PIL import Image
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
-from sources import Picture
 from tiny_sd import tiny_pipeline
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, Example, upright_rgb
+from coeff_diffusers.training.images.files import Picture
+from coeff_diffusers.training.images.latents import encode_cuts, moments_of, release_vae, vae_on
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
 SIZES = [(24, 16), (26, 17), (16, 16), (15, 28)]  # width and height

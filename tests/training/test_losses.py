@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losses import dreambooth_loss, squared_errors
+
+from coeff_diffusers.training.run.losses import dreambooth_loss, squared_errors
 
 SHAPE = (6, 3, 5, 4)
 KINDS = ["instance"] * 3 + ["class"] * 3

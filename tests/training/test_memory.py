@@ -11,16 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import memory
 import numpy as np
 import psutil
 import pytest
 import torch
-from families.stable_diffusion import StableDiffusion
-from memory import release_text_encoders
-from settings import parse_settings
 from tiny_sd import tiny_pipeline
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.run import memory
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.memory import release_text_encoders
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 
 @pytest.fixture

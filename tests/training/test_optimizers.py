@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from optimizers import make_optimizer, rates_in_use
 from prodigyopt import Prodigy
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError, parse_settings
 from torch import nn
-from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.optimizers import make_optimizer, rates_in_use
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
 
 Train = Callable[..., TrainingResult]
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}

@@ -16,23 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import loop
 import pytest
-import stopping
 import torch
-import train_dreambooth
 from accelerate import Accelerator
-from checkpoints import Checkpoints, checkpoint_paths, problem_of
-from families.stable_diffusion import StableDiffusion
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
-from stopping import Stopped, stop_request
 from torch import Tensor, nn
-from train_dreambooth import TrainingResult, main
 
 from coeff_diffusers.checkpoint import coeff_state_dict
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.run import checkpoints, loop, stopping
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.checkpoints import Checkpoints, checkpoint_paths, problem_of
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.stopping import Stopped, stop_request
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
 SCRIPT = Path(stopping.__file__).with_name("train_dreambooth.py")

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from settings import DreamBoothSettings, InputError, parse_settings
-from train_dreambooth import main
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run.dreambooth import main
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
 
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
 Argv = Callable[..., list[str]]

@@ -12,13 +12,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from data import DreamBoothDataset, upright_rgb
-from hub_data import dataset_pictures
 from picture_files import BLUE, RED, saved
 from PIL import Image, ImageCms
-from settings import DreamBoothSettings, InputError
-from sources import find_images, folder_pictures, read_captions, read_sidecars
-from train_dreambooth import TrainingResult
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, upright_rgb
+from coeff_diffusers.training.images.files import find_images, folder_pictures, read_captions, read_sidecars
+from coeff_diffusers.training.images.hub_datasets import dataset_pictures
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
 # Folders
 

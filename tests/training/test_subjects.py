@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_dreambooth
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from settings import DreamBoothSettings, InputError, parse_settings
-from subjects import losses_by_subject, read_subject_pictures, read_subjects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_pipeline
 from torch import Tensor
-from train_dreambooth import TrainingResult, main
 
 from coeff_diffusers import coeff_per_sample, load_coeff_weights
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.subjects import losses_by_subject, read_subject_pictures, read_subjects
+from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
 
 Argv = Callable[..., list[str]]
 SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}

@@ -9,20 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_dreambooth
 from diffusers import StableDiffusionPipeline
-from families import Conditions
-from families.stable_diffusion import StableDiffusion
 from PIL import Image
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
-from step import DenoisingStep
-from text_encoders import add_text_encoder_adapters, layers_in_use, switch_dropout_off
 from tiny_sd import MAX_TOKENS, tiny_pipeline
-from train_dreambooth import TrainingResult
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from coeff_diffusers import coeff_parameters, load_coeff_weights
+from coeff_diffusers.training.adapters.text_encoders import (
+    add_text_encoder_adapters,
+    layers_in_use,
+    switch_dropout_off,
+)
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families import Conditions
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.step import DenoisingStep
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
 Argv = Callable[..., list[str]]

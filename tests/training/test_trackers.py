@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trackers
 from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 from PIL import Image
-from settings import TRACKERS, InputError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_dreambooth import TrainingResult, main
+
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.results import trackers
+from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.settings.dreambooth import TRACKERS
 
 
 def test_every_tracker_of_accelerate_can_be_chosen() -> None:

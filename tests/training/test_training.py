@@ -9,25 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import class_images
 import numpy as np
 import pytest
 import torch
-import train_dreambooth
-import validation
 from diffusers import StableDiffusionPipeline
-from families.stable_diffusion import StableDiffusion
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from settings import InputError, parse_settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from train_dreambooth import TrainingResult, check_trainable
 
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, load_coeff_weights
 from coeff_diffusers.adapters import layer_coefficients
 from coeff_diffusers.checkpoint import coeff_state_dict
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
+from coeff_diffusers.training.images import class_images
+from coeff_diffusers.training.results import validation
+from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult, check_trainable
+from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
 SCRIPT = Path(train_dreambooth.__file__)

@@ -1,0 +1,246 @@
+"""Pictures, made into the tensors that the model trains on.
+
+What is random about a training picture follows from the run's seed and the picture's place in the run alone. So a run
+is the same whatever the number of workers and processes, and however a batch is divided by gradient accumulation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .buckets import Size, bucket_of_step, nearest_bucket, shuffled
+from .colours import to_srgb
+from .files import Picture
+
+
+def upright_rgb(image: Image.Image, background: str) -> Image.Image:
+    """Turned as its EXIF entry says, and in sRGB. What is transparent shows the background's colour."""
+    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    image = to_srgb(image, profile)
+    if not image.mode.endswith("A") and "transparency" not in image.info:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of a grey picture with 16, which Pillow's own conversion cuts off at 255; with alpha, if one grey is clear."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        grey.putalpha(Image.fromarray(opaque))
+    return grey
+
+
+def cover(height: int, width: int, size: Size) -> Size:
+    """The least size of a picture that covers `size` unstretched, so that one side fits."""
+    scale = max(size[0] / height, size[1] / width)
+    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
+
+
+@lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
+def load_image(picture: Picture, size: Size, background: str) -> Image.Image:
+    """The picture, covering `size`."""
+    with picture.read() as image:
+        upright = upright_rgb(image, background)
+    return upright.resize(cover(upright.height, upright.width, size)[::-1], Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a picture is shown.
+
+    Args:
+        picture: which one.
+        size: height and width of the cut.
+        where: it lies along the side that is too long: from 0, its start, to 1, its end.
+        mirrored: left and right are exchanged.
+    """
+
+    picture: Picture
+    size: Size
+    where: float
+    mirrored: bool
+
+    @classmethod
+    def draw(
+        cls, picture: Picture, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
+    ) -> Cut:
+        # both are drawn in any case, so that one option does not change what another one draws
+        where, mirror = torch.rand(2, generator=generator).tolist()
+        nothing_is_cut = picture.height * size[1] == picture.width * size[0]
+        return cls(picture, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
+
+    @property
+    def covering(self) -> Size:
+        """Height and width that the picture is scaled to."""
+        return cover(self.picture.height, self.picture.width, self.size)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Top and left in the scaled picture, which is mirrored already if it is to be."""
+        rest = [whole - part for whole, part in zip(self.covering, self.size)]
+        top, left = (int(self.where * (length + 1)) for length in rest)
+        return top, rest[1] - left if self.mirrored else left
+
+
+def cut_out(image: Image.Image, cut: Cut) -> Tensor:
+    """(3, height, width) in [-1, 1] of a scaled picture."""
+    (top, left), (height, width) = cut.corner, cut.size
+    image = ImageOps.mirror(image) if cut.mirrored else image
+    box = image.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def seed_of(*parts: object) -> int:
+    """A seed from the run's seed and what it is for; those of runs with seeds 0 and 1 have nothing in common."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture as it is drawn in a run.
+
+    Args:
+        kind: `"instance"` or `"class"`.
+        name: of the picture, for messages.
+        prompt: the prompt that it is trained with.
+        pixels: (3, height, width) in [-1, 1]; `None` if the moments are there.
+        moments: (2, ...), mean and deviation of its latents, if they have been encoded before.
+        sizes: height and width of the file, top and left of the cut, height and width of it.
+        seed: of the noise that is added to it.
+    """
+
+    kind: str
+    name: str
+    prompt: str
+    pixels: Tensor | None
+    moments: Tensor | None
+    sizes: tuple[int, ...]
+    seed: int
+
+
+class DreamBoothDataset(Dataset[list[Example]]):
+    """Draw n of a run: a picture of the subject and, with prior preservation, one of its class.
+
+    Every picture is shown once in an order drawn anew before any other of its bucket is shown again, also across
+    batches. It is read in order, 0, 1, 2, ..., to the end of the run.
+
+    Args:
+        draws: how many draws are taken.
+        instance_images: the subject's pictures.
+        class_images: pictures of its class; none without prior preservation. They are cut to the bucket of the
+            subject's picture that they are shown with.
+        resolution: height and width of the cuts, if there are no buckets.
+        seed: of all that is random.
+        center_crop: cut in the middle, as is always done with buckets.
+        random_flip: mirror half of the pictures.
+        background_color: of what is transparent.
+        caption_dropout: probability with which the empty prompt takes the place of a picture's.
+        first: the first draw, in a run that is continued.
+        buckets: sizes, of which each picture of the subject has the one that is most like it.
+        step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
+
+    Attributes:
+        moments: of cuts that have been encoded before; their pictures are not read.
+    """
+
+    def __init__(
+        self,
+        draws: int,
+        instance_images: list[Picture],
+        class_images: list[Picture],
+        *,
+        resolution: int,
+        seed: int,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        background_color: str = "white",
+        caption_dropout: float = 0.0,
+        first: int = 0,
+        buckets: Sequence[Size] = (),
+        step_draws: int = 1,
+    ) -> None:
+        self.draws, self.first, self.step_draws, self.seed = draws, first, step_draws, seed
+        self.center_crop, self.random_flip = center_crop or bool(buckets), random_flip
+        self.background_color, self.caption_dropout = background_color, caption_dropout
+        sizes = buckets or [(resolution, resolution)]
+        self.sizes = tuple(nearest_bucket(image.height, image.width, sizes) for image in instance_images)
+        self.instance_images = {
+            size: tuple(image for image, other in zip(instance_images, self.sizes) if other == size)
+            for size in dict.fromkeys(self.sizes)
+        }
+        self.class_images = tuple(class_images)
+        self.kinds = ("instance", "class") if class_images else ("instance",)
+        self.moments: dict[Cut, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.draws
+
+    def __getitem__(self, draw: int) -> list[Example]:
+        """Of the subject, and of the class if there are class pictures."""
+        return [self._example(kind, draw + self.first) for kind in self.kinds]
+
+    def cut(self, kind: str, draw: int) -> Cut:
+        """Which picture a draw of the run shows, and what of it."""
+        step, place = divmod(draw, self.step_draws)
+        size, steps_before = bucket_of_step(self.sizes, step, f"{self.seed}/buckets")
+        images, shown = self.class_images, draw
+        if kind == "instance":
+            images, shown = self.instance_images[size], steps_before * self.step_draws + place
+        epoch, place = divmod(shown, len(images))
+        picture = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
+        return Cut.draw(picture, size, self.center_crop, self.random_flip, generator)
+
+    def cuts(self) -> list[Cut]:
+        """All that will be shown, each once."""
+        draws = range(self.first, self.first + self.draws)
+        return list(dict.fromkeys(self.cut(kind, draw) for draw in draws for kind in self.kinds))
+
+    def pixels(self, cut: Cut) -> Tensor:
+        """(3, height, width) in [-1, 1]."""
+        return cut_out(load_image(cut.picture, cut.size, self.background_color), cut)
+
+    def _example(self, kind: str, draw: int) -> Example:
+        cut = self.cut(kind, draw)
+        moments = self.moments.get(cut)
+        dropped = random.Random(seed_of(self.seed, kind, "caption", draw)).random() < self.caption_dropout
+        return Example(
+            kind=kind,
+            name=cut.picture.name,
+            prompt="" if dropped else cut.picture.prompt,
+            pixels=self.pixels(cut) if moments is None else None,
+            moments=moments,
+            sizes=(cut.picture.height, cut.picture.width, *cut.corner, *cut.size),
+            seed=seed_of(self.seed, kind, "noise", draw),
+        )
+
+
+def collate(draws: list[list[Example]]) -> dict[str, Any]:
+    """A batch, the subject's pictures first, then as many of the class; with moments if all have them, or pixels."""
+    examples = [example for kind in zip(*draws) for example in kind]
+    content = "pixels" if examples[0].moments is None else "moments"
+    return {
+        "kinds": [example.kind for example in examples],
+        "names": [example.name for example in examples],
+        "prompts": [example.prompt for example in examples],
+        # (B, 3, height, width) or (B, 2, ...)
+        content: torch.stack([getattr(example, content) for example in examples]),
+        "sizes": torch.tensor([example.sizes for example in examples]),  # (B, 6)
+        "seeds": torch.tensor([example.seed for example in examples]),  # (B,)
+    }

@@ -1,0 +1,65 @@
+"""The output folder: checked before anything is loaded, and each file in it written whole or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from coeff_diffusers.checkpoint import whole_file
+
+from ..errors import InputError
+from ..settings.dreambooth import DreamBoothSettings
+
+
+def make_writable(folder: str | Path, setting: str) -> Path:
+    """Makes the folder and tries to write into it.
+
+    Raises:
+        InputError: if either fails.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
+
+
+def check_output_folder(settings: DreamBoothSettings) -> None:
+    """Makes the output folder.
+
+    Raises:
+        InputError: if it cannot be written, or the model card would overwrite somebody's README.md.
+    """
+    folder = make_writable(settings.output_dir, "output_dir")
+    if (folder / "README.md").exists() and not (folder / "config.yaml").exists():
+        raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
+
+
+def write_text(text: str, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+    return path
+
+
+def write_image(image: Image.Image, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path
+
+
+def write_grid(rows: list[list[Image.Image]], folder: Path) -> list[Path]:
+    """Writes `grid.png`, a row a prompt, and each picture of it on its own; returns the paths, the grid's first."""
+    images = [image for row in rows for image in row]
+    paths = [write_image(make_image_grid(images, rows=len(rows), cols=len(rows[0])), folder / "grid.png")]
+    for r, row in enumerate(rows):
+        paths += [write_image(image, folder / f"prompt{r}-image{c}.png") for c, image in enumerate(row)]
+    return paths
+
+
+def size_text(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size:,} bytes" if size < 100_000 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,98 @@
+"""The model card: README.md of the output folder, in the form that the Hub shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+
+from coeff_diffusers.checkpoint import public_name
+
+from ..families.single_file import is_single_file
+from ..settings.dreambooth import DreamBoothSettings
+from .files import write_text
+
+NAMES = {
+    "coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)",
+    "lora": "numbers of a LoRA",
+    "text_encoder_coefficients": "attention coefficients of the text encoders",
+    "text_encoder_lora": "numbers of a LoRA on the text encoders",
+}
+TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
+
+
+def write_card(
+    folder: Path,
+    settings: DreamBoothSettings,
+    pipeline_class: str,
+    counts: dict[str, int],
+    weights: dict[str, Path],
+    images: list[Path],
+) -> Path:
+    """Writes `folder / README.md`.
+
+    Not by diffusers' `load_or_create_model_card`: that looks for a card on the Hub under the folder's name first.
+
+    Args:
+        folder: the output folder.
+        settings: of the run.
+        pipeline_class: of the base model.
+        counts: `"coefficients"`, `"lora"`, ... -> how many numbers were trained.
+        weights: `"coefficients"` or `"lora"` or both -> the file.
+        images: the last validation's grid, and its single pictures row by row; empty if there was none.
+    """
+    base = public_name(settings.pretrained_model_name_or_path)
+    singles = [path.relative_to(folder).as_posix() for path in images[1:]]
+    prompts = [prompt for prompt in settings.validation_prompt for _ in range(settings.num_validation_images)]
+    data = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        instance_prompt=settings.instance_prompt,
+        widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
+    )
+    parts = [
+        _what_it_is(folder, settings, base, counts),
+        _pictures(folder, settings, images),
+        _how_to_load(settings, pipeline_class, base, weights),
+    ]
+    text = "\n\n".join(parts)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in weights)]
+    return write_text(str(populate_model_card(card, tags)), folder / "README.md")
+
+
+def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:
+    trained = " and ".join(f"{count:,} {NAMES[what]}" for what, count in sorted(counts.items()))
+    return (
+        f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained} beside the "
+        f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
+        f"`{settings.instance_prompt}`. All settings are in `config.yaml`."
+    )
+
+
+def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
+    if not images:
+        return "No pictures were generated after training (`--validation_prompt`)."
+    rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
+    grid = images[0].relative_to(folder).as_posix()
+    return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
+
+
+def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, weights: dict[str, Path]) -> str:
+    imports, loads = [f"from diffusers import {pipeline_class}"], []
+    if "coefficients" in weights:
+        imports.insert(0, "from coeff_diffusers import load_coeff_weights")
+        loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
+    if "lora" in weights:
+        if weights["lora"].name == LORA_WEIGHT_NAME_SAFE:
+            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+        else:
+            imports.append("from peft import PeftModel")
+            loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
+    load = "from_single_file" if is_single_file(settings.pretrained_model_name_or_path) else "from_pretrained"
+    create = f"pipe = {pipeline_class}.{load}({json.dumps(base, ensure_ascii=False)})"
+    use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
+    return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

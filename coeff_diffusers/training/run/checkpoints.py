@@ -1,0 +1,321 @@
+"""The state of a run, in folders `checkpoint-N` of the output folder, from which it goes on to the same bits.
+
+    pytorch_coeff_weights.safetensors, pytorch_lora_weights.safetensors    what the run would have written after step N
+    state.pt      what trains, optimizer, schedules, averages, losses so far, and which run this is
+    files.json    size and SHA-256 of these files
+
+A checkpoint is written under a hidden name, flushed to the disk, and renamed: what has its name is whole. Copies may
+not be, so `files.json` is held against the files before one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from ..errors import InputError
+from ..images.files import Picture
+from ..settings.dreambooth import DreamBoothSettings
+
+STATE, MANIFEST = "state.pt", "files.json"
+STATE_VERSION = 1
+NAME = re.compile(r"checkpoint-(\d+)")
+HIDDEN = ".checkpoint-"
+
+# What may change when a run is continued: these do not touch what is trained.
+FREE_SETTINGS = {
+    "instance_data_dir", "class_data_dir",  # the pictures themselves are compared
+    "output_dir", "logging_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps",
+    "validation_epochs", "final_validation_prompt", "skip_final_inference",
+    "validation_num_inference_steps", "validation_guidance_scale", "sample_batch_size", "dataloader_num_workers",
+    "gradient_checkpointing", "cache_latents", "cache_dir", "push_to_hub", "hub_model_id", "hub_token",
+}  # fmt: skip
+GROWING_SCHEDULES = ("constant", "constant_with_warmup")  # which do not depend on the number of steps
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole, and what it holds."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return len(self.state["losses"])
+
+
+def checkpoint_paths(folder: str | Path) -> list[Path]:
+    """The checkpoints of an output folder, in the order of their steps, whole or not."""
+    found = {int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(settings: DreamBoothSettings, say: Callable[[str], object]) -> Checkpoint | None:
+    """The checkpoint that `resume_from_checkpoint` asks for; `None` to start anew.
+
+    Raises:
+        InputError: if what is asked for is not there or not whole, or a new run would start among the checkpoints of
+            another.
+    """
+    asked, paths = settings.resume_from_checkpoint, checkpoint_paths(settings.output_dir)
+    if asked is None and paths:
+        raise InputError(
+            f"--output_dir: {settings.output_dir} holds checkpoints of a run, up to {paths[-1].name}: go on with it "
+            "by --resume_from_checkpoint latest, take another folder, or remove them"
+        )
+    if asked is None:
+        return None
+    if asked != "latest":
+        return _checkpoint_at(asked, settings.output_dir, paths)
+    for path in reversed(paths):
+        problem = problem_of(path)
+        if problem is None:
+            return read_checkpoint(path)
+        say(f"{path} is passed over: {problem}.")
+    say(f"There is no whole checkpoint in {settings.output_dir}: the run starts anew.")
+    return None
+
+
+def _checkpoint_at(asked: str, output_dir: str, paths: Sequence[Path]) -> Checkpoint:
+    path = Path(output_dir) / asked
+    path = path if path.is_dir() else Path(asked)
+    if not path.is_dir():
+        names = ", ".join(other.name for other in paths) or "none"
+        raise InputError(f"--resume_from_checkpoint: there is no {asked}; {output_dir} has {names}")
+    if paths and path.resolve().parent != Path(output_dir).resolve():
+        raise InputError(
+            f"--resume_from_checkpoint: {path} is not of {output_dir}, which holds checkpoints of its own; take "
+            "another --output_dir"
+        )
+    if problem := problem_of(path):
+        raise InputError(f"--resume_from_checkpoint: {path} cannot be used: {problem}")
+    return read_checkpoint(path)
+
+
+def problem_of(path: Path) -> str | None:
+    """Why a checkpoint is not whole; `None` if it is."""
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        wrong = [name for name, entry in listed.items() if _fingerprint(path / name) != entry]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} and what it lists cannot be read ({error})"
+    if STATE not in listed:
+        return f"{MANIFEST} does not list {STATE}"
+    return f"{', '.join(wrong)} changed since it was written" if wrong else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    if state["version"] != STATE_VERSION:
+        raise InputError(f"--resume_from_checkpoint: {path} was written by another release of the script")
+    return Checkpoint(path, state)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], write_weights: Callable[[Path], object]) -> Path:
+    """Writes `folder / checkpoint-N`, whole or not at all, N being the number of losses in `state`."""
+    target = folder / f"checkpoint-{len(state['losses'])}"
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=HIDDEN))
+    try:
+        write_weights(temporary)
+        torch.save({"version": STATE_VERSION, **state}, temporary / STATE)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+        for path in temporary.iterdir():
+            _flush(path)
+        _flush(temporary)
+        temporary.chmod(0o755)  # mkdtemp's is for this user alone
+        _remove(target)
+        temporary.rename(target)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def keep_newest(folder: Path, limit: int | None, newest: Path) -> None:
+    """Removes checkpoints but for `limit`: those after `newest` first, then the oldest.
+
+    Args:
+        folder: where they are.
+        limit: how many are kept, `newest` among them; all if `None`.
+        newest: the one just written. Those after it are torn, or the run went back to one before them.
+    """
+    paths = checkpoint_paths(folder)
+    place = paths.index(newest) + 1
+    for path in [*paths[place:], *paths[:place]][: -limit if limit else 0]:
+        _remove(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process was writing."""
+    for path in folder.glob(f"{HIDDEN}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """First under a hidden name, so that no part of a checkpoint is ever taken for one."""
+    if path.exists():
+        hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=HIDDEN))
+        path.rename(hidden / path.name)
+        shutil.rmtree(hidden)
+
+
+def _fingerprint(path: Path) -> list[int | str]:
+    content = path.read_bytes()
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
+def _flush(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
+    except PermissionError:
+        if path.is_dir():  # which Windows does not open: its file system looks after the names in it
+            return
+        raise
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def facts_of_run(settings: DreamBoothSettings, pictures: Sequence[Picture], processes: int) -> dict[str, Any]:
+    """What must be the same for a run to be the same, in types that a state file may hold."""
+    values = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+    shown = [[picture.digest, picture.prompt] for picture in pictures]
+    return {"settings": values, "pictures": shown, "processes": processes}
+
+
+def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    """Raises InputError, naming all that differs, if the checkpoint is of another run."""
+    there, here = checkpoint.state["facts"], facts
+    old, new = there["settings"], dict(here["settings"])
+    if new["lr_scheduler"] in GROWING_SCHEDULES and new["max_train_steps"] >= checkpoint.step:
+        new["max_train_steps"] = old["max_train_steps"]
+    problems = [
+        f"--{name} was {old.get(name)}, is {new.get(name)}"
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name)
+    ]
+    if there["processes"] != here["processes"]:
+        problems.append(f"there were {there['processes']} processes, are {here['processes']}")
+    if there["pictures"] != here["pictures"]:
+        problems.append("pictures or captions are others")
+    if problems:
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint.path} is of another run, which this one cannot go on with:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def with_seed_of(checkpoint: Checkpoint | None, settings: DreamBoothSettings) -> DreamBoothSettings:
+    """A seed that was drawn is drawn once for a run, not again when it is continued."""
+    if checkpoint is None or settings.seed is not None:
+        return settings
+    return replace(settings, seed=checkpoint.state["facts"]["settings"]["seed"])
+
+
+def check_agreement(checkpoint: Checkpoint | None) -> None:
+    """To be called in all processes. Raises InputError if not all found the same checkpoint, or none."""
+    steps = gather_object([0 if checkpoint is None else checkpoint.step])
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"--resume_from_checkpoint: the processes found checkpoints of different steps, {steps} (0 is none); "
+            "--output_dir must be the same folder for all machines, on a disk that they share"
+        )
+
+
+class Checkpoints:
+    """Of one run: saves as often as the settings say, and restores the one that is continued.
+
+    Args:
+        settings: of the run, filled in.
+        accelerator: its main process writes.
+        facts: of [`facts_of_run`].
+        write_weights: writes what was trained into a folder.
+        resumed: what the run goes on from.
+    """
+
+    def __init__(
+        self,
+        settings: DreamBoothSettings,
+        accelerator: Accelerator,
+        facts: dict[str, Any],
+        write_weights: Callable[[Path], object],
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.settings, self.accelerator, self.facts = settings, accelerator, facts
+        self.write_weights, self.resumed = write_weights, resumed
+        self.folder = Path(settings.output_dir)
+        self.last: Path | None = resumed.path if resumed else None
+
+    def restore(self, trainee: Any) -> list[float]:
+        """Puts `trainee`, loop.py's, where it was, and returns the losses so far."""
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.folder)
+        if self.resumed is None:
+            return []
+        state = self.resumed.state
+        trainee.load_state_dict(state["trainee"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.print(f"Goes on from {self.resumed.path}, after step {self.resumed.step}.")
+        return list(state["losses"])
+
+    def save(self, trainee: Any, losses: list[float]) -> None:
+        """Saves; if that fails, as on a full disk, it says so, and the run goes on with the last one kept."""
+        of_trainee = trainee.state_dict()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "trainee": of_trainee,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "losses": losses,
+                "facts": self.facts,
+            }
+
+            def write_weights(folder: Path) -> None:
+                with trainee.averaged():
+                    self.write_weights(folder)
+
+            try:
+                self.last = save_checkpoint(self.folder, state, write_weights)
+            except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
+                problem = f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()}"
+                print(f"{problem} The run goes on.", file=sys.stderr)
+            else:
+                self._remove_others(self.last)
+        last = [self.last]
+        broadcast_object_list(last)  # after which all have waited for the main process
+        self.last = last[0]
+
+    def _remove_others(self, newest: Path) -> None:
+        try:
+            keep_newest(self.folder, self.settings.checkpoints_total_limit, newest)
+        except OSError as error:  # a file in the way, or no room for the name that a checkpoint is removed under
+            print(f"{newest} was written, but older checkpoints could not be removed: {error}.", file=sys.stderr)
+
+    def safe_text(self) -> str:
+        """What is not lost, and how to go on from it."""
+        if self.last is None:
+            return "There is no checkpoint yet."
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            return f"{self.last} is whole, but runs under DeepSpeed cannot be continued."
+        own = self.last.resolve().parent == self.folder.resolve()
+        return f"{self.last} is whole; --resume_from_checkpoint {'latest' if own else self.last} goes on from it."

@@ -1,0 +1,33 @@
+"""One module for all that takes part in a training step, so that accelerate wraps it once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family
+from .sharding import sharded_names
+
+
+class DenoisingStep(nn.Module):
+    """From latents and prompts to the error of each picture, through all that trains.
+
+    What wraps models for several processes synchronises gradients in the forward pass of what it wraps: the denoiser,
+    and text encoders that train, must all lie in there; and so must what trains, for coefficients are no parameters of
+    the models that they are on.
+    """
+
+    def __init__(self, family: Family, text_encoders: list[nn.Module], trained: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = family.denoiser
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.trained = nn.ParameterList(trained)
+        # frozen and shared out: of no concern to what averages gradients
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
+
+    def forward(self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor) -> Tensor:
+        """Weighted squared errors (B,) of moments (B, 2, ...), prompts, sizes (B, 6) and the seeds (B,) of noise."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        latents = self.family.sample_latents(moments, generators)
+        return self.family.errors(self.denoiser, latents, self.family.conditions(prompts), sizes, generators)
