@@ -1,4 +1,4 @@
-"""Coefficients, LoRA, and both, on the embedded model: the same subject, pictures, steps and seeds.
+"""Coefficients, LoRA, and both, on the embedded model: the same subject, images, steps and seeds.
 
     python examples/compare_adapters.py --subject "polar bear face" --output_dir outputs/compare
 
@@ -33,7 +33,7 @@ from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    pictures = demo.write_instance_images(args.subject, args.output_dir / "instance_images")
+    images = demo.write_instance_images(args.subject, args.output_dir / "instance_images")
     lora = ["--lora_rank", str(args.lora_rank), "--lora_learning_rate", str(args.lora_learning_rate)]
     kinds = {
         "coefficients": [],
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "LoRA + coefficients": lora,
     }
     captions = [demo.prompt(args.subject, background) for background in demo.BACKGROUNDS]
-    rows = [("training pictures", pictures, captions)]
+    rows = [("training images", images, captions)]
     results: dict[str, Any] = {}
     prompts = [demo.prompt(args.subject, background) for background in demo.NEW_BACKGROUNDS]
     for name, flags in {"base": None, **kinds}.items():
@@ -50,8 +50,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         trained = 0 if flags is None else train_and_load(pipe, args, name, flags)
         run = demo.training_flags(args, args.output_dir / "instance_images")
         results[name] = {"numbers trained": trained, "loss": round(subject_loss(pipe, args.subject, run), 4)}
-        images = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
-        rows.append((f"{name}: {trained:,} numbers", list(images.values()), [f"{p}, seed {s}" for p, s in images]))
+        generated = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
+        rows.append(
+            (f"{name}: {trained:,} numbers", list(generated.values()), [f"{p}, seed {s}" for p, s in generated])
+        )
     sheet(rows, title=f"{args.subject}, {args.max_train_steps} steps").save(args.output_dir / "compare.png")
     (args.output_dir / "compare.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -1,9 +1,9 @@
-"""The whole job on the model that ships with the project: a subject, its training, a file, and the picture it makes.
+"""The whole job on the model that ships with the project: a subject, its training, a file, and the image it makes.
 
     make demo            or            python examples/demo.py --subject "fox face"
 
 Trains coefficients for one glyph that the embedded model has never seen, and writes to `outputs/demo`: the file, and
-`demo.png` with the training pictures and what the base model and the tuned one answer to the same prompts and seeds.
+`demo.png` with the training images and what the base model and the tuned one answer to the same prompts and seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coeff_diffusers.training.run import dreambooth as train_dreambooth  # noqa:
 
 MODEL = HERE / "emoji" / "model"
 SUBJECTS = HERE / "emoji" / "subjects"
-BACKGROUNDS = ("white", "green", "purple", "gray", "orange")  # of the training pictures
+BACKGROUNDS = ("white", "green", "purple", "gray", "orange")  # of the training images
 NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")  # that are asked for afterwards
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale": 0.7}
 
@@ -39,7 +39,7 @@ SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale"
 def main(args: argparse.Namespace) -> Path:
     output = args.output_dir
     instance_dir = output / "instance_images"
-    pictures = write_instance_images(args.subject, instance_dir)
+    images = write_instance_images(args.subject, instance_dir)
     result = train_dreambooth.main(training_flags(args, instance_dir))
     assert result is not None
     prompts = [prompt(args.subject, background) for background in NEW_BACKGROUNDS]
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> Path:
         base = generate(pipe, prompts, [0, 1], **SAMPLING)
     captions = [f"{asked}, seed {seed}" for asked, seed in tuned]
     rows = [
-        ("training pictures", pictures, [prompt(args.subject, background) for background in BACKGROUNDS]),
+        ("training images", images, [prompt(args.subject, background) for background in BACKGROUNDS]),
         ("base model", list(base.values()), captions),
         (f"the same with {result.trained['coefficients']:,} coefficients", list(tuned.values()), captions),
     ]
@@ -82,19 +82,19 @@ def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
 
 
 def write_instance_images(subject: str, folder: Path) -> list[Image.Image]:
-    """A handful of pictures of the subject, as a user would bring them: on different backgrounds."""
+    """A handful of images of the subject, as a user would bring them: on different backgrounds."""
     known = {entry["words"]: entry["file"] for entry in json.loads((SUBJECTS / "subjects.json").read_text())}
     if subject not in known:
         raise SystemExit(f"--subject must be one of {sorted(known)}, got {subject!r}")
     glyph = Image.open(SUBJECTS / known[subject]).convert("RGBA")
     scenes = [Scene(subject, colour) for colour in BACKGROUNDS]
-    pictures = [render(scene, glyph) for scene in scenes]
+    images = [render(scene, glyph) for scene in scenes]
     folder.mkdir(parents=True, exist_ok=True)
-    for scene, picture in zip(scenes, pictures):
-        picture.save(folder / f"{scene.background}.png")
+    for scene, image in zip(scenes, images):
+        image.save(folder / f"{scene.background}.png")
     captions = [{"file_name": f"{s.background}.png", "text": prompt(subject, s.background)} for s in scenes]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(caption) + "\n" for caption in captions))
-    return pictures
+    return images
 
 
 def prompt(subject: str, background: str) -> str:
@@ -106,7 +106,7 @@ def report(path: Path, result: train_dreambooth.TrainingResult, asked: str) -> N
     assert file is not None
     options = ", ".join(f"{name}={value}" for name, value in SAMPLING.items())
     print(
-        f"\nwrote {path}, with the training pictures and both models' answers\n"
+        f"\nwrote {path}, with the training images and both models' answers\n"
         f"wrote {file}: {result.trained['coefficients']:,} numbers trained, {file.stat().st_size / 1e3:.0f} KB\n\n"
         "To use it, after\n"
         "    from diffusers import StableDiffusionPipeline\n"
@@ -114,7 +114,7 @@ def report(path: Path, result: train_dreambooth.TrainingResult, asked: str) -> N
         "three lines:\n"
         f'    pipe = StableDiffusionPipeline.from_pretrained("{os.path.relpath(MODEL)}")\n'
         f'    load_coeff_weights(pipe, "{file}")\n'
-        f'    pipe("{asked}", {options}).images[0].save("picture.png")'
+        f'    pipe("{asked}", {options}).images[0].save("image.png")'
     )
 
 

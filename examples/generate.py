@@ -3,17 +3,17 @@
     python examples/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --coeff_weights outputs/my-dog --prompt "a sks dog in the snow" "a sks dog on a beach"
 
-Writes `sheet.png`, which shows both, and every picture on its own, to `--output_dir`.
+Writes `sheet.png`, which shows both, and every image on its own, to `--output_dir`.
 
-Many pictures, of many subjects, on as many processes as there are GPUs:
+Many images, of many subjects, on as many processes as there are GPUs:
 
     accelerate launch examples/generate.py --coeff_weights dog=outputs/my-dog cat=outputs/my-cat \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
 
 A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
-Writes the pictures and `manifest.jsonl`, which score.py reads; those that are there already are not made again; it is
-an error if they were made of other prompts, settings or weights. The pictures are the same whatever the number of
+Writes the images and `manifest.jsonl`, which score.py reads; those that are there already are not made again; it is
+an error if they were made of other prompts, settings or weights. The images are the same whatever the number of
 processes.
 """
 
@@ -36,8 +36,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from prompts import (
     MANIFEST,
+    ImageRequest,
     Manifest,
-    Picture,
     PromptsError,
     file_name,
     read_manifest,
@@ -89,8 +89,8 @@ def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torc
 
 
 def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
-    """Makes the pictures of the prompts' file, shared out over the processes; returns the manifest."""
-    pictures = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
+    """Makes the all_asked of the prompts' file, shared out over the processes; returns the manifest."""
+    all_asked = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
     files = coeff_files(args.coeff_weights, args.weight_name)
     made_with = {
         "model": args.pretrained_model_name_or_path,
@@ -106,44 +106,44 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     }
     state, manifest = processes(), args.output_dir / MANIFEST
     known = read_manifest(manifest) if manifest.exists() else {}
-    missing = still_to_make(pictures, made_with, known, args.output_dir, args.overwrite)
+    missing = still_to_make(all_asked, made_with, known, args.output_dir, args.overwrite)
     with state.split_between_processes(batches(missing, args.batch_size)) as share:
         made = make_batches(share, args, files, options, state)
         first = next(made, [])
         state.wait_for_everyone()  # nobody writes before all have looked, and seen their settings work
         if state.is_main_process:
-            for picture in missing:  # first, or a run that is stopped here leaves old ones under the new manifest
-                (args.output_dir / picture.file_name).unlink(missing_ok=True)
+            for asked in missing:  # first, or a run that is stopped here leaves old ones under the new manifest
+                (args.output_dir / asked.file_name).unlink(missing_ok=True)
             kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
-            write_manifest(kept | {picture.file_name: (picture, made_with) for picture in pictures}, manifest)
-        state.wait_for_everyone()  # nobody writes a picture that would be taken away
+            write_manifest(kept | {asked.file_name: (asked, made_with) for asked in all_asked}, manifest)
+        state.wait_for_everyone()  # nobody writes a asked that would be taken away
         for batch in chain([first], made):
-            for picture, image in batch:
-                write_picture(image, args.output_dir / picture.file_name)
+            for asked, image in batch:
+                write_image(image, args.output_dir / asked.file_name)
     state.wait_for_everyone()
-    state.print(f"wrote {len(missing)} pictures ({len(pictures) - len(missing)} were there) and {manifest}")
+    state.print(f"wrote {len(missing)} all_asked ({len(all_asked) - len(missing)} were there) and {manifest}")
     state.destroy_process_group()  # or gloo's threads abort the process now and then while it ends
     return manifest
 
 
 def still_to_make(
-    pictures: Sequence[Picture], made_with: dict[str, Any], known: Manifest, folder: Path, overwrite: bool
-) -> list[Picture]:
+    images: Sequence[ImageRequest], made_with: dict[str, Any], known: Manifest, folder: Path, overwrite: bool
+) -> list[ImageRequest]:
     """Those of which there is no file yet, all with `overwrite`.
 
     Raises:
         PromptsError: if files of these names were made of something else.
     """
-    there = [picture for picture in pictures if (folder / picture.file_name).exists()]
+    there = [image for image in images if (folder / image.file_name).exists()]
     if overwrite or not there:
-        return list(pictures)
-    others = [picture.file_name for picture in there if known.get(picture.file_name) != (picture, made_with)]
+        return list(images)
+    others = [image.file_name for image in there if known.get(image.file_name) != (image, made_with)]
     if others:
         raise PromptsError(
-            f"{folder} holds pictures of these names that were made of other prompts, settings or weights: "
+            f"{folder} holds images of these names that were made of other prompts, settings or weights: "
             f"{', '.join(others[:10])}{' ...' if len(others) > 10 else ''}; give --overwrite, or another --output_dir"
         )
-    return [picture for picture in pictures if picture not in there]
+    return [image for image in images if image not in there]
 
 
 def coeff_files(coeff_weights: dict[str, str], weight_name: str | None) -> dict[str, Path]:
@@ -172,19 +172,19 @@ def lora_digest(source: str) -> str | None:
         return None
 
 
-def batches(pictures: Sequence[Picture], size: int) -> list[list[Picture]]:
-    """Of pictures with a negative prompt, or of pictures without: a pipeline takes it for all or for none."""
-    groups = [list(group) for _, group in groupby(pictures, lambda picture: picture.negative_prompt is None)]
+def batches(images: Sequence[ImageRequest], size: int) -> list[list[ImageRequest]]:
+    """Of images with a negative prompt, or of images without: a pipeline takes it for all or for none."""
+    groups = [list(group) for _, group in groupby(images, lambda image: image.negative_prompt is None)]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def make_batches(
-    share: Sequence[Sequence[Picture]],
+    share: Sequence[Sequence[ImageRequest]],
     args: argparse.Namespace,
     files: dict[str, Path],
     options: dict[str, Any],
     state: PartialState,
-) -> Iterator[list[tuple[Picture, Image.Image]]]:
+) -> Iterator[list[tuple[ImageRequest, Image.Image]]]:
     """Makes batch by batch, as they are asked for. Loads the pipeline for the first; writes nothing."""
     if not share:
         return
@@ -195,21 +195,21 @@ def make_batches(
 
 
 def make_batch(
-    pipe: Any, batch: Sequence[Picture], coeff_scale: float, options: dict[str, Any]
+    pipe: Any, batch: Sequence[ImageRequest], coeff_scale: float, options: dict[str, Any]
 ) -> Sequence[Image.Image]:
-    """Makes these pictures in one call, each with its own coefficients."""
+    """Makes these images in one call, each with its own coefficients."""
     if batch[0].negative_prompt is not None:
-        options = options | {"negative_prompt": [picture.negative_prompt for picture in batch]}
-    with coefficients_of(pipe, [picture.coeff for picture in batch], coeff_scale):
+        options = options | {"negative_prompt": [image.negative_prompt for image in batch]}
+    with coefficients_of(pipe, [image.coeff for image in batch], coeff_scale):
         images: Sequence[Image.Image] = pipe(
-            [picture.prompt for picture in batch],
-            generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+            [image.prompt for image in batch],
+            generator=[torch.Generator().manual_seed(image.seed) for image in batch],
             **options,
         ).images
     return images
 
 
-def write_picture(image: Image.Image, path: Path) -> None:
+def write_image(image: Image.Image, path: Path) -> None:
     """Whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         image.save(file, format=Image.registered_extensions()[path.suffix])
@@ -222,12 +222,12 @@ def coefficients_of(pipe: Any, names: Sequence[str | None], scale: float) -> Abs
 
 
 def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
-    """Makes pictures with the coefficients and without, and the sheet that compares them; returns the sheet."""
+    """Makes images with the coefficients and without, and the sheet that compares them; returns the sheet."""
     state = processes()
     if state.num_processes > 1:
         raise PromptsError(
-            f"--prompt makes its pictures on one process, and here are {state.num_processes}: start it with python, "
-            "or give --prompts_file, whose pictures are shared out"
+            f"--prompt makes its images on one process, and here are {state.num_processes}: start it with python, "
+            "or give --prompts_file, whose images are shared out"
         )
     files = coeff_files(args.coeff_weights, args.weight_name)
     pipe = load_pipeline(args, files, args.device or state.device)
@@ -235,20 +235,20 @@ def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     tuned = generate(pipe, args.prompt, seeds, **options)
     with coeff_disabled(pipe):
         base = generate(pipe, args.prompt, seeds, **options)
-    for kind, pictures in (("base", base), ("tuned", tuned)):
-        for (prompt, seed), picture in pictures.items():
+    for kind, images in (("base", base), ("tuned", tuned)):
+        for (prompt, seed), image in images.items():
             name = f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png"
-            write_picture(picture, args.output_dir / name)
+            write_image(image, args.output_dir / name)
     path = args.output_dir / "sheet.png"
-    write_picture(compare([("without coefficients", base), ("with coefficients", tuned)]), path)
-    print(f"wrote {path} and {len(base) + len(tuned)} single pictures")
+    write_image(compare([("without coefficients", base), ("with coefficients", tuned)]), path)
+    print(f"wrote {path} and {len(base) + len(tuned)} single images")
     return path
 
 
 def generate(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
 ) -> dict[tuple[str, int], Image.Image]:
-    """(prompt, seed) -> picture, one at a time, so that a picture depends on its own prompt and seed alone."""
+    """(prompt, seed) -> image, one at a time, so that an image depends on its own prompt and seed alone."""
     return {
         (prompt, seed): pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
         for prompt in prompts
@@ -259,9 +259,9 @@ def generate(
 def compare(kinds: Sequence[tuple[str, dict[tuple[str, int], Image.Image]]], cell: int = 128) -> Image.Image:
     """A sheet with a row for each kind, the same prompt and seed below each other."""
     rows = []
-    for heading, pictures in kinds:
-        captions = [f"{prompt} (seed {seed})" for prompt, seed in pictures]
-        rows.append((heading, list(pictures.values()), captions))
+    for heading, images in kinds:
+        captions = [f"{prompt} (seed {seed})" for prompt, seed in images]
+        rows.append((heading, list(images.values()), captions))
     return sheet(rows, cell=cell)
 
 
@@ -312,19 +312,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
     )
-    parser.add_argument("--batch_size", type=at_least(1), help="pictures at a time, of --prompts_file; 1 by default")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make pictures of --prompts_file again that are there"
-    )
+    parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
+    parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
     parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
     parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
     parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
     parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first picture of each prompt")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pictures"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
     args = parser.parse_args(argv)
     try:
         args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
@@ -334,7 +332,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
     given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
     if args.prompt and given:
-        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its pictures anew, one at a time")
+        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its images anew, one at a time")
     args.batch_size = args.batch_size or 1
     if args.num_images_per_prompt is None:
         args.num_images_per_prompt = 2 if args.prompt else 1

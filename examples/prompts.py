@@ -1,4 +1,4 @@
-"""Files of prompts, and the manifest of the pictures that were made of them."""
+"""Files of prompts, and the manifest of the images that were made of them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def value_of(flag: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture to be made, a line of the manifest.
+class ImageRequest:
+    """An image to be made, a line of the manifest.
 
     Args:
         file_name: in the output folder.
@@ -52,24 +52,24 @@ class Picture:
     clip_prompt: str
 
 
-Manifest = dict[str, tuple[Picture, dict[str, Any]]]  # file name -> the picture, and what it was made with
+Manifest = dict[str, tuple[ImageRequest, dict[str, Any]]]  # file name -> the image, and what it was made with
 
 
-def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) -> list[Picture]:
-    """The pictures that a file asks for: a prompt a line, or JSON objects, a line each, if it ends in `.jsonl`.
+def read_prompts(path: Path, adapters: Sequence[str], seed: int, images_per_prompt: int) -> list[ImageRequest]:
+    """The found that a file asks for: a prompt a line, or JSON objects, a line each, if it ends in `.jsonl`.
 
     A JSON line has a `prompt`, and may have `seed`, `negative_prompt`, `coeff`, `clip_prompt` and `file_name`.
 
     Args:
         path: the file. Empty lines are passed over.
         adapters: the names that `coeff` may have. If there is one, it is that of lines that do not say.
-        seed: of the first picture of lines that do not say.
-        images: pictures a line, with seeds from the first one upwards.
+        seed: of the first image of lines that do not say.
+        images_per_prompt: found a line, with seeds from the first one upwards.
 
     Raises:
         PromptsError: listing every line that cannot be used.
     """
-    pictures: list[Picture] = []
+    found: list[ImageRequest] = []
     problems = []
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise PromptsError(f"{path} must be a .txt or .jsonl file" + ("" if path.exists() else ", and does not exist"))
@@ -78,17 +78,17 @@ def read_prompts(path: Path, adapters: Sequence[str], seed: int, images: int) ->
             continue
         try:
             entry = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
-            pictures += _pictures(number, _checked(entry, adapters), seed, images)
+            found += _images(number, _checked(entry, adapters), seed, images_per_prompt)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-    names = [picture.file_name for picture in pictures]
+    names = [image.file_name for image in found]
     problems += [f"{name} would be written {names.count(name)} times" for name in dict.fromkeys(names)
                  if names.count(name) > 1]  # fmt: skip
-    if not pictures and not problems:
+    if not found and not problems:
         problems = ["there is no prompt in it"]
     if problems:
         raise PromptsError(f"{path} cannot be used:\n  " + "\n  ".join(problems))
-    return pictures
+    return found
 
 
 def _text(path: Path) -> str:
@@ -126,14 +126,15 @@ def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
     return entry
 
 
-def _pictures(number: int, entry: dict[str, Any], seed: int, images: int) -> list[Picture]:
+def _images(number: int, entry: dict[str, Any], seed: int, images_per_prompt: int) -> list[ImageRequest]:
     prompt, first = entry["prompt"], seed if entry.get("seed") is None else entry["seed"]
-    pictures = []
-    for s in range(first, first + images):
+    found = []
+    one = images_per_prompt == 1 and entry.get("file_name")
+    for s in range(first, first + images_per_prompt):
         name = Path(entry.get("file_name") or f"{number:05d}-{file_name(prompt)}.png")
-        pictures.append(
-            Picture(
-                file_name=name.name if images == 1 and entry.get("file_name") else f"{name.stem}-seed{s}{name.suffix}",
+        found.append(
+            ImageRequest(
+                file_name=name.name if one else f"{name.stem}-seed{s}{name.suffix}",
                 prompt=prompt,
                 seed=s,
                 negative_prompt=entry.get("negative_prompt"),
@@ -141,7 +142,7 @@ def _pictures(number: int, entry: dict[str, Any], seed: int, images: int) -> lis
                 clip_prompt=entry.get("clip_prompt") or prompt,
             )
         )
-    return pictures
+    return found
 
 
 def file_name(prompt: str) -> str:
@@ -151,8 +152,8 @@ def file_name(prompt: str) -> str:
 
 
 def write_manifest(entries: Manifest, path: Path) -> None:
-    """A line a picture, with what it was made with. Whole or not at all."""
-    lines = [json.dumps(asdict(picture) | {"made_with": made_with}) + "\n" for picture, made_with in entries.values()]
+    """A line an image, with what it was made with. Whole or not at all."""
+    lines = [json.dumps(asdict(image) | {"made_with": made_with}) + "\n" for image, made_with in entries.values()]
     write_whole("".join(lines), path)
 
 
@@ -165,9 +166,9 @@ def read_manifest(path: Path) -> Manifest:
     """Raises PromptsError if the file is no manifest."""
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        names = [field.name for field in fields(Picture)]
-        return {e["file_name"]: (Picture(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
+        names = [field.name for field in fields(ImageRequest)]
+        return {e["file_name"]: (ImageRequest(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
     except FileNotFoundError as error:
         raise PromptsError(f"there is no {path}, which generate.py --prompts_file writes") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise PromptsError(f"{path} is no manifest of pictures: {error!r}") from error
+        raise PromptsError(f"{path} is no manifest of images: {error!r}") from error

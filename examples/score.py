@@ -1,12 +1,12 @@
-"""Scores pictures that generate.py made: do they show what the prompt says, and the subject of the reference pictures?
+"""Scores images that generate.py made: do they show what the prompt says, and the subject of the reference images?
 
-    accelerate launch examples/score.py --pictures outputs/many --reference dog=my-dog cat=my-cat \\
+    accelerate launch examples/score.py --images outputs/many --reference dog=my-dog cat=my-cat \\
         --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
 
-CLIP-T is the cosine of picture and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of a
-picture with each reference picture of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
-depend on the encoders: compare none that were made with others. Writes `scores.json` beside the pictures. Reference
-pictures are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
+CLIP-T is the cosine of image and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of a
+image with each reference image of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
+depend on the encoders: compare none that were made with others. Writes `scores.json` beside the images. Reference
+images are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from generate import at_least, named_paths, processes
 from PIL import Image
-from prompts import MANIFEST, SUFFIXES, Picture, PromptsError, read_manifest, value_of, write_whole
+from prompts import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manifest, value_of, write_whole
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
@@ -32,15 +32,15 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 from coeff_diffusers.console import escaped_output
 from coeff_diffusers.training.images.dreambooth_dataset import upright_rgb
 
-Encoder = Callable[[list[Path]], Tensor]  # pictures to unit vectors, (B, width)
+Encoder = Callable[[list[Path]], Tensor]  # images to unit vectors, (B, width)
 
 
 @escaped_output()
 def main(args: argparse.Namespace) -> dict[str, Any]:
     state = processes()
-    pictures = [picture for picture, _ in read_manifest(args.pictures / MANIFEST).values()]
-    references = {name: reference_pictures(Path(folder)) for name, folder in args.reference.items()}
-    check(pictures, references, args.pictures)
+    images = [image for image, _ in read_manifest(args.images / MANIFEST).values()]
+    references = {name: reference_images(Path(folder)) for name, folder in args.reference.items()}
+    check(images, references, args.images)
     clip = Clip(args.clip_model, args.device or state.device)
     kinds: dict[str, Encoder] = {"clip_i": clip.images} if references else {}
     if args.dino_model:
@@ -54,13 +54,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     rows: list[dict[str, Any]] = []
-    with state.split_between_processes(parts(pictures, args.batch_size)) as share, torch.no_grad():
+    with state.split_between_processes(parts(images, args.batch_size)) as share, torch.no_grad():
         for batch in tqdm(share, desc="batches", disable=not state.is_main_process):
-            rows += scores(batch, args.pictures, clip, kinds, wanted)
+            rows += scores(batch, args.images, clip, kinds, wanted)
     # of few batches, versions of accelerate give the last one to several processes
     result = summary(list({row["file_name"]: row for row in gather_object(rows)}.values()))
     if state.is_main_process:
-        path = args.pictures / "scores.json"
+        path = args.images / "scores.json"
         write_whole(json.dumps(result, indent=2) + "\n", path)
         print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
     state.destroy_process_group()  # as in generate.py
@@ -71,30 +71,30 @@ def parts(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def reference_pictures(folder: Path) -> list[Path]:
+def reference_images(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in (*SUFFIXES, ".jpeg"))
     if not found:
-        raise PromptsError(f"--reference: there are no pictures in {folder}")
+        raise PromptsError(f"--reference: there are no images in {folder}")
     return found
 
 
-def check(pictures: Sequence[Picture], references: dict[str, list[Path]], folder: Path) -> None:
-    """Raises PromptsError naming pictures that are missing, and names that manifest or references alone have."""
-    missing = [picture.file_name for picture in pictures if not (folder / picture.file_name).exists()]
+def check(images: Sequence[ImageRequest], references: dict[str, list[Path]], folder: Path) -> None:
+    """Raises PromptsError naming images that are missing, and names that manifest or references alone have."""
+    missing = [image.file_name for image in images if not (folder / image.file_name).exists()]
     problems = [f"{name} is in the manifest and not in the folder" for name in missing]
-    names = dict.fromkeys(picture.coeff for picture in pictures if picture.coeff is not None)
+    names = dict.fromkeys(image.coeff for image in images if image.coeff is not None)
     if references:
-        problems += [f"{name} has no reference pictures: --reference {name}=FOLDER" for name in names
+        problems += [f"{name} has no reference images: --reference {name}=FOLDER" for name in names
                      if name not in references]  # fmt: skip
     known = ", ".join(names) or "with the base model"
-    problems += [f"--reference {name}: no picture was made with coefficients of that name, only {known}"
+    problems += [f"--reference {name}: no image was made with coefficients of that name, only {known}"
                  for name in references if name not in names]  # fmt: skip
     if problems:
         raise PromptsError(f"{folder} cannot be evaluated:\n  " + "\n  ".join(problems))
 
 
 class Clip:
-    """A CLIP model's picture and text encoder."""
+    """A CLIP model's image and text encoder."""
 
     def __init__(self, name_or_path: str, device: Any) -> None:
         with value_of("--clip_model"):
@@ -135,37 +135,37 @@ def dino(name_or_path: str, device: Any) -> Encoder:
 
 
 def open_all(files: Sequence[Path]) -> list[Image.Image]:
-    """Raises PromptsError naming those that cannot be read as pictures."""
-    pictures, problems = [], []
+    """Raises PromptsError naming those that cannot be read as images."""
+    images, problems = [], []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                pictures.append(upright_rgb(picture, "white"))
+            with Image.open(file) as image:
+                images.append(upright_rgb(image, "white"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{file}: {type(error).__name__}: {error}")
     if problems:
-        raise PromptsError("these cannot be read as pictures:\n  " + "\n  ".join(problems))
-    return pictures
+        raise PromptsError("these cannot be read as images:\n  " + "\n  ".join(problems))
+    return images
 
 
 def scores(
-    batch: Sequence[Picture],
+    batch: Sequence[ImageRequest],
     folder: Path,
     clip: Clip,
     kinds: dict[str, Encoder],
     wanted: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
-    """A row a picture: its file, its coefficients, and its scores."""
-    files = [folder / picture.file_name for picture in batch]
-    texts = clip.texts([picture.clip_prompt for picture in batch])
+    """A row an image: its file, its coefficients, and its scores."""
+    files = [folder / image.file_name for image in batch]
+    texts = clip.texts([image.clip_prompt for image in batch])
     rows: list[dict[str, Any]] = [
-        {"file_name": picture.file_name, "coeff": picture.coeff, "clip_t": float(image @ text)}
-        for picture, image, text in zip(batch, clip.images(files), texts)
+        {"file_name": image.file_name, "coeff": image.coeff, "clip_t": float(vector @ text)}
+        for image, vector, text in zip(batch, clip.images(files), texts)
     ]
     for kind, encode in kinds.items():
-        for picture, row, image in zip(batch, rows, encode(files)):
-            if picture.coeff in wanted[kind]:  # pictures of the base model have no subject
-                row[kind] = float((wanted[kind][picture.coeff] @ image).mean())
+        for image, row, vector in zip(batch, rows, encode(files)):
+            if image.coeff in wanted[kind]:  # images of the base model have no subject
+                row[kind] = float((wanted[kind][image.coeff] @ vector).mean())
     return rows
 
 
@@ -177,18 +177,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kinds = ("clip_t", "clip_i", "dino")
     means = {
         name: {kind: statistics.mean(found) for kind in kinds if (found := [r[kind] for r in group if kind in r])}
-        | {"pictures": len(group)}
+        | {"images": len(group)}
         for name, group in groups.items()
     }
-    return {"mean": means, "pictures": sorted(rows, key=lambda row: row["file_name"])}
+    return {"mean": means, "images": sorted(rows, key=lambda row: row["file_name"])}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="folder that generate.py wrote")
-    parser.add_argument(
-        "--reference", nargs="+", default=[], help="folders with pictures of the subjects, name=folder"
-    )
+    parser.add_argument("--images", type=Path, required=True, help="folder that generate.py wrote")
+    parser.add_argument("--reference", nargs="+", default=[], help="folders with images of the subjects, name=folder")
     parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
     parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
     parser.add_argument("--batch_size", type=at_least(1), default=16)
@@ -199,7 +197,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.dino_model and not args.reference:
-        parser.error("--dino_model compares with pictures: give --reference")
+        parser.error("--dino_model compares with images: give --reference")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Pictures with words beside them, as one picture."""
+"""Images with words beside them, as one image."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LINE = 19
 def sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], title: str = "", cell: int = 128
 ) -> Image.Image:
-    """A sheet of pictures.
+    """A sheet of images.
 
     Args:
-        rows: (heading, pictures, captions): the heading stands left of the row, a caption under each picture; empty
+        rows: (heading, images, captions): the heading stands left of the row, a caption under each page; empty
             captions take no room.
         title: stands over all.
-        cell: side in pixels to which each picture is fitted.
+        cell: side in pixels to which each page is fitted.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     letters = max(8, int(cell / font.getlength("n")))
@@ -29,16 +29,16 @@ def sheet(
     wrapped = [[textwrap.wrap(caption, letters) for caption in captions] for _, _, captions in rows]
     heights = [cell + _LINE * max((len(lines) for lines in row), default=0) + _MARGIN for row in wrapped]
     top = _MARGIN + (2 * _LINE if title else 0)
-    width = left + (cell + _MARGIN) * max(len(pictures) for _, pictures, _ in rows)
-    picture = Image.new("RGB", (width, top + sum(heights)), "white")
-    draw = ImageDraw.Draw(picture)
+    width = left + (cell + _MARGIN) * max(len(images) for _, images, _ in rows)
+    page = Image.new("RGB", (width, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(page)
     draw.text((_MARGIN, _MARGIN), title, "black", ImageFont.load_default(_FONT_SIZE + 3))
-    for (heading, pictures, _), captions, height in zip(rows, wrapped, heights):
+    for (heading, images, _), captions, height in zip(rows, wrapped, heights):
         draw.multiline_text((_MARGIN, top), textwrap.fill(heading, 17), "black", font, spacing=4)
-        for column, image in enumerate(pictures):
+        for column, image in enumerate(images):
             x = left + column * (cell + _MARGIN)
-            picture.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (x, top))
+            page.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (x, top))
             if column < len(captions):
                 draw.multiline_text((x, top + cell + 2), "\n".join(captions[column]), "black", font, spacing=4)
         top += height
-    return picture
+    return page

@@ -2,8 +2,8 @@
 
     python examples/train_subjects.py --subjects "fox face" "panda face" owl rocket --max_train_steps 1500
 
-Writes pictures of glyphs that the embedded model has never seen, and `subjects.yaml`, to `outputs/subjects`; trains
-all of them at once; and shows in `subjects.png` what one call of the pipeline then makes, each picture by its own
+Writes images of glyphs that the embedded model has never seen, and `subjects.yaml`, to `outputs/subjects`; trains
+all of them at once; and shows in `subjects.png` what one call of the pipeline then makes, each image by its own
 subject's coefficients.
 """
 
@@ -22,7 +22,7 @@ from coeff_diffusers import coeff_disabled, coeff_per_sample, load_coeff_weights
 from coeff_diffusers.console import escaped_output
 from coeff_diffusers.training.run import dreambooth as train_dreambooth
 
-BACKGROUND = "blue"  # which no training picture has
+BACKGROUND = "blue"  # which no training image has
 
 
 @escaped_output()
@@ -49,12 +49,12 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def write_subjects(subjects: list[str], folder: Path) -> Path:
-    """Writes five captioned pictures of each, and the file of --subjects."""
+    """Writes five captioned images of each, and the file of --subjects."""
     entries = []
     for words in subjects:
         name = words.replace(" ", "-")
-        demo.write_instance_images(words, folder / "pictures" / name)
-        images, prompt = f"pictures/{name}", f"a sks {words}"
+        demo.write_instance_images(words, folder / "images" / name)
+        images, prompt = f"images/{name}", f"a sks {words}"
         entries.append({"name": name, "images": images, "prompt": prompt, "caption_column": "text"})
     path = folder / "subjects.yaml"
     path.write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         help="of examples/emoji/subjects/subjects.json",
     )
     parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--train_batch_size", type=int, default=4, help="pictures of each subject a step")
+    parser.add_argument("--train_batch_size", type=int, default=4, help="images of each subject a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/subjects"))
     return parser.parse_args()

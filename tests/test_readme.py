@@ -25,7 +25,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_links_and_pictures_lead_somewhere(page) -> None:
+def test_links_and_images_lead_somewhere(page) -> None:
     text = page.read_text()
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text)
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
@@ -43,7 +43,7 @@ def test_python_is_python_and_imports_names_that_exist(page) -> None:
 def test_flags_of_the_training_script_exist(page) -> None:
     for block in blocks(page.read_text(), "bash"):
         for command in re.sub(r"\\\n", " ", block).splitlines():
-            if "training/train_dreambooth.py" not in command or "PICTURES" in command:
+            if "training/train_dreambooth.py" not in command or "IMAGES" in command:
                 continue
             _, _, given = command.partition("training/train_dreambooth.py")
             names = re.findall(r"--(\w+)", given)

@@ -1,4 +1,4 @@
-"""Many adapters on one model: a subject per picture in one batch, and what a thousand resident adapters cost.
+"""Many adapters on one model: a subject per image in one batch, and what a thousand resident adapters cost.
 
     python examples/benchmarks/adapters.py --repeats 5
 
@@ -32,7 +32,7 @@ from coeff_diffusers import (
 from coeff_diffusers.checkpoint import coeff_state_dict
 
 MODEL = Path(__file__).parents[1] / "emoji" / "model"
-PICTURES = 8
+IMAGES = 8
 SD15 = {
     "sample_size": 64,
     "cross_attention_dim": 768,
@@ -86,19 +86,19 @@ def sd15_unet(repeats: int) -> tuple[str, dict[str, float]]:
 
 
 def compare(model: Any, run: Callable[[int], Any], repeats: int) -> dict[str, float]:
-    """Seconds for eight pictures, by way."""
-    names = [f"subject{n}" for n in range(PICTURES)]
+    """Seconds for eight images, by way."""
+    names = [f"subject{n}" for n in range(IMAGES)]
     for name in names:
         add_coeff_adapter(model, adapter_name=name)
         randomise(coeff_parameters(model, name))
 
     def batch_of_subjects() -> None:
         with coeff_per_sample(model, names):
-            run(PICTURES)
+            run(IMAGES)
 
     def batch_of_one() -> None:
         set_coeff_adapters(model, names[0])
-        run(PICTURES)
+        run(IMAGES)
 
     def single_calls() -> None:
         for name in names:
@@ -107,7 +107,7 @@ def compare(model: Any, run: Callable[[int], Any], repeats: int) -> dict[str, fl
 
     def base() -> None:
         with coeff_disabled(model):
-            run(PICTURES)
+            run(IMAGES)
 
     ways = {"8 subjects": batch_of_subjects, "1 subject": batch_of_one, "8 calls": single_calls, "no adapter": base}
     run(1)
@@ -133,7 +133,7 @@ def resident_adapters(count: int) -> dict[str, float]:
     by_layer = [seconds(lambda: set_coeff_adapters(unet, "a0", {"attn2": 0.5})) for _ in range(20)]
 
     def enter(first: int) -> None:
-        with coeff_per_sample(unet, [f"a{(first + n) % count}" for n in range(PICTURES)]):
+        with coeff_per_sample(unet, [f"a{(first + n) % count}" for n in range(IMAGES)]):
             pass
 
     entered = [seconds(lambda n=n: enter(n)) for n in range(20)]
@@ -166,7 +166,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def batch_table(results: list[tuple[str, dict[str, float]]]) -> str:
     lines = [
-        "| 8 pictures | a batch of 8 subjects | a batch of 1 subject | 8 calls, with switches | a batch, no adapter |",
+        "| 8 images | a batch of 8 subjects | a batch of 1 subject | 8 calls, with switches | a batch, no adapter |",
         "|---|---|---|---|---|",
     ]
     for what, times in results:

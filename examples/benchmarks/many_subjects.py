@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     lines = [
         f"{len(SUBJECTS)} subjects on the embedded model; {machine()}",
         "",
-        "| pictures of each subject a step | way | seconds | ratio | MB |",
+        "| images of each subject a step | way | seconds | ratio | MB |",
         "|---|---|---|---|---|",
     ]
     for batch in args.batch_sizes:

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         make_pipeline().save_pretrained(Path(folder) / "base")
-        make_pictures(Path(folder) / "pictures")
+        make_images(Path(folder) / "images")
         for precision in PRECISIONS:
             results = {kind: run(Path(folder), kind, precision, args) for kind in KINDS}
             reference = results["LoRA, rank 4"]["seconds"]
@@ -89,7 +89,7 @@ def measure(kind: str, precision: str, folder: Path, steps: int) -> dict[str, fl
     train_dreambooth.train = train
     flags = {
         "pretrained_model_name_or_path": folder / "base",
-        "instance_data_dir": folder / "pictures",
+        "instance_data_dir": folder / "images",
         "instance_prompt": "a sks dog",
         "output_dir": output,
         "resolution": 256,
@@ -129,7 +129,7 @@ def make_pipeline() -> StableDiffusionPipeline:
     )
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     folder.mkdir()
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)

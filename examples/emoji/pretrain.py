@@ -134,8 +134,8 @@ def train_vae(settings: Settings, accelerator: Accelerator, package: Path, work:
     progress = tqdm(total=settings.vae_steps, initial=step, desc="vae", disable=not accelerator.is_main_process)
     while step < settings.vae_steps:
         set_rate(optimizer, settings.vae_learning_rate * schedule(step, settings.vae_steps, 0.5))
-        pictures = to_tensor([random_picture(rng, glyphs) for _ in range(settings.vae_batch_size)])
-        loss, error = module(pictures, settings.kl_weight)
+        images = to_tensor([random_image(rng, glyphs) for _ in range(settings.vae_batch_size)])
+        loss, error = module(images, settings.kl_weight)
         step_optimizer(accelerator, module, optimizer, loss)
         step += 1
         progress.update()
@@ -152,11 +152,11 @@ class Autoencoding(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pictures: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(pictures).latent_dist
+    def forward(self, images: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample.float()
-        error = F.mse_loss(decoded, pictures)
-        loss = F.l1_loss(decoded, pictures) + error + kl_weight * posterior.kl().mean()
+        error = F.mse_loss(decoded, images)
+        loss = F.l1_loss(decoded, images) + error + kl_weight * posterior.kl().mean()
         return loss, error.detach()
 
 
@@ -167,20 +167,20 @@ def all_glyphs(package: Path) -> dict[str, Image.Image]:
     return load_glyphs(package, {name: name for name in sorted(names)})
 
 
-def random_picture(rng: random.Random, glyphs: list[Image.Image]) -> Image.Image:
+def random_image(rng: random.Random, glyphs: list[Image.Image]) -> Image.Image:
     colour = rng.choice(list(BACKGROUNDS.values()))
     if rng.random() < 0.3:
         colour = tuple(rng.randrange(256) for _ in range(3))
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour)
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour)
     pixels = rng.randint(26, 60)
     glyph = rng.choice(glyphs).resize((pixels, pixels), Image.Resampling.LANCZOS)
-    picture.paste(glyph, (rng.randint(-4, 68 - pixels), rng.randint(-4, 68 - pixels)), glyph)
-    return picture
+    image.paste(glyph, (rng.randint(-4, 68 - pixels), rng.randint(-4, 68 - pixels)), glyph)
+    return image
 
 
-def to_tensor(pictures: list[Image.Image]) -> Tensor:
+def to_tensor(images: list[Image.Image]) -> Tensor:
     """(N, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
@@ -391,7 +391,7 @@ def draw_scenes(rng: random.Random, count: int, first_glyphs: int | None = None)
 def stratified_timesteps(count: int) -> Tensor:
     """One from each of `count` parts of the 1,000 steps, so that a batch's loss varies less.
 
-    The density grows with the noise, where it is decided what is in the picture and where.
+    The density grows with the noise, where it is decided what is in the image and where.
     """
     return (((torch.arange(count) + torch.rand(count)) / count).sqrt() * 1000).long().clamp(max=999)
 

@@ -256,7 +256,7 @@ def flow_loss(
 ) -> Tensor:
     """The squared error of the velocity, noise - latents.
 
-    sigma = 3 places / (1 + 2 places), the shift by 3 of the scheduler: as many steps of training where a picture is
+    sigma = 3 places / (1 + 2 places), the shift by 3 of the scheduler: as many steps of training where an image is
     made as steps of inference.
     """
     sigmas = 3 * places / (1 + 2 * places)

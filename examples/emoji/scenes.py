@@ -83,7 +83,7 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture; `words` is the glyph's name."""
+    """What is in an image; `words` is the glyph's name."""
 
     words: str
     background: str
@@ -106,18 +106,18 @@ def draw_scene(words: str, rng: random.Random) -> Scene:
 
 
 def render(scene: Scene, glyph: Image.Image, jitter: tuple[int, int] = (0, 0)) -> Image.Image:
-    """The scene as a 64 x 64 RGB picture; `glyph` is RGBA, `jitter` shifts it by pixels."""
+    """The scene as a 64 x 64 RGB image; `glyph` is RGBA, `jitter` shifts it by pixels."""
     pixels = SIZES[scene.size]
     shift_x, shift_y = PLACES[scene.place]
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
     small = glyph.resize((pixels, pixels), Image.Resampling.LANCZOS)
     corner = (IMAGE_SIZE - pixels) // 2
-    picture.paste(small, (corner + shift_x + jitter[0], corner + shift_y + jitter[1]), small)
-    return picture
+    image.paste(small, (corner + shift_x + jitter[0], corner + shift_y + jitter[1]), small)
+    return image
 
 
 def load_glyphs(package: Path, names: dict[str, str]) -> dict[str, Image.Image]:
-    """Words -> RGBA picture, out of the unpacked npm package `emoji-datasource-google`.
+    """Words -> RGBA image, out of the unpacked npm package `emoji-datasource-google`.
 
     Raises:
         FileNotFoundError: if the folder does not hold the package.

@@ -25,14 +25,14 @@ def demo_run(tmp_path_factory) -> Path:
     return output
 
 
-def test_demo_writes_the_picture_and_the_file(demo_run) -> None:
+def test_demo_writes_the_image_and_the_file(demo_run) -> None:
     assert Image.open(demo_run / "demo.png").width > 1000
     tensors = load_file(demo_run / "pytorch_coeff_weights.safetensors")
     assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
     assert len(list((demo_run / "instance_images").glob("*.png"))) == 5
 
 
-def test_demo_trains_each_picture_with_its_own_background_s_name(demo_run) -> None:
+def test_demo_trains_each_image_with_its_own_background_s_name(demo_run) -> None:
     lines = (demo_run / "instance_images" / "metadata.jsonl").read_text().splitlines()
     captions = [json.loads(line) for line in lines]
     assert {"file_name": "orange.png", "text": "a sks panda face on an orange background"} in captions

@@ -23,14 +23,14 @@ SHOWN = {"pig face": "pig", "apple": "apple"}
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    """A stand-in for the npm package, with the shipped subjects' pictures under all names."""
+    """A stand-in for the npm package, with the shipped subjects' images under all names."""
     folder = tmp_path / "package"
-    pictures = folder / "img" / "google" / "64"
-    pictures.mkdir(parents=True)
+    images = folder / "img" / "google" / "64"
+    images.mkdir(parents=True)
     files = sorted((EMOJI / "subjects").glob("*.png"))
     entries = []
     for index, name in enumerate([*GLYPHS.values(), *SUBJECTS.values()]):
-        shutil.copy(files[index % len(files)], pictures / f"{index}.png")
+        shutil.copy(files[index % len(files)], images / f"{index}.png")
         entries.append(
             {"short_name": name, "short_names": [name], "name": name, "image": f"{index}.png", "has_img_google": True}
         )
@@ -68,13 +68,13 @@ def test_subjects_are_held_out(package) -> None:
 def test_a_scene_is_on_its_background_and_the_measure_says_so() -> None:
     glyph = Image.open(EMOJI / "subjects" / "panda-face.png").convert("RGBA")
     for background, colour in BACKGROUNDS.items():
-        picture = render(Scene("panda face", background, "large"), glyph)
-        assert picture.size == (64, 64)
-        assert picture.getpixel((0, 63)) == colour
-        assert evaluate.name_background(picture) == background
+        image = render(Scene("panda face", background, "large"), glyph)
+        assert image.size == (64, 64)
+        assert image.getpixel((0, 63)) == colour
+        assert evaluate.name_background(image) == background
 
 
-def test_the_nearest_scene_is_that_of_the_glyph_in_the_picture() -> None:
+def test_the_nearest_scene_is_that_of_the_glyph_in_the_image() -> None:
     files = sorted((EMOJI / "subjects").glob("*.png"))
     glyphs = {file.stem: Image.open(file).convert("RGBA") for file in files}
     for words, glyph in glyphs.items():
@@ -85,11 +85,11 @@ def test_the_nearest_scene_is_that_of_the_glyph_in_the_picture() -> None:
 
 def test_places_move_the_glyph() -> None:
     glyph = Image.new("RGBA", (64, 64), "red")
-    pictures = {place: render(Scene("x", "white", "small", place), glyph) for place in PLACES}
-    assert pictures["on the left"].getpixel((8, 32)) == (255, 0, 0)
-    assert pictures["on the right"].getpixel((56, 32)) == (255, 0, 0)
-    assert pictures["at the top"].getpixel((32, 8)) == (255, 0, 0)
-    assert pictures[""].getpixel((8, 32)) == (255, 255, 255)
+    images = {place: render(Scene("x", "white", "small", place), glyph) for place in PLACES}
+    assert images["on the left"].getpixel((8, 32)) == (255, 0, 0)
+    assert images["on the right"].getpixel((56, 32)) == (255, 0, 0)
+    assert images["at the top"].getpixel((32, 8)) == (255, 0, 0)
+    assert images[""].getpixel((8, 32)) == (255, 255, 255)
 
 
 def test_a_folder_that_is_not_the_package_is_named(tmp_path, package) -> None:
@@ -124,11 +124,11 @@ def test_pretraining_goes_on_after_a_kill_and_exports_a_pipeline(package, two_gl
     # the cache's normalisation is built into the exported autoencoder
     torch.manual_seed(0)
     cache = torch.load(tmp_path / "work" / "latents.pt")
-    picture = pipe.vae.decode(cache["latents"][:1].float()).sample
+    image = pipe.vae.decode(cache["latents"][:1].float()).sample
     vae = pretrain.new_vae()
     pretrain.load_checkpoint(tmp_path / "work" / "vae.pt", vae=vae)
     raw = cache["latents"][:1].float() * cache["std"][:, None, None] + cache["mean"][:, None, None]
-    torch.testing.assert_close(picture, vae.decode(raw).sample, rtol=0, atol=2e-2)  # weights of 16 bits
+    torch.testing.assert_close(image, vae.decode(raw).sample, rtol=0, atol=2e-2)  # weights of 16 bits
     assert pipe("an apple", num_inference_steps=1).images[0].size == (64, 64)
 
 
@@ -167,8 +167,8 @@ def test_shipped_model_is_at_most_16_mb_and_has_thousands_of_coefficients(pipe) 
 def test_shipped_model_paints_the_background_it_is_asked_for(pipe) -> None:
     prompts = [f"a pig face on a {background} background" for background in ("blue", "yellow", "green", "red")]
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    pictures = pipe(prompts, num_inference_steps=12, guidance_scale=2.5, generator=generators).images
-    named = [evaluate.name_background(picture) for picture in pictures]
+    images = pipe(prompts, num_inference_steps=12, guidance_scale=2.5, generator=generators).images
+    named = [evaluate.name_background(image) for image in images]
     assert sum(name in prompt for name, prompt in zip(named, prompts)) >= 3
 
 
@@ -176,9 +176,9 @@ def test_subjects_are_shipped_transparent_and_named() -> None:
     entries = json.loads((EMOJI / "subjects" / "subjects.json").read_text())
     assert [entry["words"] for entry in entries] == list(SUBJECTS)
     for entry in entries:
-        picture = Image.open(EMOJI / "subjects" / entry["file"])
-        assert (picture.mode, picture.size) == ("RGBA", (64, 64))
-        assert picture.getpixel((0, 0))[3] == 0
+        image = Image.open(EMOJI / "subjects" / entry["file"])
+        assert (image.mode, image.size) == ("RGBA", (64, 64))
+        assert image.getpixel((0, 0))[3] == 0
 
 
 def test_scenes_drawn_by_lot_use_every_size_and_place() -> None:

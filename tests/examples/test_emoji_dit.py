@@ -100,7 +100,7 @@ def test_the_measure_takes_a_pipeline_of_either_kind(settings, tmp_path) -> None
     scenes = pretrain.draw_scenes(pretrain.random.Random(0), 2)
     for folder in (tmp_path / "model", EMOJI / "model"):
         pipe = evaluate.load_pipeline(folder)
-        assert [picture.size for picture in evaluate.generate(pipe, scenes, args)] == [(64, 64)] * 2
+        assert [image.size for image in evaluate.generate(pipe, scenes, args)] == [(64, 64)] * 2
 
 
 # -------------------------------------------------------------------------------------------------- the shipped model
@@ -112,7 +112,7 @@ def test_shipped_transformer_paints_the_background_it_is_asked_for_and_takes_coe
     pipe = evaluate.load_pipeline(folder)
     args = evaluate.argparse.Namespace(seed=0, num_inference_steps=8, guidance_scale=2.5, guidance_rescale=0.7)
     scenes = [Scene("pig face", background) for background in ("blue", "yellow", "green", "red")]
-    pictures = evaluate.generate(pipe, scenes, args)
-    assert [evaluate.name_background(picture) for picture in pictures] == [scene.background for scene in scenes]
+    images = evaluate.generate(pipe, scenes, args)
+    assert [evaluate.name_background(image) for image in images] == [scene.background for scene in scenes]
     add_coeff_adapter(pipe.transformer)
     assert sum(parameter.numel() for parameter in coeff_parameters(pipe.transformer)) == 192

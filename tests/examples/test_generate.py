@@ -1,4 +1,4 @@
-"""Pictures of a file of prompts, and their scores, on one process and on two."""
+"""Images of a file of prompts, and their scores, on one process and on two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from prompts import Picture, PromptsError, read_manifest, read_prompts, write_manifest
+from prompts import ImageRequest, PromptsError, read_manifest, read_prompts, write_manifest
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -103,15 +103,15 @@ def test_each_line_is_made_with_its_own_coefficients(weights: Path, prompts: Pat
     assert np.abs(found - other).max() > 20
 
 
-def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_two_processes_make_the_images_and_scores_of_one(weights: Path, prompts: Path, tmp_path: Path) -> None:
     one = make(weights, prompts, tmp_path / "one", "--batch_size", "2")
     clip, references = tiny_clip(tmp_path / "clip"), tmp_path / "one"
     scoring = ["--clip_model", str(clip), "--dino_model", str(tiny_vit(tmp_path / "vit")), "--device", "cpu"]
     scoring += ["--reference", f"fox={references}", f"owl={references}"]
-    expected = score.main(score.parse_args(["--pictures", str(tmp_path / "one"), *scoring]))
+    expected = score.main(score.parse_args(["--images", str(tmp_path / "one"), *scoring]))
     for script, arguments in (
         (generate, flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
-        (score, ["--pictures", str(tmp_path / "two"), *scoring]),
+        (score, ["--images", str(tmp_path / "two"), *scoring]),
     ):
         done = on_two_processes(script.__file__, arguments, "multi_gpu.yaml")
         assert done.returncode == 0, done.stderr
@@ -121,13 +121,13 @@ def test_two_processes_make_the_pictures_and_scores_of_one(weights: Path, prompt
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
     found = json.loads((tmp_path / "two" / "scores.json").read_text())
-    assert found["mean"]["all"].keys() == {"clip_t", "clip_i", "dino", "pictures"}
-    for row, other in zip(found["pictures"], expected["pictures"]):
+    assert found["mean"]["all"].keys() == {"clip_t", "clip_i", "dino", "images"}
+    for row, other in zip(found["images"], expected["images"]):
         assert row == pytest.approx(other, abs=1e-5)  # float32 in batches of other sizes
 
 
 @pytest.mark.usefixtures("one_process")
-def test_pictures_leave_no_process_group(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_images_leave_no_process_group(weights: Path, prompts: Path, tmp_path: Path) -> None:
     """Its threads would abort some of the runs at their end, with all written."""
     make(weights, prompts, tmp_path / "many")
     assert not torch.distributed.is_initialized()
@@ -136,11 +136,11 @@ def test_pictures_leave_no_process_group(weights: Path, prompts: Path, tmp_path:
 def test_a_sheet_is_not_made_by_two_processes_at_once(weights: Path, tmp_path: Path) -> None:
     done = on_two_processes(generate.__file__, sheet_flags(weights, tmp_path / "sheet"), "multi_gpu.yaml")
     assert done.returncode != 0
-    assert "error: --prompt makes its pictures on one process, and here are 2: start" in done.stderr
+    assert "error: --prompt makes its images on one process, and here are 2: start" in done.stderr
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_images_that_are_there_are_not_made_again(weights: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "many"
     before = make(weights, prompts, output)
     Image.new("RGB", (8, 8)).save(output / "owl.png")
@@ -163,7 +163,7 @@ def test_pictures_that_are_there_are_not_made_again(weights: Path, prompts: Path
         file.write_bytes(trained)
 
 
-def test_pictures_of_another_file_in_the_folder_are_others(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_images_of_another_file_in_the_folder_are_others(weights: Path, prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     for name, kept in (("fox", "first"), ("owl", "second")):
         for adapter in ("fox", "owl"):
@@ -175,7 +175,7 @@ def test_pictures_of_another_file_in_the_folder_are_others(weights: Path, prompt
         assert made_with["weight_name"] == {"fox": "first.safetensors", "owl": "first.safetensors"}
     with pytest.raises(PromptsError, match="made of other prompts, settings or weights"):
         make(folder, prompts, output, "--weight_name", "second.safetensors")
-    (folder / "fox" / "third.safetensors").write_bytes(b"no part of these pictures")
+    (folder / "fox" / "third.safetensors").write_bytes(b"no part of these images")
     make(folder, prompts, output, "--weight_name", "first.safetensors")
 
 
@@ -200,7 +200,7 @@ def test_weights_are_known_by_the_file_that_is_loaded(
         generate.coeff_files({"owl": "someone/owl"}, None)
 
 
-def test_the_manifest_holds_the_pictures_of_all_files_of_prompts(weights: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_manifest_holds_the_images_of_all_files_of_prompts(weights: Path, prompts: Path, tmp_path: Path) -> None:
     output, second = tmp_path / "many", tmp_path / "second.jsonl"
     second.write_text('{"prompt": "a pig face", "coeff": null, "file_name": "pig.png"}')
     make(weights, prompts, output)
@@ -210,12 +210,12 @@ def test_the_manifest_holds_the_pictures_of_all_files_of_prompts(weights: Path, 
     assert read_manifest(output / "manifest.jsonl").keys() == names
 
 
-def test_a_stopped_overwrite_leaves_no_picture_that_seems_made(
+def test_a_stopped_overwrite_leaves_no_image_that_seems_made(
     weights: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = make(weights, prompts, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(generate, "write_picture", stop)
+        patched.setattr(generate, "write_image", stop)
         with pytest.raises(KeyboardInterrupt):
             make(weights, prompts, tmp_path, "--overwrite", "--guidance_scale", "3")
     after = make(weights, prompts, tmp_path, "--guidance_scale", "3")
@@ -249,7 +249,7 @@ def test_an_overwrite_that_cannot_start_changes_nothing(
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_a_sheet_s_pictures_are_written_whole_or_not_at_all(
+def test_a_sheet_s_images_are_written_whole_or_not_at_all(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image.Image, "save", stop_halfway)
@@ -260,7 +260,7 @@ def test_a_sheet_s_pictures_are_written_whole_or_not_at_all(
 
 def stop_halfway(_: Image.Image, target: Any, **options: Any) -> None:
     with open(target, "wb") if isinstance(target, Path) else target as file:
-        file.write(b"half a picture")
+        file.write(b"half an image")
     raise KeyboardInterrupt
 
 
@@ -287,7 +287,7 @@ def test_counts_that_are_too_small_are_refused_by_flag(
     assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
 
 
-def test_a_sheet_refuses_the_flags_of_many_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sheet_refuses_the_flags_of_many_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "a"]
     with pytest.raises(SystemExit):
         generate.parse_args([*sheet, "--batch_size", "2", "--overwrite"])
@@ -329,12 +329,12 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a fox\n\na dog, running\n")
-    pictures = read_prompts(path, ["default"], seed=7, images=2)
-    assert [(p.prompt, p.seed, p.coeff) for p in pictures] == [
+    images = read_prompts(path, ["default"], seed=7, images=2)
+    assert [(p.prompt, p.seed, p.coeff) for p in images] == [
         ("a fox", 7, "default"), ("a fox", 8, "default"), ("a dog, running", 7, "default"),
         ("a dog, running", 8, "default"),
     ]  # fmt: skip
-    assert pictures[2].file_name == "00003-a-dog-running-seed7.png"
+    assert images[2].file_name == "00003-a-dog-running-seed7.png"
     with pytest.raises(PromptsError, match="does not exist"):
         read_prompts(tmp_path / "none.txt", ["default"], 0, 1)
 
@@ -343,16 +343,16 @@ def test_prompts_of_any_script_are_read_and_name_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     prompt = "\u72d0" * 200 + "\u2028x"  # 600 bytes, and what Python alone takes for the end of a line
     path.write_text(f"\ufeffa fox\n{prompt}\n", encoding="utf-8")
-    pictures = read_prompts(path, ["default"], seed=0, images=1)
-    assert [picture.prompt for picture in pictures] == ["a fox", prompt]
-    for picture in pictures:
-        Image.new("RGB", (8, 8)).save(tmp_path / picture.file_name)  # file systems allow 255 bytes
+    images = read_prompts(path, ["default"], seed=0, images=1)
+    assert [image.prompt for image in images] == ["a fox", prompt]
+    for image in images:
+        Image.new("RGB", (8, 8)).save(tmp_path / image.file_name)  # file systems allow 255 bytes
     path.write_bytes("a f\xf6x".encode("latin-1"))
     with pytest.raises(PromptsError, match=r"prompts.txt must be in UTF-8: .*0xf6"):
         read_prompts(path, ["default"], 0, 1)
 
 
-def test_reference_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
+def test_reference_images_are_upright_and_on_white(tmp_path: Path) -> None:
     upright = Image.new("RGB", (32, 48), "red")
     upright.paste("blue", (0, 0, 32, 16))
     exif = Image.Exif()
@@ -365,7 +365,7 @@ def test_reference_pictures_are_upright_and_on_white(tmp_path: Path) -> None:
 
 
 def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--pictures", str(tmp_path), "--clip_model", "none"]
+    flags = ["--images", str(tmp_path), "--clip_model", "none"]
     with pytest.raises(PromptsError, match=r"there is no .*manifest.jsonl, which generate.py"):
         score.main(score.parse_args(flags))
     with pytest.raises(SystemExit):
@@ -378,30 +378,30 @@ def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("flag", ["--clip_model", "--dino_model"])
 def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) -> None:
-    write_one_picture(tmp_path)
+    write_one_image(tmp_path)
     models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
     given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
     with pytest.raises(PromptsError, match=f"{flag}: .*none"):
-        score.main(score.parse_args(["--pictures", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
+        score.main(score.parse_args(["--images", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
 
 
 @pytest.mark.usefixtures("one_process")
 def test_scores_leave_no_process_group(tmp_path: Path) -> None:
-    write_one_picture(tmp_path)
+    write_one_image(tmp_path)
     clip = str(tiny_clip(tmp_path / "clip"))
-    score.main(score.parse_args(["--pictures", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
+    score.main(score.parse_args(["--images", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
     assert not torch.distributed.is_initialized()
 
 
-def write_one_picture(folder: Path) -> None:
+def write_one_image(folder: Path) -> None:
     """As generate.py, with the coefficients x."""
-    picture = Picture("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
-    write_manifest({"a.png": (picture, {})}, folder / "manifest.jsonl")
+    image = ImageRequest("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
+    write_manifest({"a.png": (image, {})}, folder / "manifest.jsonl")
     Image.new("RGB", (8, 8)).save(folder / "a.png")
 
 
 def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
         Image.new("RGB", (32, 32), colour).save(folder / name)
@@ -413,9 +413,9 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "x").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "x" / "1.png")
     clip = tiny_clip(tmp_path / "clip")
-    flags = ["--pictures", str(folder), "--clip_model", str(clip), "--device", "cpu"]
-    rows = score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"]
-    assert rows[0]["clip_i"] == pytest.approx(1.0, abs=1e-5)  # the same picture
+    flags = ["--images", str(folder), "--clip_model", str(clip), "--device", "cpu"]
+    rows = score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"]
+    assert rows[0]["clip_i"] == pytest.approx(1.0, abs=1e-5)  # the same image
     assert rows[1]["clip_i"] < 0.999
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     inputs = processor(text=["a fox"], images=[Image.open(folder / "b.png")], return_tensors="pt")
@@ -423,10 +423,10 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     assert rows[1]["clip_t"] == pytest.approx(logits.item(), abs=1e-5)
     with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
         patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
-        assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["pictures"] == rows
-    (tmp_path / "x" / "2.png").write_bytes(b"no picture")
+        assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"] == rows
+    (tmp_path / "x" / "2.png").write_bytes(b"no image")
     (tmp_path / "x" / "3.jpg").write_bytes((tmp_path / "x" / "1.png").read_bytes()[:60])
-    with pytest.raises(PromptsError, match=r"(?s)cannot be read as pictures:.*/2.png: .*/3.jpg: "):
+    with pytest.raises(PromptsError, match=r"(?s)cannot be read as images:.*/2.png: .*/3.jpg: "):
         score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))
     (folder / "b.png").unlink()
     surplus = "(?s)b.png is in the manifest.*x has no reference.*--reference y: .* coefficients of that name, only x"

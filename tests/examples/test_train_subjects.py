@@ -17,7 +17,7 @@ import many_subjects
 pytestmark = pytest.mark.slow
 
 
-def test_the_example_trains_each_subject_on_its_own_pictures_and_shows_all(tmp_path: Path) -> None:
+def test_the_example_trains_each_subject_on_its_own_images_and_shows_all(tmp_path: Path) -> None:
     args = argparse.Namespace(
         subjects=["fox face", "owl"], max_train_steps=2, train_batch_size=1, seed=0, output_dir=tmp_path
     )

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion in a folder, pictures of a subject, and the script run in this process."""
+"""A tiny Stable Diffusion in a folder, images of a subject, and the script run in this process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures, not square and all different."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images, not square and all different."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
@@ -33,13 +33,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def argv(base: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def argv(base: Path, images: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a short run, changed by keyword; `True` gives a flag without value, `None` leaves it out."""
 
     def build(**changes: Any) -> list[str]:
         settings = {
             "pretrained_model_name_or_path": base,
-            "instance_data_dir": pictures,
+            "instance_data_dir": images,
             "instance_prompt": "a sks fox",
             "output_dir": tmp_path / "out",
             "max_train_steps": 3,

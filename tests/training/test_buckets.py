@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which picture gets which, and that a run stays the same however it is divided."""
+"""Aspect-ratio buckets: which image gets which, and that a run stays the same however it is divided."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from picture_files import opened, saved
+from image_files import opened, saved
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -39,7 +39,7 @@ def dataset(files: list[Path], class_files: list[Path] | None = None, **changes:
 
 def shown(data: DreamBoothDataset, draws: range) -> list[tuple[str, Size]]:
     cuts = [data.cut("instance", draw) for draw in draws]
-    return [(Path(cut.picture.name).name, cut.size) for cut in cuts]
+    return [(Path(cut.image.name).name, cut.size) for cut in cuts]
 
 
 # Which bucket
@@ -67,7 +67,7 @@ def test_buckets_that_cannot_be_read_are_told(text: str) -> None:
         (130, 100, (768, 512)),
     ],
 )
-def test_a_picture_gets_the_bucket_of_the_nearest_aspect_ratio(height: int, width: int, bucket: Size) -> None:
+def test_a_image_gets_the_bucket_of_the_nearest_aspect_ratio(height: int, width: int, bucket: Size) -> None:
     assert nearest_bucket(height, width, [(512, 512), (512, 768), (768, 512)]) == bucket
 
 
@@ -80,7 +80,7 @@ def test_of_buckets_of_one_aspect_ratio_the_nearest_area_is_taken() -> None:
     assert [nearest_bucket(side, side * 3 // 2, buckets)[0] for side in (10, 500, 900)] == [256, 512, 1024]
 
 
-def test_the_picture_as_it_is_seen_decides_not_as_it_is_stored(tmp_path: Path) -> None:
+def test_the_image_as_it_is_seen_decides_not_as_it_is_stored(tmp_path: Path) -> None:
     image = Image.new("RGB", (16, 8))
     image.getexif()[0x0112] = 6
     image.save(tmp_path / "a.jpg", exif=image.getexif())
@@ -91,7 +91,7 @@ def test_the_picture_as_it_is_seen_decides_not_as_it_is_stored(tmp_path: Path) -
 # Order
 
 
-def test_a_step_shows_one_bucket_and_each_as_often_as_it_has_pictures(files: list[Path]) -> None:
+def test_a_step_shows_one_bucket_and_each_as_often_as_it_has_images(files: list[Path]) -> None:
     data = dataset(files)
     steps = [{size for _, size in shown(data, range(4 * step, 4 * step + 4))} for step in range(10)]
     assert all(len(sizes) == 1 for sizes in steps)
@@ -100,7 +100,7 @@ def test_a_step_shows_one_bucket_and_each_as_often_as_it_has_pictures(files: lis
     assert steps[:5] != steps[5:]
 
 
-def test_every_picture_of_a_bucket_is_shown_once_before_another_of_it_is_shown_again(files: list[Path]) -> None:
+def test_every_image_of_a_bucket_is_shown_once_before_another_of_it_is_shown_again(files: list[Path]) -> None:
     names = [name for name, size in shown(dataset(files), range(40)) if size == WIDE]
     passes = [names[start : start + 3] for start in range(0, len(names) - 2, 3)]
     assert len(passes) == 8
@@ -108,8 +108,8 @@ def test_every_picture_of_a_bucket_is_shown_once_before_another_of_it_is_shown_a
     assert len({tuple(names) for names in passes}) > 1
 
 
-def test_all_pictures_are_shown_equally_often(files: list[Path]) -> None:
-    # a step of 4 draws, 5 pictures: 5 steps show each of them 4 times
+def test_all_images_are_shown_equally_often(files: list[Path]) -> None:
+    # a step of 4 draws, 5 images: 5 steps show each of them 4 times
     assert set(Counter(name for name, _ in shown(dataset(files), range(20))).values()) == {4}
 
 
@@ -123,7 +123,7 @@ def batches(data: DreamBoothDataset, size: int, processes: int) -> Iterator[list
 
 
 @pytest.mark.parametrize(("size", "processes"), [(4, 1), (2, 2), (1, 4), (2, 1), (1, 2)])
-def test_however_a_step_is_divided_its_pictures_and_their_noise_are_the_same(
+def test_however_a_step_is_divided_its_images_and_their_noise_are_the_same(
     files: list[Path], size: int, processes: int
 ) -> None:
     data = dataset(files)
@@ -144,8 +144,8 @@ def test_a_run_that_is_continued_draws_what_would_have_come(files: list[Path]) -
 def test_one_square_bucket_is_the_resolution_cut_in_the_middle(files: list[Path]) -> None:
     one = dataset(files, buckets=[(4, 4)])
     none = dataset(files, buckets=(), center_crop=True, step_draws=1)
-    assert [one.cut("instance", draw).picture.name for draw in range(60)] == [
-        none.cut("instance", draw).picture.name for draw in range(60)
+    assert [one.cut("instance", draw).image.name for draw in range(60)] == [
+        none.cut("instance", draw).image.name for draw in range(60)
     ]
     torch.testing.assert_close(one[7][0].pixels, none[7][0].pixels, rtol=0, atol=0)
 
@@ -153,7 +153,7 @@ def test_one_square_bucket_is_the_resolution_cut_in_the_middle(files: list[Path]
 # What is shown
 
 
-def test_pictures_fill_their_bucket_unstretched_and_are_cut_at_the_centre(tmp_path: Path) -> None:
+def test_images_fill_their_bucket_unstretched_and_are_cut_at_the_centre(tmp_path: Path) -> None:
     image = Image.new("RGB", (24, 8))
     image.putdata([(x * 10, 0, 0) for _ in range(8) for x in range(24)])
     image.save(tmp_path / "a.png")
@@ -164,7 +164,7 @@ def test_pictures_fill_their_bucket_unstretched_and_are_cut_at_the_centre(tmp_pa
     assert shown == [x * 10 for x in range(4, 20)]
 
 
-def test_class_pictures_are_cut_to_the_bucket_of_the_subjects_pictures_beside_them(files: list[Path]) -> None:
+def test_class_images_are_cut_to_the_bucket_of_the_subjects_images_beside_them(files: list[Path]) -> None:
     saved(files[0].with_name("class.png"), (9, 9))
     data = dataset(files, [files[0].with_name("class.png")])
     for step in range(5):
@@ -207,7 +207,7 @@ def test_a_step_divided_by_accumulation_gives_the_same_coefficients(
     torch.testing.assert_close(coefficients(divided), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_class_and_validation_pictures_have_the_resolution(
+def test_class_and_validation_images_have_the_resolution(
     train: Callable[..., TrainingResult],
     files: list[Path],
     tmp_path: Path,
@@ -224,8 +224,8 @@ def test_class_and_validation_pictures_have_the_resolution(
         validation_num_inference_steps=1,
         max_train_steps=2,
     )
-    pictures = [*(tmp_path / "class").iterdir(), result.images[1]]
-    assert [Image.open(path).size for path in pictures] == [(16, 16)] * 3
+    images = [*(tmp_path / "class").iterdir(), result.images[1]]
+    assert [Image.open(path).size for path in images] == [(16, 16)] * 3
     assert all(shape in ((4, 4, 4, 8), (4, 4, 8, 4)) for shape in shapes)
 
 
@@ -234,8 +234,8 @@ def test_a_bucket_that_the_model_cannot_have_is_told(train: Callable[..., Traini
         train(aspect_ratio_buckets="16,16;16,17")
 
 
-def test_how_many_pictures_each_bucket_has_is_printed(
+def test_how_many_images_each_bucket_has_is_printed(
     train: Callable[..., TrainingResult], files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(instance_data_dir=files[0].parent, aspect_ratio_buckets="8,16;16,8;32,2", max_train_steps=1, repeats=2)
-    assert "Pictures by bucket (height x width): 8 x 16: 4, 16 x 8: 1, 32 x 2: 0." in capsys.readouterr().out
+    assert "Images by bucket (height x width): 8 x 16: 4, 16 x 8: 1, 32 x 2: 0." in capsys.readouterr().out

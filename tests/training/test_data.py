@@ -1,4 +1,4 @@
-"""How pictures become tensors, and in which order they are shown."""
+"""How images become tensors, and in which order they are shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_files import BLUE, RED, opened, saved
+from image_files import BLUE, RED, opened, saved
 from PIL import Image
 
 from coeff_diffusers.training.images.dreambooth_dataset import (
@@ -22,7 +22,7 @@ from coeff_diffusers.training.images.dreambooth_dataset import (
     seed_of,
     upright_rgb,
 )
-from coeff_diffusers.training.images.files import Picture
+from coeff_diffusers.training.images.files import TrainingImage
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 
 
@@ -35,10 +35,10 @@ def dataset(paths: list[Path], class_paths: list[Path] | None = None, **changes:
     return DreamBoothDataset(20, opened(paths), opened(class_paths or []), **settings)
 
 
-# Pictures
+# Images
 
 
-def test_another_run_in_the_process_reads_a_changed_picture_anew(tmp_path: Path) -> None:
+def test_another_run_in_the_process_reads_a_changed_image_anew(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", color=RED)
     before = dataset([path])[0][0].pixels
     saved(path, color=BLUE)
@@ -46,7 +46,7 @@ def test_another_run_in_the_process_reads_a_changed_picture_anew(tmp_path: Path)
     assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
 
 
-def test_a_picture_is_turned_as_its_exif_entry_says() -> None:
+def test_a_image_is_turned_as_its_exif_entry_says() -> None:
     image = Image.new("RGB", (2, 1), RED)
     image.putpixel((1, 0), BLUE)
     image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise: what is left goes to the top
@@ -84,7 +84,7 @@ def test_a_grey_that_is_transparent_in_sixteen_bits_shows_the_stated_colour(tmp_
     try:
         Image.fromarray(values).save(tmp_path / "a.png", transparency=32896)
     except OSError:
-        pytest.skip("this Pillow reads such a picture, but cannot write one")
+        pytest.skip("this Pillow reads such an image, but cannot write one")
     with Image.open(tmp_path / "a.png") as image:
         shown = upright_rgb(image, "#0000ff")
     assert [shown.getpixel((x, 0)) for x in range(3)] == [BLUE, (128, 128, 128), (255, 255, 255)]
@@ -101,7 +101,7 @@ def test_a_grey_that_is_transparent_in_sixteen_bits_shows_the_stated_colour(tmp_
         ((600, 400), (8, 4), (12, 8)),
     ],
 )
-def test_a_picture_covers_what_is_cut_out_of_it(
+def test_a_image_covers_what_is_cut_out_of_it(
     size: tuple[int, int], cut: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     assert cover(size[1], size[0], cut) == (fitted[1], fitted[0])
@@ -117,8 +117,8 @@ def values(pixels: torch.Tensor) -> list[int]:
 
 
 def cut_of(image: Image.Image, seed: int = 0, center_crop: bool = False, random_flip: bool = False) -> Cut:
-    picture = Picture("a", "a fox", lambda: image, image.height, image.width)
-    return Cut.draw(picture, (4, 4), center_crop, random_flip, generator(seed))
+    source = TrainingImage("a", "a fox", lambda: image, image.height, image.width)
+    return Cut.draw(source, (4, 4), center_crop, random_flip, generator(seed))
 
 
 def drawn(image: Image.Image, *options: Any) -> list[int]:
@@ -139,7 +139,7 @@ def test_centre_crops_are_in_the_middle_and_random_ones_everywhere() -> None:
     assert {drawn(image, seed)[0] for seed in range(50)} == {0, 10, 20, 30, 40}
 
 
-def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
+def test_half_of_the_images_are_mirrored_if_asked_for() -> None:
     image = columns(4)
     plain = [drawn(image, seed) for seed in range(100)]
     flipped = [drawn(image, seed, False, True) for seed in range(100)]
@@ -148,18 +148,18 @@ def test_half_of_the_pictures_are_mirrored_if_asked_for() -> None:
 
 
 def test_a_mirrored_cut_says_what_is_missing_on_its_own_left() -> None:
-    cut = Cut(cut_of(columns(8)).picture, (4, 4), 0.0, mirrored=True)
+    cut = Cut(cut_of(columns(8)).image, (4, 4), 0.0, mirrored=True)
     assert (values(cut_out(columns(8), cut)), cut.corner) == ([30, 20, 10, 0], (0, 4))
 
 
 # Draws
 
 
-def test_every_picture_is_shown_once_before_any_is_shown_again(tmp_path: Path) -> None:
-    pictures = opened([saved(tmp_path / f"{i}.png") for i in range(5)])
-    data = DreamBoothDataset(20, pictures, [], resolution=4, seed=0)
-    passes = [[data.cut("instance", draw).picture for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
-    assert all(Counter(shown) == Counter(pictures) for shown in passes)
+def test_every_image_is_shown_once_before_any_is_shown_again(tmp_path: Path) -> None:
+    images = opened([saved(tmp_path / f"{i}.png") for i in range(5)])
+    data = DreamBoothDataset(20, images, [], resolution=4, seed=0)
+    passes = [[data.cut("instance", draw).image for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
+    assert all(Counter(shown) == Counter(images) for shown in passes)
     assert len({tuple(shown) for shown in passes}) > 1
 
 
@@ -199,7 +199,7 @@ def test_subject_and_class_differ_in_all_that_is_random(tmp_path: Path) -> None:
     assert len({example.seed for draw in draws for example in draw}) == 8
 
 
-def test_a_batch_holds_the_subjects_pictures_first_then_those_of_the_class(tmp_path: Path) -> None:
+def test_a_batch_holds_the_subjects_images_first_then_those_of_the_class(tmp_path: Path) -> None:
     data = dataset([saved(tmp_path / "a.png", color=RED)], [saved(tmp_path / "b.png", color=BLUE)])
     batch = collate([data[0], data[1], data[2]])
     assert batch["pixels"].shape == (6, 3, 4, 4)
@@ -219,7 +219,7 @@ def test_seeds_fit_a_generator_and_do_not_repeat() -> None:
 # Runs
 
 
-def test_a_run_on_turned_and_transparent_files_is_the_run_on_pictures_as_they_are_seen(
+def test_a_run_on_turned_and_transparent_files_is_the_run_on_images_as_they_are_seen(
     train: Callable[..., TrainingResult], tmp_path: Path
 ) -> None:
     stored, shown = tmp_path / "stored", tmp_path / "shown"

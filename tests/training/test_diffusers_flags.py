@@ -17,7 +17,7 @@ from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families import save_vae_memory
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset
-from coeff_diffusers.training.images.files import folder_pictures
+from coeff_diffusers.training.images.files import folder_images
 from coeff_diffusers.training.run import dreambooth as train_dreambooth
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings.dreambooth import parse_settings
@@ -41,7 +41,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return kept
 
 
-def picture(pipeline: Any) -> np.ndarray:
+def image(pipeline: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(["a sks fox"], num_inference_steps=3, generator=generator, output_type="np").images
@@ -62,14 +62,14 @@ def test_lora_layers_are_names_or_patterns(train: Train, layers: Any) -> None:
     assert (len(queries), len(outs), len(names)) == (7, 4, 11)
 
 
-def test_lora_layers_that_are_not_there_are_named_before_class_pictures_are_made(argv: Argv, tmp_path: Path) -> None:
+def test_lora_layers_that_are_not_there_are_named_before_class_images_are_made(argv: Argv, tmp_path: Path) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     with pytest.raises(InputError, match=r"--lora_layers: \['to_x', 'up'\] match no linear layer or convolution"):
         train_dreambooth.main(argv(**prior, lora_rank=2, lora_layers="to_x,to_q,up"))
     assert not list((tmp_path / "class").iterdir())
 
 
-def test_a_dora_makes_the_picture_of_the_trained_model(train: Train, seen: dict[str, Any], base: Path) -> None:
+def test_a_dora_makes_the_image_of_the_trained_model(train: Train, seen: dict[str, Any], base: Path) -> None:
     result = train(lora_rank=2, use_dora=True, no_coeff=True, lora_learning_rate=0.05)
     values = load_file(result.lora_file)
     assert any("magnitude" in key for key in values)
@@ -78,10 +78,10 @@ def test_a_dora_makes_the_picture_of_the_trained_model(train: Train, seen: dict[
     del trained.encode_prompt  # the released one's stand-in
     trained.unet.eval()
     loaded = StableDiffusionPipeline.from_pretrained(base)
-    before = picture(loaded)
+    before = image(loaded)
     loaded.load_lora_weights(result.lora_file.parent, weight_name=result.lora_file.name)
-    np.testing.assert_allclose(picture(loaded), picture(trained), atol=1e-5)  # the same sums
-    assert np.abs(picture(loaded) - before).max() > 1e-2
+    np.testing.assert_allclose(image(loaded), image(trained), atol=1e-5)  # the same sums
+    assert np.abs(image(loaded) - before).max() > 1e-2
 
 
 def test_lora_dropout_takes_part_in_training_alone(
@@ -113,11 +113,11 @@ def test_flags_of_the_lora_need_one(argv: Argv, flag: dict[str, Any]) -> None:
 # Prompts
 
 
-def test_caption_dropout_empties_prompts_and_changes_nothing_else(pictures: Path) -> None:
-    images = folder_pictures(pictures, "instance_data_dir", "a fox")
+def test_caption_dropout_empties_prompts_and_changes_nothing_else(images: Path) -> None:
+    instance_images = folder_images(images, "instance_data_dir", "a fox")
     shared: dict[str, Any] = {"resolution": 16, "seed": 0}
-    plain = DreamBoothDataset(300, images, images, **shared)
-    dropped = DreamBoothDataset(300, images, images, **shared, caption_dropout=0.3)
+    plain = DreamBoothDataset(300, instance_images, instance_images, **shared)
+    dropped = DreamBoothDataset(300, instance_images, instance_images, **shared, caption_dropout=0.3)
     pairs = [(one, other) for n in range(300) for one, other in zip(plain[n], dropped[n])]
     empty = [other.kind for _, other in pairs if other.prompt == ""]
     assert all(other.prompt in ("", one.prompt) and other.seed == one.seed for one, other in pairs)
@@ -146,7 +146,7 @@ def grids(folder: Path) -> set[str]:
     return {path.parent.name for path in folder.rglob("grid.png")}
 
 
-def test_pictures_after_training_may_have_prompts_of_their_own(train: Train, tmp_path: Path) -> None:
+def test_images_after_training_may_have_prompts_of_their_own(train: Train, tmp_path: Path) -> None:
     flags = {"validation_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
     result = train(**flags, validation_prompt=["a fox"], final_validation_prompt=["a hat", "a sky"], max_train_steps=2)
     assert grids(tmp_path / "out") == {"step-000001", "step-000002"}
@@ -157,16 +157,16 @@ def test_pictures_after_training_may_have_prompts_of_their_own(train: Train, tmp
     assert result.settings.validation_prompt == ("a fox",)
 
 
-def test_pictures_after_training_may_be_left_out(train: Train, tmp_path: Path) -> None:
+def test_images_after_training_may_be_left_out(train: Train, tmp_path: Path) -> None:
     flags = {"validation_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
     result = train(**flags, validation_prompt=["a fox"], skip_final_inference=True, max_train_steps=2)
     assert grids(tmp_path / "out") == {"step-000001"}
     assert result.images == []
 
 
-def test_validation_epochs_are_passes_over_the_pictures(train: Train, argv: Argv) -> None:
+def test_validation_epochs_are_passes_over_the_images(train: Train, argv: Argv) -> None:
     flags = {"validation_prompt": "a fox", "num_validation_images": 1, "validation_num_inference_steps": 1}
-    # 3 pictures x 2 / a batch of 2
+    # 3 images x 2 / a batch of 2
     assert train(**flags, validation_epochs=2, max_train_steps=1).settings.validation_steps == 3
     with pytest.raises(InputError, match="--validation_steps and --validation_epochs exclude each other"):
         parse_settings(argv(validation_epochs=2, validation_steps=1))

@@ -86,7 +86,7 @@ def test_two_processes_equal_one_with_twice_the_batch(argv: Argv, train: Train, 
     np.testing.assert_allclose(rates, [0.0, 0.05, 0.025], rtol=1e-6)  # float32 in the log
     losses = [event.value for event in events.Scalars("loss")]
     np.testing.assert_allclose(losses, one.losses, rtol=1e-4)  # sums in another order
-    assert len(losses) == 3  # 3 pictures x 8 / (4 x 2)
+    assert len(losses) == 3  # 3 images x 8 / (4 x 2)
     assert printed.count("Written:") == 1
     assert "Peak memory of the process, the largest of 2: " in printed
 
@@ -94,7 +94,7 @@ def test_two_processes_equal_one_with_twice_the_batch(argv: Argv, train: Train, 
 @pytest.mark.slow
 @fully_shards_on_a_cpu
 def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, train: Train, tmp_path: Path) -> None:
-    pictures = {
+    images = {
         "validation_prompt": ["a sks fox"],
         "num_validation_images": 1,
         "validation_steps": 1,
@@ -103,7 +103,7 @@ def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, 
         "gradient_checkpointing": True,
     }
     two, settings = tmp_path / "two", flags(tmp_path, report_to="none", checkpointing_steps=1)
-    printed = run_two(argv(**settings, **pictures, fsdp=True, train_batch_size=2, output_dir=two), "fsdp.yaml")
+    printed = run_two(argv(**settings, **images, fsdp=True, train_batch_size=2, output_dir=two), "fsdp.yaml")
     frozen, here = re.search(r"Frozen: ([\d,]+), of which each process holds about ([\d,]+)\.", printed).groups()
     # the UNet's blocks are halved, text encoder and VAE are not
     assert int(here.replace(",", "")) < 0.7 * int(frozen.replace(",", ""))
@@ -111,7 +111,7 @@ def test_a_frozen_model_that_is_shared_out_equals_one_that_is_whole(argv: Argv, 
     assert len(made) == 3
     for path in (tmp_path / "class").iterdir():
         path.unlink()
-    train(**settings, **pictures, train_batch_size=4)
+    train(**settings, **images, train_batch_size=4)
     assert made == {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
     torch.testing.assert_close(weights(two), weights(tmp_path / "out"), rtol=1e-3, atol=1e-5)  # as above
     for step in (1, 2, 3):
@@ -149,7 +149,7 @@ def test_a_way_that_the_script_does_not_know_is_refused(
         check_processes(parse_settings(argv(**changes)), accelerator(DistributedType[kind], **options))
 
 
-def test_processes_wait_for_pictures_longer_than_ten_minutes(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_wait_for_images_longer_than_ten_minutes(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {**launched, "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}.items():
         monkeypatch.setenv(name, value)

@@ -40,7 +40,7 @@ from coeff_diffusers.training.run.memory import release_frozen_text_encoders, re
 from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
 PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # they hold latents as (B, tokens, channels)
-REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time runs from noise to the picture
+REVERSED = ("ZImagePipeline", "Lumina2Pipeline")  # their transformers' time runs from noise to the image
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 SCHNELL = "FLUX.1 schnell"  # which is told no guidance scale
 EDM = ("EDM epsilon", "EDM v_prediction")  # Stable Diffusion XL with such a scheduler
@@ -78,7 +78,7 @@ def make_pipeline(name: str) -> Any:
 
 def make_family(pipeline: Any, **changes: Any) -> Any:
     kind = next(family for family in FAMILIES if type(pipeline).__name__ in family.supported)
-    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "a"}
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images", "instance_prompt": "a"}
     return kind(pipeline, DreamBoothSettings(**given, **changes))
 
 
@@ -166,7 +166,7 @@ def test_the_answer_is_the_one_that_the_pipeline_takes(name: str) -> None:
 
 
 def perfect_answer(name: str, family: Any, noisy: Tensor, timesteps: Tensor, clean: Tensor) -> Tensor:
-    """What a denoiser answers that knows the picture."""
+    """What a denoiser answers that knows the image."""
     timesteps = timesteps.reshape(-1, *[1] * (noisy.ndim - 1))
     if name in EDM:
         # (the paper's table 1) D = c_skip x + c_out F(c_in x, log(sigma) / 4)
@@ -186,8 +186,8 @@ def perfect_answer(name: str, family: Any, noisy: Tensor, timesteps: Tensor, cle
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*NAMES, *EDM])
-def test_a_denoiser_that_paints_the_picture_has_no_loss(name: str) -> None:
-    """One perfect denoiser: by it the pipeline paints a picture, and the errors on that picture are zero."""
+def test_a_denoiser_that_paints_the_image_has_no_loss(name: str) -> None:
+    """One perfect denoiser: by it the pipeline paints an image, and the errors on that image are zero."""
     pipeline = make_pipeline(name)
     if name == "StableDiffusionPipeline":  # whose solver leaves the noise of the first timestep
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
@@ -272,7 +272,7 @@ def test_all_that_trains_has_a_gradient(name: str) -> None:
 
 
 @torch.no_grad()
-def test_preconditioned_outputs_measure_the_picture() -> None:
+def test_preconditioned_outputs_measure_the_image() -> None:
     pipeline = make_pipeline("StableDiffusion3Pipeline")
     seen: dict[str, Tensor] = {}
 
@@ -284,8 +284,8 @@ def test_preconditioned_outputs_measure_the_picture() -> None:
     latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
     conditions, sizes = family.conditions(PROMPTS), sizes_of(SIDE, SIDE)
     errors = family.errors(note, latents, conditions, sizes, generators(5, 6))
-    picture = seen["noisy"] - seen["sigma"] * seen["noisy"]
-    torch.testing.assert_close(errors, (picture - latents).square().mean((1, 2, 3)))
+    image = seen["noisy"] - seen["sigma"] * seen["noisy"]
+    torch.testing.assert_close(errors, (image - latents).square().mean((1, 2, 3)))
 
 
 @torch.no_grad()
@@ -524,7 +524,7 @@ def test_sizes(name: str, family: Any) -> None:
         family.check_size(SIDE + multiple // 2, "resolution")
 
 
-def test_pictures_beyond_the_positions_of_stable_diffusion_3_are_refused() -> None:
+def test_images_beyond_the_positions_of_stable_diffusion_3_are_refused() -> None:
     family = make_family(make_pipeline("StableDiffusion3Pipeline"))
     assert family.check_size(96, "resolution") == 96  # 24 positions of 4 pixels
     with pytest.raises(InputError, match="--resolution must be 96 at most on this model, .*, got 100"):
@@ -653,9 +653,9 @@ def test_a_fresh_pipeline_with_the_files_of_a_run_paints_what_the_trained_one_di
     both = paint()
     assert np.abs(with_lora - base).max() > 1e-2
     assert np.abs(both - with_lora).max() > 1e-2
-    for picture, path in zip(both, result.images[1:], strict=True):
+    for image, path in zip(both, result.images[1:], strict=True):
         # rounded to whole levels, of weights that lie otherwise in memory
-        np.testing.assert_allclose(picture * 255, np.asarray(Image.open(path), dtype=np.float32), atol=2)
+        np.testing.assert_allclose(image * 255, np.asarray(Image.open(path), dtype=np.float32), atol=2)
 
 
 def test_training_in_bfloat16_with_cached_latents_leaves_coefficients_in_float32(
@@ -720,6 +720,6 @@ def test_coefficients_on_the_text_encoders_train_and_load(
     changes: dict[str, Any] = {"max_sequence_length": 64} if name == "Flux2KleinPipeline" else {}
     if name == "QwenImagePipeline":
         changes["negative_prompt"] = " "  # which turns guidance on
-    [picture] = call(fresh, ["two grey cats"], **changes)
+    [image] = call(fresh, ["two grey cats"], **changes)
     # rounded to whole levels, of weights that lie otherwise in memory
-    np.testing.assert_allclose(picture * 255, np.asarray(Image.open(result.images[1]), dtype=np.float32), atol=2)
+    np.testing.assert_allclose(image * 255, np.asarray(Image.open(result.images[1]), dtype=np.float32), atol=2)

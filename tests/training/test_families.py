@@ -18,7 +18,7 @@ SIZES = [16, 16, 0, 0, 16, 16]
 
 
 def settings(**changes: object) -> DreamBoothSettings:
-    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "a"}
+    given = {"pretrained_model_name_or_path": "base", "instance_data_dir": "images", "instance_prompt": "a"}
     return DreamBoothSettings(**given | changes)
 
 
@@ -27,7 +27,7 @@ def stable_diffusion(pipeline: Any = None, **changes: object) -> StableDiffusion
 
 
 def errors(family: Family, denoiser: Any, pixels: torch.Tensor, prompts: list[str], seeds: list[int]) -> torch.Tensor:
-    """Of each picture, as a training step computes them."""
+    """Of each image, as a training step computes them."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = family.sample_latents(family.encode_images(pixels), generators)
     return family.errors(denoiser, latents, family.conditions(prompts), torch.tensor([SIZES] * len(seeds)), generators)
@@ -61,7 +61,7 @@ def test_a_perfect_answer_of_each_prediction_type_has_no_loss(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_weighs_the_error_of_the_picture_itself(kind: str) -> None:
+def test_min_snr_weighs_the_error_of_the_image_itself(kind: str) -> None:
     family = stable_diffusion(tiny_pipeline(kind))
     timesteps = torch.tensor([0, 100, 400, 700, 999])
     weights = family.min_snr_weights(timesteps, gamma=5.0)
@@ -69,8 +69,8 @@ def test_min_snr_weighs_the_error_of_the_picture_itself(kind: str) -> None:
         signal = family.noise_scheduler.alphas_cumprod[t].double().item()
         snr = signal / (1 - signal)
         # || error of x0 ||^2 is || error of the prediction ||^2 times this
-        to_picture = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
-        assert weight == pytest.approx(min(snr, 5.0) * to_picture, rel=1e-4)  # float32 of alphas_cumprod near 1
+        to_image = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
+        assert weight == pytest.approx(min(snr, 5.0) * to_image, rel=1e-4)  # float32 of alphas_cumprod near 1
 
 
 def test_min_snr_is_finite_where_no_signal_is_left() -> None:
@@ -97,7 +97,7 @@ def test_offset_noise_adds_one_number_a_channel() -> None:
     assert added[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.15)  # of 400 numbers, +- 3.5 %
 
 
-def test_the_loss_of_a_picture_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
+def test_the_loss_of_a_image_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
     prompts, seeds = ["a", "b", "c"], [3, 4, 5]
     with torch.no_grad():

@@ -116,7 +116,7 @@ def test_what_the_run_wrote_is_pushed_and_nothing_else(
     assert "Pushed: http://127.0.0.1:" in capsys.readouterr().out
 
 
-def test_a_repository_that_cannot_be_made_is_an_error_before_class_pictures_are_made(
+def test_a_repository_that_cannot_be_made_is_an_error_before_class_images_are_made(
     argv: Callable[..., list[str]], tmp_path: Path, server: type[Hub]
 ) -> None:
     server.refuse = "/create"

@@ -1,4 +1,4 @@
-"""Latents encoded once: the same run with and without, each latent its picture's, and the VAE let go."""
+"""Latents encoded once: the same run with and without, each latent its image's, and the VAE let go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_files import opened
+from image_files import opened
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import tiny_pipeline
@@ -20,7 +20,7 @@ from tiny_sd import tiny_pipeline
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, Example, upright_rgb
-from coeff_diffusers.training.images.files import Picture
+from coeff_diffusers.training.images.files import TrainingImage
 from coeff_diffusers.training.images.latents import encode_cuts, moments_of, release_vae, vae_on
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings.dreambooth import parse_settings
@@ -30,7 +30,7 @@ SIZES = [(24, 16), (26, 17), (16, 16), (15, 28)]  # width and height
 
 
 def noise(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
-    """A picture of noise for each size (width and height)."""
+    """An image of noise for each size (width and height)."""
     folder.mkdir()
     paths = [folder / f"{folder.name}-{i}.png" for i in range(len(sizes))]
     for i, (path, (width, height)) in enumerate(zip(paths, sizes)):
@@ -71,7 +71,7 @@ def test_a_run_is_bit_for_bit_the_same_with_cached_latents(
     torch.testing.assert_close(coefficients(with_cache), coefficients(without), rtol=0, atol=0)
 
 
-def dataset(subject: list[Picture], classes: list[Picture], **changes: Any) -> DreamBoothDataset:
+def dataset(subject: list[TrainingImage], classes: list[TrainingImage], **changes: Any) -> DreamBoothDataset:
     settings = {"resolution": 16, "seed": 0, "random_flip": True, "step_draws": 4, **changes}
     return DreamBoothDataset(48, subject, classes, **settings)
 
@@ -96,7 +96,7 @@ def tensor(box: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("buckets", [(), ((16, 24), (16, 16), (24, 16))], ids=["square", "buckets"])
-def test_each_cached_latent_is_of_its_picture_with_its_prompt(
+def test_each_cached_latent_is_of_its_image_with_its_prompt(
     family: StableDiffusion, tmp_path: Path, buckets: tuple[tuple[int, int], ...]
 ) -> None:
     paths = noise(tmp_path / "subject", SIZES), noise(tmp_path / "class", [(20, 16), (16, 18), (16, 16)])
@@ -129,7 +129,7 @@ def test_only_what_will_be_shown_is_encoded_and_each_once(
     }
 
 
-def test_square_pictures_are_cached_whole_without_a_centre_crop(family: StableDiffusion, tmp_path: Path) -> None:
+def test_square_images_are_cached_whole_without_a_centre_crop(family: StableDiffusion, tmp_path: Path) -> None:
     data = dataset(opened(noise(tmp_path / "subject", [(16, 16), (20, 20)])), [])
     assert len(encode_cuts(family, data, silent=True)) == 4  # mirrored, too
 
@@ -158,7 +158,7 @@ def test_what_is_encoded_does_not_depend_on_the_batch(family: StableDiffusion) -
 # What cannot be cached
 
 
-def test_pictures_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp_path: Path) -> None:
+def test_images_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp_path: Path) -> None:
     noise(tmp_path / "subject", SIZES)
     with pytest.raises(InputError, match="--cache_latents: .*--center_crop or --aspect_ratio_buckets") as error:
         train(instance_data_dir=tmp_path / "subject", cache_latents=True, repeats=2)
@@ -166,7 +166,7 @@ def test_pictures_that_are_cropped_at_random_are_refused_by_name(train: Train, t
     assert named == ["subject-0.png has 16 x 24", "subject-1.png has 17 x 26", "subject-3.png has 28 x 15"]
 
 
-def test_class_pictures_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp_path: Path) -> None:
+def test_class_images_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp_path: Path) -> None:
     noise(tmp_path / "subject", [(16, 16)])
     noise(tmp_path / "class", [(16, 16), (20, 16)])
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
@@ -190,7 +190,7 @@ def test_a_released_vae_is_freed_but_for_what_is_needed(family: StableDiffusion)
     assert decoder() is None
 
 
-def test_pictures_made_after_the_release_are_the_same(family: StableDiffusion) -> None:
+def test_images_made_after_the_release_are_the_same(family: StableDiffusion) -> None:
     settings = {"num_inference_steps": 1, "output_type": "np", "latents": torch.randn(1, 4, 8, 8)}
     before = family.pipeline("a fox", **settings).images
     release_vae(family, keep_decoder=True)

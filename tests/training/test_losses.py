@@ -16,7 +16,7 @@ def random(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_pictures_error_is_its_weighted_mean(weighted: bool) -> None:
+def test_each_images_error_is_its_weighted_mean(weighted: bool) -> None:
     prediction, target = random(0), random(1)
     weights = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0, 0.7]) if weighted else None
     errors = squared_errors(prediction, target, weights)
@@ -26,13 +26,13 @@ def test_each_pictures_error_is_its_weighted_mean(weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("order", [range(6), [0, 3, 1, 4, 2, 5]])
-def test_class_pictures_are_weighed_as_a_half_of_their_own_wherever_they_stand(order: list[int]) -> None:
+def test_class_images_are_weighed_as_a_half_of_their_own_wherever_they_stand(order: list[int]) -> None:
     errors = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0, 60.0])
     loss = dreambooth_loss(errors[list(order)], [KINDS[i] for i in order], 0.3)
     assert loss.item() == pytest.approx(3.0 + 0.3 * 30.0)
 
 
-def test_a_prior_weight_of_zero_leaves_the_subjects_pictures() -> None:
+def test_a_prior_weight_of_zero_leaves_the_subjects_images() -> None:
     errors = torch.rand(6)
     torch.testing.assert_close(dreambooth_loss(errors, KINDS, 0.0), dreambooth_loss(errors[:3], KINDS[:3]))
 

@@ -31,7 +31,7 @@ def family(argv: Callable[..., list[str]]) -> StableDiffusion:
     return StableDiffusion(pipeline, parse_settings(argv()))
 
 
-def picture(pipeline: Any, prompts: list[str]) -> np.ndarray:
+def image(pipeline: Any, prompts: list[str]) -> np.ndarray:
     return pipeline(prompts, num_inference_steps=1, output_type="np", latents=LATENTS[: len(prompts)]).images
 
 
@@ -40,18 +40,18 @@ LATENTS = torch.randn(2, 4, 8, 8)
 
 def test_released_text_encoders_are_freed_and_their_answers_kept(family: StableDiffusion) -> None:
     pipeline, prompts = family.pipeline, ["a fox", "a dog"]
-    expected = picture(pipeline, prompts)
+    expected = image(pipeline, prompts)
     encoder = weakref.ref(pipeline.text_encoder)
-    assert release_text_encoders(family, [lambda: picture(pipeline, prompts)]) == ["text_encoder"]
+    assert release_text_encoders(family, [lambda: image(pipeline, prompts)]) == ["text_encoder"]
     gc.collect()
     assert encoder() is None
-    np.testing.assert_array_equal(picture(pipeline, prompts), expected)
+    np.testing.assert_array_equal(image(pipeline, prompts), expected)
 
 
 def test_a_prompt_that_was_not_encoded_is_an_error_that_shows_it(family: StableDiffusion) -> None:
-    release_text_encoders(family, [lambda: picture(family.pipeline, ["a fox"])])
+    release_text_encoders(family, [lambda: image(family.pipeline, ["a fox"])])
     with pytest.raises(RuntimeError, match=r"the text encoders were released .*'a dog'"):
-        picture(family.pipeline, ["a dog"])
+        image(family.pipeline, ["a dog"])
 
 
 def test_a_call_that_fails_is_not_taken_for_one_that_was_stopped(family: StableDiffusion) -> None:
@@ -86,7 +86,7 @@ def test_the_peak_is_had_without_the_module_that_windows_lacks(monkeypatch: pyte
         importlib.reload(memory)
 
 
-def test_class_pictures_are_generated_before(train: Callable[..., TrainingResult], tmp_path: Path) -> None:
+def test_class_images_are_generated_before(train: Callable[..., TrainingResult], tmp_path: Path) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     train(**prior, num_class_images=2, max_train_steps=1)
     assert len(list((tmp_path / "class").iterdir())) == 2

@@ -34,7 +34,7 @@ from coeff_diffusers.training.run.stopping import Stopped, stop_request
 from coeff_diffusers.training.settings.dreambooth import parse_settings
 
 Train = Callable[..., TrainingResult]
-SCRIPT = Path(stopping.__file__).with_name("train_dreambooth.py")
+SCRIPT = Path(__file__).parents[2] / "training" / "train_dreambooth.py"
 
 
 class Killed(Exception):  # noqa: N818
@@ -285,23 +285,23 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     assert "checkpoint-1 is whole; --resume_from_checkpoint latest goes on from it. The run goes on." in said
 
 
-def test_a_log_and_pictures_that_cannot_be_written_do_not_end_the_run(
+def test_a_log_and_images_that_cannot_be_written_do_not_end_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    pictures = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
+    images = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
     whole = train(output_dir=tmp_path / "whole")
     monkeypatch.setattr(Accelerator, "log", full)
     monkeypatch.setattr(train_dreambooth, "write_grid", full)
-    result = train(report_to="tensorboard", validation_steps=2, **pictures)
+    result = train(report_to="tensorboard", validation_steps=2, **images)
     assert_same_result(result, whole)
     assert result.images == []
     said = capsys.readouterr().err
     assert said.count("The log could not be written: [Errno 28] No space left on device. The run goes on") == 3
-    assert "The pictures of step 2 could not be written: [Errno 28]" in said
-    assert "The pictures of step 3 could not be written: [Errno 28]" in said
+    assert "The images of step 2 could not be written: [Errno 28]" in said
+    assert "The images of step 3 could not be written: [Errno 28]" in said
 
 
 def test_a_checkpoint_is_flushed_as_windows_lets_it_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,28 +378,28 @@ def test_a_new_run_does_not_start_among_another_ones_checkpoints(train: Train) -
         train(checkpointing_steps=2)
 
 
-def test_another_run_is_not_gone_on_with(train: Train, tmp_path: Path, pictures: Path) -> None:
+def test_another_run_is_not_gone_on_with(train: Train, tmp_path: Path, images: Path) -> None:
     train(checkpointing_steps=2)
     with pytest.raises(InputError, match=r"--seed was 0, is 1\n  --learning_rate was 0.05, is 0.1"):
         train(checkpointing_steps=2, resume_from_checkpoint="latest", learning_rate=0.1, seed=1)
     (tmp_path / "fewer").mkdir()
     for name in ("0.png", "1.png"):
-        (tmp_path / "fewer" / name).write_bytes((pictures / name).read_bytes())
-    with pytest.raises(InputError, match="pictures or captions are others"):
+        (tmp_path / "fewer" / name).write_bytes((images / name).read_bytes())
+    with pytest.raises(InputError, match="images or captions are others"):
         train(checkpointing_steps=2, resume_from_checkpoint="latest", instance_data_dir=tmp_path / "fewer")
 
 
-def test_pictures_may_be_moved_and_not_changed(train: Train, tmp_path: Path, pictures: Path) -> None:
+def test_images_may_be_moved_and_not_changed(train: Train, tmp_path: Path, images: Path) -> None:
     whole = train(checkpointing_steps=2)
-    moved = {"instance_data_dir": shutil.copytree(pictures, tmp_path / "moved"), "checkpointing_steps": 2}
+    moved = {"instance_data_dir": shutil.copytree(images, tmp_path / "moved"), "checkpointing_steps": 2}
     assert_same_result(train(**moved, resume_from_checkpoint="latest"), whole)
     with Image.open(tmp_path / "moved" / "1.png") as image:
         ImageOps.mirror(image).save(tmp_path / "moved" / "1.png")
-    with pytest.raises(InputError, match="pictures or captions are others"):
+    with pytest.raises(InputError, match="images or captions are others"):
         train(**moved, resume_from_checkpoint="latest")
 
 
-def test_a_loss_that_is_not_finite_names_pictures_and_checkpoint(
+def test_a_loss_that_is_not_finite_names_images_and_checkpoint(
     argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = StableDiffusion.errors, []
@@ -520,10 +520,10 @@ def test_the_script_ends_with_the_exit_code_of_the_signal(argv: Callable[..., li
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_saves_whatever_workers_read_pictures(
+def test_a_signal_to_all_processes_saves_whatever_workers_read_images(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """As terminals and schedulers send it, while a step waits for pictures or computes."""
+    """As terminals and schedulers send it, while a step waits for images or computes."""
     flags = argv(max_train_steps=100_000, checkpointing_steps=100_000, dataloader_num_workers=2)
     child = subprocess.Popen(
         [sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -350,7 +350,7 @@ def test_a_flag_without_effect_is_refused_on_the_command_line_and_read_from_a_ru
     assert getattr(configured(tmp_path, filled_in), name[2:]) == float(value)
 
 
-def test_pictures_of_subjects_are_asked_for_in_their_file() -> None:
+def test_images_of_subjects_are_asked_for_in_their_file() -> None:
     flags = "--pretrained_model_name_or_path model --subjects a.yaml --num_validation_images 2 --validation_steps 3"
     assert parse_settings(flags.split()).validation_steps == 3
 
@@ -389,9 +389,9 @@ def test_a_missing_instance_folder_is_an_error_before_anything_is_loaded(argv: A
 
 
 @pytest.mark.usefixtures("nothing_loaded")
-def test_a_class_file_that_is_no_picture_is_an_error_before_anything_is_loaded(argv: Argv, tmp_path: Path) -> None:
+def test_a_class_file_that_is_no_image_is_an_error_before_anything_is_loaded(argv: Argv, tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
-    (tmp_path / "class" / "a.png").write_text("no picture")
+    (tmp_path / "class" / "a.png").write_text("no image")
     flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     with pytest.raises(InputError, match=r"--class_data_dir: these(.|\n)*class/a\.png: UnidentifiedImageError"):
         main(argv(**flags))
@@ -430,7 +430,7 @@ def test_an_output_folder_on_a_full_disk_is_an_error_before_anything_is_loaded(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("output.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("coeff_diffusers.training.results.files.tempfile.TemporaryFile", full)
     with pytest.raises(InputError, match="cannot be written: .*No space left on device"):
         main(argv())
 

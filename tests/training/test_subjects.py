@@ -25,7 +25,7 @@ from coeff_diffusers import coeff_per_sample, load_coeff_weights
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.run import dreambooth as train_dreambooth
 from coeff_diffusers.training.run.dreambooth import TrainingResult, main
-from coeff_diffusers.training.run.subjects import losses_by_subject, read_subject_pictures, read_subjects
+from coeff_diffusers.training.run.subjects import losses_by_subject, read_subject_images, read_subjects
 from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
 
 Argv = Callable[..., list[str]]
@@ -35,7 +35,7 @@ NAMES = ["fox", "cat", "old-dog"]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Three subjects with two, three and four pictures; the cat's have captions, the fox has a validation prompt."""
+    """Three subjects with two, three and four images; the cat's have captions, the fox has a validation prompt."""
     for i, name in enumerate(NAMES):
         (tmp_path / name).mkdir()
         for n in range(i + 2):
@@ -87,7 +87,7 @@ def test_each_subject_gets_what_it_gets_alone(
     assert_each_gets_what_it_gets_alone(train_all(**changes), tmp_path)
 
 
-def test_each_subject_has_its_own_class_pictures(
+def test_each_subject_has_its_own_class_images(
     train_all: Callable[..., dict[str, TrainingResult]], file: Path, tmp_path: Path
 ) -> None:
     entries = yaml.safe_load(file.read_text())
@@ -195,7 +195,7 @@ def test_each_subject_has_a_folder_with_its_file_card_and_settings(
     torch.testing.assert_close(coefficients(again["cat"]), before, rtol=0, atol=0)
 
 
-def test_validation_pictures_are_those_of_the_subjects_own_file(
+def test_validation_images_are_those_of_the_subjects_own_file(
     train_all: Callable[..., dict[str, TrainingResult]], file: Path, base: Path
 ) -> None:
     entries = yaml.safe_load(file.read_text())
@@ -205,7 +205,7 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     few = {"num_validation_images": 1, "validation_num_inference_steps": 2, "validation_steps": 2}
     results = train_all(**few, cache_latents=True, center_crop=True, report_to="tensorboard")
     assert [len(result.images) for result in results.values()] == [2, 0, 3]
-    for result in results.values():  # also of the cat, which has no prompt for the pictures
+    for result in results.values():  # also of the cat, which has no prompt for the images
         assert parse_settings(["--config", str(result.settings_file)]) == result.settings
     assert (results["fox"].images[0].parents[1] / "step-000002" / "grid.png").is_file()
     tags = EventAccumulator(str(file.parent / "out" / "logs" / "dreambooth")).Reload().Tags()
@@ -214,10 +214,10 @@ def test_validation_pictures_are_those_of_the_subjects_own_file(
     assert {"loss", *(f"loss/{name}" for name in NAMES)} <= set(tags["scalars"])
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
-    for name, picture in {"fox": results["fox"].images[1], "old-dog": results["old-dog"].images[2]}.items():
+    for name, image in {"fox": results["fox"].images[1], "old-dog": results["old-dog"].images[2]}.items():
         load_coeff_weights(pipe, results[name].coeff_file, adapter_name=name)
         expected = pipe("a sks fox", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-        with Image.open(picture) as found:
+        with Image.open(image) as found:
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
@@ -230,9 +230,9 @@ def test_what_the_page_shows_is_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets.yaml").write_text(blocks["yaml"])
     for name in ("rex", "tom"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / name / "1.png")
-        (tmp_path / "pictures" / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a sks"}')
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / name / "1.png")
+        (tmp_path / "images" / name / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a sks"}')
     few = {"max_train_steps": 1, "num_validation_images": 1, "validation_num_inference_steps": 1}
     train_all(subjects="pets.yaml", output_dir="outputs/pets", **few)
     pipe = StableDiffusionPipeline.from_pretrained(base)
@@ -296,7 +296,7 @@ def test_subjects_may_share_what_yaml_merges(tmp_path: Path) -> None:
     [
         ("logs", "logs", r"the log \(--logging_dir\)"),
         ("Notes", "notes/2026", r"the log \(--logging_dir\)"),
-        ("validation", "/elsewhere", "the validation pictures"),
+        ("validation", "/elsewhere", "the validation images"),
         ("logs", "/elsewhere", None),
     ],
 )
@@ -307,13 +307,13 @@ def test_a_subject_must_not_share_a_folder_with_the_runs_own_files(
     subjects = read_subjects(written(file, [entry | {"name": name}]))
     settings = DreamBoothSettings("base", subjects=str(file), output_dir=str(tmp_path), logging_dir=logging_dir)
     if use is None:
-        assert list(read_subject_pictures(subjects, settings)) == [name]
+        assert list(read_subject_images(subjects, settings)) == [name]
         return
     with pytest.raises(InputError, match=f"--subjects: {name}: this folder .* is for {use}; choose another name"):
-        read_subject_pictures(subjects, settings)
+        read_subject_images(subjects, settings)
 
 
-def test_class_pictures_are_of_one_class_and_of_no_subject(tmp_path: Path) -> None:
+def test_class_images_are_of_one_class_and_of_no_subject(tmp_path: Path) -> None:
     folders = {"fox": ("in", "of-foxes"), "cat": ("of-foxes", "same"), "dog": ("here", "same")}
     entries = [
         {"name": name, "images": images, "prompt": "a", "class_data_dir": classes, "class_prompt": f"a {name}"}
@@ -322,12 +322,12 @@ def test_class_pictures_are_of_one_class_and_of_no_subject(tmp_path: Path) -> No
     with pytest.raises(InputError) as error:
         read_subjects(written(tmp_path / "subjects.yaml", entries))
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
-        f"{tmp_path / 'of-foxes'} has pictures of a subject, and is a class_data_dir",
+        f"{tmp_path / 'of-foxes'} has images of a subject, and is a class_data_dir",
         f"{tmp_path / 'same'} is the class_data_dir of several class_prompt",
     ]
 
 
-def test_each_subject_needs_a_class_where_class_pictures_are_asked_for(
+def test_each_subject_needs_a_class_where_class_images_are_asked_for(
     train_all: Callable[..., dict[str, TrainingResult]],
 ) -> None:
     with pytest.raises(InputError, match=r"fox: (.|\n)*needs --class_prompt(.|\n)*old-dog: (.|\n)*--class_data_dir"):
@@ -342,11 +342,11 @@ def test_a_file_that_is_no_list_of_subjects_is_told(tmp_path: Path, text: str | 
         read_subjects(tmp_path / "subjects.yaml")
 
 
-def test_problems_of_all_subjects_pictures_are_told_before_anything_is_loaded(
+def test_problems_of_all_subjects_images_are_told_before_anything_is_loaded(
     train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_dreambooth, "load_family", None)
-    (tmp_path / "fox" / "0.png").write_text("no picture")
+    (tmp_path / "fox" / "0.png").write_text("no image")
     (tmp_path / "cat" / "1.txt").unlink()
     with pytest.raises(InputError, match=r"fox: --subjects: these cannot be read(.|\n)*cat: --caption_extension: "):
         train_all()

@@ -34,7 +34,7 @@ Argv = Callable[..., list[str]]
 TRAINED = {"train_text_encoder": True, "text_encoder_lr": 0.1}
 
 
-def picture(loaded: Any, prompt: str = "a sks fox") -> np.ndarray:
+def image(loaded: Any, prompt: str = "a sks fox") -> np.ndarray:
     loaded.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return loaded([prompt], num_inference_steps=3, generator=generator, output_type="np").images
@@ -65,7 +65,7 @@ def family_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return kept
 
 
-def test_coefficients_of_the_text_encoder_are_in_the_file_and_in_the_picture(train: Train, base: Path) -> None:
+def test_coefficients_of_the_text_encoder_are_in_the_file_and_in_the_image(train: Train, base: Path) -> None:
     result = train(**TRAINED)
     values = load_file(result.coeff_file)
     text = {key: value for key, value in values.items() if key.startswith("text_encoder.")}
@@ -75,7 +75,7 @@ def test_coefficients_of_the_text_encoder_are_in_the_file_and_in_the_picture(tra
     assert "4 attention coefficients of the text encoders" in result.model_card.read_text()
     without = StableDiffusionPipeline.from_pretrained(base)
     load_coeff_weights(without, {key: value for key, value in values.items() if key not in text})
-    assert np.abs(picture(loaded(base, result)) - picture(without)).max() > 1e-3  # of a range of 1; float error: 1e-6
+    assert np.abs(image(loaded(base, result)) - image(without)).max() > 1e-3  # of a range of 1; float error: 1e-6
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -93,7 +93,7 @@ def test_the_text_encoder_itself_stays_as_it_was_and_what_trains_is_float32(
 
 
 @pytest.mark.parametrize("flags", [{}, {"no_coeff": True, "text_encoder_lr": None}])
-def test_lora_and_coefficients_make_the_picture_of_the_trained_model(
+def test_lora_and_coefficients_make_the_image_of_the_trained_model(
     train: Train, base: Path, family_seen: dict[str, Any], flags: dict[str, Any]
 ) -> None:
     result = train(**TRAINED | flags, lora_rank=2, lora_alpha=6, text_encoder_lora_lr=0.05)
@@ -102,9 +102,9 @@ def test_lora_and_coefficients_make_the_picture_of_the_trained_model(
     trained = family_seen["family"].pipeline
     trained.unet.eval()
     trained.text_encoder.eval()
-    np.testing.assert_allclose(picture(loaded(base, result)), picture(trained), atol=1e-5)  # the same sums
+    np.testing.assert_allclose(image(loaded(base, result)), image(trained), atol=1e-5)  # the same sums
     trained.text_encoder.disable_adapters()
-    assert np.abs(picture(loaded(base, result)) - picture(trained)).max() > 1e-3
+    assert np.abs(image(loaded(base, result)) - image(trained)).max() > 1e-3
 
 
 def test_prompts_of_both_kinds_are_encoded_in_every_step(
@@ -148,10 +148,10 @@ def test_validation_is_by_the_trained_text_encoder_and_leaves_it_alone(
         validation_num_inference_steps=3,
     )
     torch.testing.assert_close(load_file(plain.coeff_file), load_file(validated.coeff_file), rtol=0, atol=0)
-    with Image.open(validated.images[1]) as image:
+    with Image.open(validated.images[1]) as written:
         # rounded to 8 bits there
-        found = picture(loaded(base, plain))[0]
-        np.testing.assert_allclose(np.asarray(image) / 255, found, atol=0.51 / 255)
+        found = image(loaded(base, plain))[0]
+        np.testing.assert_allclose(np.asarray(written) / 255, found, atol=0.51 / 255)
 
 
 def test_gradient_checkpointing_gives_the_same_coefficients(
@@ -231,7 +231,7 @@ def test_the_encoders_own_dropout_is_off_in_training() -> None:
 # What is refused
 
 
-def test_a_text_encoder_that_cannot_be_trained_is_refused_before_class_pictures_are_made(
+def test_a_text_encoder_that_cannot_be_trained_is_refused_before_class_images_are_made(
     argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}

@@ -1,4 +1,4 @@
-"""The tiny pipelines make pictures that depend on what a test of training has to see."""
+"""The tiny pipelines make images that depend on what a test of training has to see."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _silent(pipeline: Any) -> Any:
     return pipeline
 
 
-def _picture(pipeline: Any, prompt: Any = "a fox", seed: int = 0, **changes: Any) -> Any:
+def _image(pipeline: Any, prompt: Any = "a fox", seed: int = 0, **changes: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     settings = call_settings(type(pipeline).__name__, **changes)
     return pipeline(prompt=prompt, generator=generator, **settings).images
@@ -39,33 +39,33 @@ def _picture(pipeline: Any, prompt: Any = "a fox", seed: int = 0, **changes: Any
 
 def test_the_pipeline_is_of_the_family_and_always_the_same(name: str, pipeline: Any) -> None:
     assert type(pipeline).__name__ == name
-    picture = _picture(pipeline)
-    assert picture.shape == (1, SIDE, SIDE, 3)
-    assert np.array_equal(picture, _picture(pipeline))
-    assert np.array_equal(picture, _picture(_silent(tiny_pipeline(name))))
+    image = _image(pipeline)
+    assert image.shape == (1, SIDE, SIDE, 3)
+    assert np.array_equal(image, _image(pipeline))
+    assert np.array_equal(image, _image(_silent(tiny_pipeline(name))))
 
 
 def test_few_pixels_are_black_or_white(pipeline: Any) -> None:
-    picture = _picture(pipeline)
-    assert ((picture > 0) & (picture < 1)).mean() > 0.9
-    assert picture.std() > 0.05
+    image = _image(pipeline)
+    assert ((image > 0) & (image < 1)).mean() > 0.9
+    assert image.std() > 0.05
 
 
-def test_a_saved_pipeline_makes_the_same_pictures(name: str, pipeline: Any, tmp_path: Path) -> None:
+def test_a_saved_pipeline_makes_the_same_images(name: str, pipeline: Any, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     loaded = _silent(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(loaded).__name__ == name
     for prompt in ("a fox", "two grey cats"):  # up to rounding: loaded weights lie otherwise in memory
-        np.testing.assert_allclose(_picture(loaded, prompt), _picture(pipeline, prompt), atol=1e-3)
+        np.testing.assert_allclose(_image(loaded, prompt), _image(pipeline, prompt), atol=1e-3)
 
 
-def test_the_picture_depends_on_the_prompt(pipeline: Any) -> None:
-    fox, cats = _picture(pipeline), _picture(pipeline, "two grey cats")
+def test_the_image_depends_on_the_prompt(pipeline: Any) -> None:
+    fox, cats = _image(pipeline), _image(pipeline, "two grey cats")
     assert np.abs(fox - cats).max() > 1e-2
 
 
 def test_prompts_of_several_lengths_go_together(pipeline: Any) -> None:
-    alone = _picture(pipeline, "a fox")
+    alone = _image(pipeline, "a fox")
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     settings = call_settings(type(pipeline).__name__)
     both = pipeline(prompt=["a fox", "two grey cats"], generator=generators, **settings).images
@@ -73,20 +73,20 @@ def test_prompts_of_several_lengths_go_together(pipeline: Any) -> None:
 
 
 def test_every_coefficient_shows(pipeline: Any) -> None:
-    before = _picture(pipeline)
+    before = _image(pipeline)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Sana's linear attention has no coefficients
         add_coeff_adapter(pipeline)
-    np.testing.assert_allclose(_picture(pipeline), before, atol=1e-2)
+    np.testing.assert_allclose(_image(pipeline), before, atol=1e-2)
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     randomise(denoiser)
-    assert np.abs(_picture(pipeline) - before).max() > 1e-2
+    assert np.abs(_image(pipeline) - before).max() > 1e-2
     filled = [parameter.detach().clone() for parameter in coeff_parameters(pipeline)]
     for i in range(len(filled)):
         with torch.no_grad():
             for j, parameter in enumerate(coeff_parameters(pipeline)):
                 parameter.copy_(filled[j] if i == j else torch.zeros_like(parameter))
-        assert np.abs(_picture(pipeline) - before).max() > 1e-3
+        assert np.abs(_image(pipeline) - before).max() > 1e-3
 
 
 def test_qwen_image_drops_its_instruction_and_nothing_of_the_prompt() -> None:
@@ -99,11 +99,11 @@ def test_qwen_image_drops_its_instruction_and_nothing_of_the_prompt() -> None:
 
 @pytest.mark.parametrize("output_type", ["pt", "pil", "latent"])
 def test_output_types(pipeline: Any, output_type: str) -> None:
-    picture = _picture(pipeline, output_type=output_type)
+    image = _image(pipeline, output_type=output_type)
     if output_type == "pt":
-        assert picture.shape == (1, 3, SIDE, SIDE)
+        assert image.shape == (1, 3, SIDE, SIDE)
     elif output_type == "pil":
-        assert picture[0].size == (SIDE, SIDE)
+        assert image[0].size == (SIDE, SIDE)
     else:
-        assert len(picture) == 1
-        assert picture.isfinite().all()
+        assert len(image) == 1
+        assert image.isfinite().all()

@@ -46,7 +46,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
         main(argv(report_to=name))
 
 
-def test_all_logs_numbers_pictures_and_settings_to_what_is_installed(train: Callable[..., TrainingResult]) -> None:
+def test_all_logs_numbers_images_and_settings_to_what_is_installed(train: Callable[..., TrainingResult]) -> None:
     result = train(
         report_to="all",
         max_train_steps=2,
@@ -77,7 +77,7 @@ def test_a_log_that_cannot_be_ended_does_not_take_the_result_along(
 
 
 class Listed(GeneralTracker):
-    """Takes pictures by the calls of accelerate's WandBTracker and of comet_ml's Experiment; writes down what came."""
+    """Takes images by the calls of accelerate's WandBTracker and of comet_ml's Experiment; writes down what came."""
 
     requires_logging_directory = False
 
@@ -105,8 +105,8 @@ class Listed(GeneralTracker):
         ("mlflow", []),
     ],
 )
-def test_each_tracker_gets_pictures_in_its_own_way(name: str, expected: list[Any]) -> None:
+def test_each_tracker_gets_images_in_its_own_way(name: str, expected: list[Any]) -> None:
     tracker = Listed(name)
     image = Image.fromarray(np.zeros((2, 3, 3), dtype=np.uint8))
-    trackers.log_pictures([tracker], {"a fox": [image, image]}, step=7)
+    trackers.log_images([tracker], {"a fox": [image, image]}, step=7)
     assert tracker.seen == expected

@@ -53,7 +53,7 @@ def pipeline(base: Path) -> StableDiffusionPipeline:
     return loaded
 
 
-def picture(loaded: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
+def image(loaded: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
     return loaded(["a sks fox"], num_inference_steps=3, generator=generator, output_type="np").images
 
@@ -119,7 +119,7 @@ def test_validation_lora_and_log_add_exactly_these_files(train: Train, tmp_path:
         lora_rank=2,
         report_to="tensorboard",
     )
-    pictures = {"grid.png"} | {f"prompt{r}-image{c}.png" for r in range(2) for c in range(2)}
+    images = {"grid.png"} | {f"prompt{r}-image{c}.png" for r in range(2) for c in range(2)}
     written = files_in(tmp_path / "out")
     logs = {name for name in written if name.startswith("logs/")}
     assert written - logs == {
@@ -127,17 +127,17 @@ def test_validation_lora_and_log_add_exactly_these_files(train: Train, tmp_path:
         "pytorch_lora_weights.safetensors",
         "README.md",
         "config.yaml",
-    } | {f"validation/step-00000{step}/{name}" for step in (2, 3) for name in pictures}
+    } | {f"validation/step-00000{step}/{name}" for step in (2, 3) for name in images}
     assert {name.partition("/events")[0] for name in logs if "events" in name} > {"logs/dreambooth"}
-    assert [path.name for path in result.images] == sorted(pictures)
+    assert [path.name for path in result.images] == sorted(images)
     with Image.open(result.images[0]) as grid, Image.open(result.images[1]) as single:
         assert (grid.size, single.size) == ((32, 32), (16, 16))
 
 
-def test_the_users_pictures_are_left_alone(train: Train, pictures: Path) -> None:
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}
+def test_the_users_images_are_left_alone(train: Train, images: Path) -> None:
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in images.iterdir()}
     train()
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()} == before
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in images.iterdir()} == before
 
 
 def test_runs_of_one_process_share_nothing_that_accelerate_keeps(
@@ -170,13 +170,13 @@ def test_the_coefficient_file_says_how_it_was_trained(train: Train) -> None:
     assert [header[name] for name in named] == ["a sks fox", "3", "2", "0.05", "0.1", "5", torch.__version__]
 
 
-def test_the_card_shows_pictures_and_its_lines_load_the_weights(
+def test_the_card_shows_images_and_its_lines_load_the_weights(
     train: Train, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = train(lora_rank=2, validation_prompt=["a fox"], num_validation_images=1, validation_num_inference_steps=2)
     card = result.model_card.read_text()
     assert (
-        f"![Pictures of the trained model, a row a prompt]({result.images[0].relative_to(result.model_card.parent)})"
+        f"![Images of the trained model, a row a prompt]({result.images[0].relative_to(result.model_card.parent)})"
         in card
     )
     assert "base_model: tiny-sd\n" in card
@@ -230,23 +230,23 @@ def test_what_is_asked_for_moves_and_nothing_else(train: Train, seen: dict[str, 
     assert all(value.any() and value.dtype == torch.float32 for value in added.values())
 
 
-def test_the_file_changes_the_picture_of_a_fresh_pipeline(train: Train, base: Path) -> None:
+def test_the_file_changes_the_image_of_a_fresh_pipeline(train: Train, base: Path) -> None:
     loaded = pipeline(base)
-    before = picture(loaded)
+    before = image(loaded)
     load_coeff_weights(loaded, train().coeff_file)
-    assert np.abs(picture(loaded) - before).max() > 0.01  # of a range of 1; float error is 1e-6
+    assert np.abs(image(loaded) - before).max() > 0.01  # of a range of 1; float error is 1e-6
 
 
-def test_both_files_make_the_picture_of_the_trained_model(train: Train, seen: dict[str, Any], base: Path) -> None:
+def test_both_files_make_the_image_of_the_trained_model(train: Train, seen: dict[str, Any], base: Path) -> None:
     result = train(lora_rank=2, lora_alpha=6, lora_learning_rate=0.01)
     loaded = pipeline(base)
     load_coeff_weights(loaded, result.coeff_file)
     loaded.load_lora_weights(result.lora_file.parent, weight_name=result.lora_file.name)
     # the same sums; alpha / rank = 3 is lost where rank and alpha are not in the file
-    np.testing.assert_allclose(picture(loaded), picture(trained_pipeline(seen)), atol=1e-5)
+    np.testing.assert_allclose(image(loaded), image(trained_pipeline(seen)), atol=1e-5)
     without = pipeline(base)
     load_coeff_weights(without, result.coeff_file)
-    assert np.abs(picture(without) - picture(loaded)).max() > 0.01
+    assert np.abs(image(without) - image(loaded)).max() > 0.01
 
 
 def test_kinds_and_patterns_choose_the_layers(train: Train) -> None:
@@ -307,9 +307,9 @@ def test_workers_change_nothing(train: Train) -> None:
 
 
 def test_validation_leaves_the_result_bit_for_bit_the_same(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = validation._pictures
+    original = validation._images
     # a scheduler may draw without the generator that it is given
-    monkeypatch.setattr(validation, "_pictures", lambda *args: (torch.rand(1), original(*args))[1])
+    monkeypatch.setattr(validation, "_images", lambda *args: (torch.rand(1), original(*args))[1])
     flags = {"coeff_dropout": 0.3, "mixed_precision": "bf16", "max_train_steps": 4}
     plain = coefficients(train(**flags))
     validated = train(
@@ -323,7 +323,7 @@ def test_validation_leaves_the_result_bit_for_bit_the_same(train: Train, monkeyp
     assert_equal(plain, coefficients(validated))
 
 
-def test_validation_pictures_are_those_of_the_trained_model(train: Train, seen: dict[str, Any]) -> None:
+def test_validation_images_are_those_of_the_trained_model(train: Train, seen: dict[str, Any]) -> None:
     result = train(
         validation_prompt=["a sks fox"],
         num_validation_images=2,
@@ -333,10 +333,10 @@ def test_validation_pictures_are_those_of_the_trained_model(train: Train, seen: 
     )
     trained = trained_pipeline(seen)
     for i, path in enumerate(result.images[1:]):
-        generated = picture(trained, seed=3 + i)[0]
-        with Image.open(path) as image:
+        generated = image(trained, seed=3 + i)[0]
+        with Image.open(path) as written:
             # rounded to 8 bits there
-            np.testing.assert_allclose(np.asarray(image) / 255, generated, atol=0.51 / 255)
+            np.testing.assert_allclose(np.asarray(written) / 255, generated, atol=0.51 / 255)
 
 
 def test_two_batches_of_one_accumulated_equal_one_of_two(train: Train) -> None:
@@ -366,7 +366,7 @@ def test_gradient_checkpointing_computes_activations_again(train: Train, monkeyp
     assert calls
 
 
-def test_training_lowers_the_loss_on_the_pictures_it_sees(train: Train) -> None:
+def test_training_lowers_the_loss_on_the_images_it_sees(train: Train) -> None:
     losses = train(max_train_steps=60, train_batch_size=4, learning_rate=0.03).losses
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
@@ -397,7 +397,7 @@ def test_the_schedule_counts_optimizer_steps_under_accumulation(train: Train) ->
     assert len(result.losses) == 6
 
 
-def test_scale_lr_multiplies_both_rates_by_the_pictures_of_a_step(train: Train) -> None:
+def test_scale_lr_multiplies_both_rates_by_the_images_of_a_step(train: Train) -> None:
     result = train(scale_lr=True, gradient_accumulation_steps=3, train_batch_size=2, lora_rank=1, max_train_steps=1)
     assert result.settings.learning_rate == pytest.approx(0.3)
     assert result.settings.lora_learning_rate == pytest.approx(6e-4)
@@ -422,17 +422,17 @@ def test_the_file_that_a_run_writes_is_of_the_same_run(train: Train, flags: dict
     assert parse_settings(["--config", str(result.settings_file)]) == result.settings
 
 
-def test_epochs_are_passes_over_the_pictures(train: Train) -> None:
-    assert len(train(max_train_steps=None, num_train_epochs=4).losses) == 6  # 3 pictures x 4 / a batch of 2
+def test_epochs_are_passes_over_the_images(train: Train) -> None:
+    assert len(train(max_train_steps=None, num_train_epochs=4).losses) == 6  # 3 images x 4 / a batch of 2
 
 
 # Prior preservation
 
 
-def test_missing_class_pictures_are_generated_and_kept(train: Train, tmp_path: Path, pictures: Path) -> None:
+def test_missing_class_images_are_generated_and_kept(train: Train, tmp_path: Path, images: Path) -> None:
     folder = tmp_path / "class"
     folder.mkdir()
-    (folder / "mine.png").write_bytes((pictures / "0.png").read_bytes())
+    (folder / "mine.png").write_bytes((images / "0.png").read_bytes())
     flags = {
         "with_prior_preservation": True,
         "class_data_dir": folder,
@@ -450,7 +450,7 @@ def test_missing_class_pictures_are_generated_and_kept(train: Train, tmp_path: P
     assert not torch.equal(*(torch.tensor(run.losses) for run in (first, train(**flags, prior_loss_weight=0.5))))
 
 
-def test_each_picture_of_a_batch_has_the_prompt_of_its_kind(
+def test_each_image_of_a_batch_has_the_prompt_of_its_kind(
     train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind, color in (("instance", "red"), ("class", "blue")):
@@ -474,7 +474,7 @@ def embedded(base: Path, prompts: list[str]) -> Tensor:
 def seen_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Pixels and the embeddings that the denoiser gets with them, of each batch."""
     batches: list[Any] = []
-    pending: list[Tensor] = []  # pictures are encoded one at a time
+    pending: list[Tensor] = []  # images are encoded one at a time
     encode, predict = StableDiffusion.encode_images, StableDiffusion.predict
 
     def encode_images(family: Any, pixels: Tensor) -> Tensor:
@@ -506,33 +506,34 @@ def test_captions_take_the_place_of_the_instance_prompt(
     red, blue = embedded(base, ["a fox on red", "a fox on blue"])
     for pixels, embeddings in batches:
         assert not torch.equal(red, blue)
-        expected = torch.stack([red if picture[0].mean() > 0 else blue for picture in pixels])
+        expected = torch.stack([red if image[0].mean() > 0 else blue for image in pixels])
         torch.testing.assert_close(embeddings, expected, rtol=0, atol=0)
 
 
-def test_what_cannot_be_put_on_is_refused_before_class_pictures_are_made(
+def test_what_cannot_be_put_on_is_refused_before_class_images_are_made(
     argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     with pytest.raises(InputError, match=r"--coeff_include.*\['attn3'\] match none of the"):
         train_dreambooth.main(argv(coeff_include="attn3", **prior))
-    monkeypatch.setattr("train_dreambooth.is_peft_available", lambda: False)
+    monkeypatch.setattr("coeff_diffusers.training.run.dreambooth.is_peft_available", lambda: False)
     with pytest.raises(InputError, match="--lora_rank needs peft: pip install"):
         train_dreambooth.main(argv(lora_rank=2, **prior))
     assert not list((tmp_path / "class").glob("*"))
 
 
 def test_a_class_folder_that_is_full_need_not_be_writable(
-    train: Train, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     original = class_images.make_writable
     monkeypatch.setattr(
-        "class_images.make_writable", lambda folder, name: asked.append(name) or original(folder, name)
+        "coeff_diffusers.training.images.class_images.make_writable",
+        lambda folder, name: asked.append(name) or original(folder, name),
     )
     folder = tmp_path / "class"
     folder.mkdir()
-    (folder / "mine.png").write_bytes((pictures / "0.png").read_bytes())
+    (folder / "mine.png").write_bytes((images / "0.png").read_bytes())
     flags = {"with_prior_preservation": True, "class_data_dir": folder, "class_prompt": "a fox", "max_train_steps": 1}
     train(**flags, num_class_images=1)
     assert not asked

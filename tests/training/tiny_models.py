@@ -1,6 +1,6 @@
 """Tiny pipelines of the families of diffusion models, built from config.
 
-The weights are random and large, so that the pictures depend on the prompt and on every attention. What a training
+The weights are random and large, so that the images depend on the prompt and on every attention. What a training
 loop has to know of a family is as in its published models: the scheduler, how the latents are scaled, shifted and
 packed, which text encoders there are and which of their layers are read, and the conditions beside the text.
 """
@@ -64,7 +64,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-SIDE = 32  # pixels of a picture that every family makes
+SIDE = 32  # pixels of an image that every family makes
 CHANNELS = 4  # of the latents
 WIDTH = 16  # of the text encoders
 
@@ -102,10 +102,10 @@ def tiny_pipeline(name: str) -> DiffusionPipeline:
 
 
 def call_settings(name: str, **changes: Any) -> dict[str, Any]:
-    """Arguments of a pipeline's call, beside `prompt=`, that make a small picture soon."""
+    """Arguments of a pipeline's call, beside `prompt=`, that make a small image soon."""
     settings: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "np"}
     if name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline"):
-        settings["use_resolution_binning"] = False  # which makes pictures of about 1024 pixels and shrinks them
+        settings["use_resolution_binning"] = False  # which makes images of about 1024 pixels and shrinks them
         settings["clean_caption"] = False  # which needs packages that may be missing
     return settings | changes
 
@@ -217,7 +217,7 @@ def _gemma2(tokenizer: Any) -> Any:
 
 
 def _vae_config(blocks: int = 2) -> dict[str, Any]:
-    """Of a VAE that shrinks pictures by 2 ** (blocks - 1)."""
+    """Of a VAE that shrinks images by 2 ** (blocks - 1)."""
     return {
         "block_out_channels": (8,) * blocks,
         "down_block_types": ("DownEncoderBlock2D",) * blocks,
@@ -359,7 +359,7 @@ def _pixart(pipeline: type[DiffusionPipeline], scaling_factor: float, **config: 
 
 
 def _pixart_alpha() -> DiffusionPipeline:
-    # at this size the pipeline passes the picture's size and aspect ratio on, as for the published 1024-pixel model
+    # at this size the pipeline passes the image's size and aspect ratio on, as for the published 1024-pixel model
     return _pixart(PixArtAlphaPipeline, 0.18215, sample_size=128, use_additional_conditions=True)
 
 
@@ -526,7 +526,7 @@ def _lumina2() -> Lumina2Pipeline:
         cap_feat_dim=WIDTH,
     )
     return Lumina2Pipeline(
-        vae=_flux_vae(blocks=4),  # the pipeline takes it for granted that pictures shrink by 8
+        vae=_flux_vae(blocks=4),  # the pipeline takes it for granted that images shrink by 8
         text_encoder=_gemma2(tokenizer),
         tokenizer=tokenizer,
         transformer=visible(transformer),

@@ -19,7 +19,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """16-pixel pictures, 8 x 8 latents; 2 and 4 heads."""
+    """16-pixel images, 8 x 8 latents; 2 and 4 heads."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     text_config = CLIPTextConfig(
@@ -42,7 +42,7 @@ def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         attention_head_dim=(2, 4),
         norm_num_groups=4,
     )
-    for parameter in unet.parameters():  # large random weights, so that attention shows in the pictures
+    for parameter in unet.parameters():  # large random weights, so that attention shows in the images
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
     vae = AutoencoderKL(

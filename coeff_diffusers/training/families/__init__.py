@@ -113,7 +113,7 @@ def load_vae(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def save_vae_memory(vae: Any, part: str) -> None:
-    """Has the VAE compute in tiles of a picture, or a picture at a time; raises InputError if it cannot."""
+    """Has the VAE compute in tiles of an image, or an image at a time; raises InputError if it cannot."""
     try:
         getattr(vae, f"enable_{part}")()
     except (AttributeError, NotImplementedError) as error:

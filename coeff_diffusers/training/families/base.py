@@ -1,6 +1,6 @@
 """What differs between families of models. The loop, the data and the files are the same for all of them.
 
-A family's file has one class, which says how prompts are encoded, how pictures become latents and back into what the
+A family's file has one class, which says how prompts are encoded, how images become latents and back into what the
 denoiser is asked, and what it should answer. Two intermediate classes hold the two objectives that there are:
 [`DiffusionFamily`] (a noise schedule, as of DDPM) and [`FlowFamily`] (rectified flow).
 """
@@ -32,7 +32,7 @@ OFFSET = 0.1  # of --offset_noise, as in diffusers' scripts, from crosslabs.org/
 
 
 class Family(ABC):
-    """A loaded pipeline of one family, on its device, and the training errors of pictures on it.
+    """A loaded pipeline of one family, on its device, and the training errors of images on it.
 
     Args:
         pipeline: frozen, of one of the classes in `supported`.
@@ -55,7 +55,7 @@ class Family(ABC):
         self._check_sequence_length()
         if settings.guidance_scale is not None and not self.takes_guidance:
             raise InputError(
-                "--guidance_scale: this model does not take it as a condition, as FLUX.1 [dev] does; that of pictures "
+                "--guidance_scale: this model does not take it as a condition, as FLUX.1 [dev] does; that of images "
                 "is --validation_guidance_scale"
             )
         self._remembered: dict[str, Conditions] = {}
@@ -68,7 +68,7 @@ class Family(ABC):
         return denoiser
 
     def check_channels(self, given: int) -> None:
-        """Raises InputError if the denoiser takes other channels than latents have, as those of edited pictures do."""
+        """Raises InputError if the denoiser takes other channels than latents have, as those of edited images do."""
         taken = self.denoiser.config.in_channels
         if taken != given:
             raise InputError(
@@ -89,11 +89,11 @@ class Family(ABC):
 
     @property
     def size_multiple(self) -> int:
-        """What the height and the width of pictures must be multiples of."""
+        """What the height and the width of images must be multiples of."""
         return int(self.pipeline.vae_scale_factor)
 
     def check_size(self, side: int, setting: str) -> int:
-        """Returns `side`, or raises InputError if pictures of this model cannot have it."""
+        """Returns `side`, or raises InputError if images of this model cannot have it."""
         if side % self.size_multiple:
             raise InputError(f"--{setting} must be a multiple of {self.size_multiple} on this model, got {side}")
         return side
@@ -179,7 +179,7 @@ class Family(ABC):
         """Makes one of many. Families whose prompts differ in length pad here."""
         return {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]}
 
-    # Pictures
+    # Images
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -205,15 +205,15 @@ class Family(ABC):
         return (latents - shift) * float(config.scaling_factor)
 
     def call_arguments(self, prompts: list[str], guidance_scale: float | None = None) -> dict[str, Any]:
-        """Arguments of the pipeline's call, beside size, steps and generators, for pictures of the model as it trains.
+        """Arguments of the pipeline's call, beside size, steps and generators, for images of the model as it trains.
 
         Args:
-            prompts: one a picture.
+            prompts: one an image.
             guidance_scale: `None` is the pipeline's own.
         """
         arguments: dict[str, Any] = {"prompt": list(prompts)}  # a copy, for there are pipelines that write into it
         if "use_resolution_binning" in call_parameters(self.pipeline):
-            arguments["use_resolution_binning"] = False  # which makes pictures of other sizes and scales them
+            arguments["use_resolution_binning"] = False  # which makes images of other sizes and scales them
         if self.settings.max_sequence_length is not None:
             arguments["max_sequence_length"] = self.settings.max_sequence_length
         return arguments if guidance_scale is None else arguments | {"guidance_scale": guidance_scale}
@@ -229,14 +229,14 @@ class Family(ABC):
         sizes: Tensor,
         generators: list[torch.Generator],
     ) -> Tensor:
-        """The weighted squared error of each picture, (B,) in float32.
+        """The weighted squared error of each image, (B,) in float32.
 
         Args:
             denoiser: the model, or what wraps it.
             latents: (B, ...) as of `sample_latents`.
-            conditions: of the pictures' prompts.
+            conditions: of the images' prompts.
             sizes: (B, 6) integers: height and width of the file, top and left of the crop, height and width of it.
-            generators: one a picture, for all that is random about it.
+            generators: one an image, for all that is random about it.
         """
 
     @abstractmethod
@@ -300,7 +300,7 @@ class DiffusionFamily(Family):
         return velocity
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, gamma) on the error of the picture itself (arXiv 2303.09556), for what this model predicts."""
+        """min(SNR, gamma) on the error of the image itself (arXiv 2303.09556), for what this model predicts."""
         snr: Tensor = compute_snr(self.noise_scheduler, timesteps)
         kind = self.noise_scheduler.config.prediction_type
         if kind == "epsilon":
@@ -315,7 +315,7 @@ class FlowFamily(Family):
     noisy = (1 - sigma) latents + sigma noise
     error = weight(sigma) || denoiser(noisy, t, prompt) - (noise - latents) ||^2
 
-    --precondition_outputs has the error of the picture in place of that, noisy - sigma denoiser(...), which is sigma^2
+    --precondition_outputs has the error of the image in place of that, noisy - sigma denoiser(...), which is sigma^2
     times as large.
     """
 
@@ -355,7 +355,7 @@ class FlowFamily(Family):
         return scheduler
 
     def _places(self, generators: list[torch.Generator]) -> Tensor:
-        """Where in the scheduler's list of timesteps each picture is, (B,)."""
+        """Where in the scheduler's list of timesteps each image is, (B,)."""
         s, count = self.settings, self.noise_scheduler.config.num_train_timesteps
         densities = [
             compute_density_for_timestep_sampling(

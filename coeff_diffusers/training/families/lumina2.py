@@ -11,7 +11,7 @@ from .base import Conditions, FlowFamily
 
 
 class Lumina2(FlowFamily):
-    """The transformer's time runs from noise at 0 to the picture at 1, and its answer the same way."""
+    """The transformer's time runs from noise at 0 to the image at 1, and its answer the same way."""
 
     supported = ("Lumina2Pipeline",)
     lora_targets = ("to_q", "to_k", "to_v")

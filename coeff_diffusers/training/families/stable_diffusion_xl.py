@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet that is told the sizes of the picture, and two CLIP text encoders."""
+"""Stable Diffusion XL: a UNet that is told the sizes of the image, and two CLIP text encoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StableDiffusionXL(DiffusionFamily):
     noisy = latents + sigma noise
     error = || denoiser(noisy / r, log(sigma) / 4, prompt) - (sigma / s latents - s noise) / r ||^2
 
-    That is the paper's loss on the picture with its weight 1 / c_out^2, written as one on the denoiser's own answer,
+    That is the paper's loss on the image with its weight 1 / c_out^2, written as one on the denoiser's own answer,
     so that nothing is divided by a small sigma.
     """
 

@@ -12,7 +12,7 @@ from .base import Conditions, FlowFamily, pad_prompts
 
 
 class ZImage(FlowFamily):
-    """The transformer's time runs from noise at 0 to the picture at 1, and its answer the same way."""
+    """The transformer's time runs from noise at 0 to the image at 1, and its answer the same way."""
 
     supported = ("ZImagePipeline",)
 
@@ -22,7 +22,7 @@ class ZImage(FlowFamily):
 
     @property
     def own_resolution(self) -> int:
-        return 1024  # of a picture that the pipeline makes when no size is given
+        return 1024  # of an image that the pipeline makes when no size is given
 
     @property
     def size_multiple(self) -> int:

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures keep about the shape that they have, and a step shows pictures of one shape."""
+"""Aspect-ratio buckets: images keep about the shape that they have, and a step shows images of one shape."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[Size]) -> Size:
 def bucket_of_step(buckets: Sequence[Size], step: int, seed: str) -> tuple[Size, int]:
     """The bucket that an optimizer step shows, and how many steps have shown it before.
 
-    Of as many steps as there are pictures, each bucket has as many as it has pictures, in an order drawn anew each
-    time. All pictures of a step are of one bucket, so that it can be divided into batches for processes and for
+    Of as many steps as there are images, each bucket has as many as it has images, in an order drawn anew each
+    time. All images of a step are of one bucket, so that it can be divided into batches for processes and for
     gradient accumulation in any way.
 
     Args:
-        buckets: of each of the subject's pictures.
+        buckets: of each of the subject's images.
         step: counted from 0.
         seed: of the order.
     """
@@ -66,6 +66,6 @@ def shuffled(items: tuple[T, ...], seed: int | str) -> list[T]:
 
 
 def buckets_text(chosen: Sequence[Size], buckets: Sequence[Size]) -> str:
-    """How many pictures have chosen each bucket, for people."""
+    """How many images have chosen each bucket, for people."""
     counts = [f"{height} x {width}: {chosen.count((height, width))}" for height, width in buckets]
-    return f"Pictures by bucket (height x width): {', '.join(counts)}."
+    return f"Images by bucket (height x width): {', '.join(counts)}."

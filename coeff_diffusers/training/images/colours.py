@@ -1,4 +1,4 @@
-"""Pictures whose colour profile gives their numbers another meaning, in sRGB, which diffusion models know."""
+"""Images whose colour profile gives their numbers another meaning, in sRGB, which diffusion models know."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the pictures it is for
+MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the images it is for
 SAME = 2  # of 255: by so much do profiles of sRGB differ from one another
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """In RGB, or RGBA if something is transparent; the picture itself if the profile changes nothing or is useless."""
+    """In RGB, or RGBA if something is transparent; the image itself if the profile changes nothing or is useless."""
     try:
         transform = srgb_transform(profile, _plain_mode(image)) if profile else None
-    except ValueError:  # open_pictures has said so
+    except ValueError:  # open_images has said so
         transform = None
     if transform is None:
         return image
@@ -29,7 +29,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def changes_colours(image: Image.Image) -> bool:
-    """Whether the picture has a profile that gives its numbers another meaning. Raises as [`srgb_transform`]."""
+    """Whether the image has a profile that gives its numbers another meaning. Raises as [`srgb_transform`]."""
     profile = image.info.get("icc_profile", b"")
     if profile is None:  # which Pillow says of a JPEG
         raise ValueError("parts of it are missing")
@@ -37,7 +37,7 @@ def changes_colours(image: Image.Image) -> bool:
 
 
 def _plain_mode(image: Image.Image) -> str:
-    """What the picture is, its palette and its transparency apart."""
+    """What the image is, its palette and its transparency apart."""
     if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         return "L"
     return "RGB" if image.mode.startswith(("RGB", "P")) else image.mode
@@ -48,7 +48,7 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
     """From a profile's colours to sRGB; `None` if they are the same.
 
     Raises:
-        ValueError: if it is no profile, or none for pictures of this mode.
+        ValueError: if it is no profile, or none for images of this mode.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -56,7 +56,7 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
         if mode == "L" and space == "RGB ":  # grey is one of its colours
             mode = "RGB"
         if MODES.get(space) != mode:
-            raise ValueError(f"it is for {space.strip()}, and the picture is in {mode}")
+            raise ValueError(f"it is for {space.strip()}, and the image is in {mode}")
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ImportError) as error:  # the last where Pillow has no LittleCMS
         raise ValueError(str(error)) from error

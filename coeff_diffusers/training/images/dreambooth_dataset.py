@@ -1,6 +1,6 @@
-"""Pictures, made into the tensors that the model trains on.
+"""Images, made into the tensors that the model trains on.
 
-What is random about a training picture follows from the run's seed and the picture's place in the run alone. So a run
+What is random about a training image follows from the run's seed and the image's place in the run alone. So a run
 is the same whatever the number of workers and processes, and however a batch is divided by gradient accumulation.
 """
 
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from .buckets import Size, bucket_of_step, nearest_bucket, shuffled
 from .colours import to_srgb
-from .files import Picture
+from .files import TrainingImage
 
 
 def upright_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -37,7 +37,7 @@ def upright_rgb(image: Image.Image, background: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of a grey picture with 16, which Pillow's own conversion cuts off at 255; with alpha, if one grey is clear."""
+    """Of a grey image with 16, which Pillow's own conversion cuts off at 255; with alpha, if one grey is clear."""
     values = np.asarray(image)
     grey = Image.fromarray((values // 257).astype(np.uint8))
     if "transparency" in image.info:
@@ -47,59 +47,59 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def cover(height: int, width: int, size: Size) -> Size:
-    """The least size of a picture that covers `size` unstretched, so that one side fits."""
+    """The least size of an image that covers `size` unstretched, so that one side fits."""
     scale = max(size[0] / height, size[1] / width)
     return max(size[0], round(height * scale)), max(size[1], round(width * scale))
 
 
-@lru_cache(maxsize=256)  # at 512 pixels a picture takes some 0.8 MB
-def load_image(picture: Picture, size: Size, background: str) -> Image.Image:
-    """The picture, covering `size`."""
-    with picture.read() as image:
-        upright = upright_rgb(image, background)
+@lru_cache(maxsize=256)  # at 512 pixels an image takes some 0.8 MB
+def load_image(source: TrainingImage, size: Size, background: str) -> Image.Image:
+    """The source, covering `size`."""
+    with source.read() as stored:
+        upright = upright_rgb(stored, background)
     return upright.resize(cover(upright.height, upright.width, size)[::-1], Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What of a picture is shown.
+    """What of an image is shown.
 
     Args:
-        picture: which one.
+        image: which one.
         size: height and width of the cut.
         where: it lies along the side that is too long: from 0, its start, to 1, its end.
         mirrored: left and right are exchanged.
     """
 
-    picture: Picture
+    image: TrainingImage
     size: Size
     where: float
     mirrored: bool
 
     @classmethod
     def draw(
-        cls, picture: Picture, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
+        cls, image: TrainingImage, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
     ) -> Cut:
         # both are drawn in any case, so that one option does not change what another one draws
         where, mirror = torch.rand(2, generator=generator).tolist()
-        nothing_is_cut = picture.height * size[1] == picture.width * size[0]
-        return cls(picture, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
+        nothing_is_cut = image.height * size[1] == image.width * size[0]
+        return cls(image, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
 
     @property
     def covering(self) -> Size:
-        """Height and width that the picture is scaled to."""
-        return cover(self.picture.height, self.picture.width, self.size)
+        """Height and width that the image is scaled to."""
+        return cover(self.image.height, self.image.width, self.size)
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Top and left in the scaled picture, which is mirrored already if it is to be."""
+        """Top and left in the scaled image, which is mirrored already if it is to be."""
         rest = [whole - part for whole, part in zip(self.covering, self.size)]
         top, left = (int(self.where * (length + 1)) for length in rest)
         return top, rest[1] - left if self.mirrored else left
 
 
 def cut_out(image: Image.Image, cut: Cut) -> Tensor:
-    """(3, height, width) in [-1, 1] of a scaled picture."""
+    """(3, height, width) in [-1, 1] of a scaled image."""
     (top, left), (height, width) = cut.corner, cut.size
     image = ImageOps.mirror(image) if cut.mirrored else image
     box = image.crop((left, top, left + width, top + height))
@@ -113,11 +113,11 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture as it is drawn in a run.
+    """An image as it is drawn in a run.
 
     Args:
         kind: `"instance"` or `"class"`.
-        name: of the picture, for messages.
+        name: of the image, for messages.
         prompt: the prompt that it is trained with.
         pixels: (3, height, width) in [-1, 1]; `None` if the moments are there.
         moments: (2, ...), mean and deviation of its latents, if they have been encoded before.
@@ -135,35 +135,35 @@ class Example:
 
 
 class DreamBoothDataset(Dataset[list[Example]]):
-    """Draw n of a run: a picture of the subject and, with prior preservation, one of its class.
+    """Draw n of a run: an image of the subject and, with prior preservation, one of its class.
 
-    Every picture is shown once in an order drawn anew before any other of its bucket is shown again, also across
+    Every image is shown once in an order drawn anew before any other of its bucket is shown again, also across
     batches. It is read in order, 0, 1, 2, ..., to the end of the run.
 
     Args:
         draws: how many draws are taken.
-        instance_images: the subject's pictures.
-        class_images: pictures of its class; none without prior preservation. They are cut to the bucket of the
-            subject's picture that they are shown with.
+        instance_images: the subject's images.
+        class_images: images of its class; none without prior preservation. They are cut to the bucket of the
+            subject's image that they are shown with.
         resolution: height and width of the cuts, if there are no buckets.
         seed: of all that is random.
         center_crop: cut in the middle, as is always done with buckets.
-        random_flip: mirror half of the pictures.
+        random_flip: mirror half of the images.
         background_color: of what is transparent.
-        caption_dropout: probability with which the empty prompt takes the place of a picture's.
+        caption_dropout: probability with which the empty prompt takes the place of an image's.
         first: the first draw, in a run that is continued.
-        buckets: sizes, of which each picture of the subject has the one that is most like it.
+        buckets: sizes, of which each image of the subject has the one that is most like it.
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
 
     Attributes:
-        moments: of cuts that have been encoded before; their pictures are not read.
+        moments: of cuts that have been encoded before; their images are not read.
     """
 
     def __init__(
         self,
         draws: int,
-        instance_images: list[Picture],
-        class_images: list[Picture],
+        instance_images: list[TrainingImage],
+        class_images: list[TrainingImage],
         *,
         resolution: int,
         seed: int,
@@ -192,20 +192,20 @@ class DreamBoothDataset(Dataset[list[Example]]):
         return self.draws
 
     def __getitem__(self, draw: int) -> list[Example]:
-        """Of the subject, and of the class if there are class pictures."""
+        """Of the subject, and of the class if there are class images."""
         return [self._example(kind, draw + self.first) for kind in self.kinds]
 
     def cut(self, kind: str, draw: int) -> Cut:
-        """Which picture a draw of the run shows, and what of it."""
+        """Which image a draw of the run shows, and what of it."""
         step, place = divmod(draw, self.step_draws)
         size, steps_before = bucket_of_step(self.sizes, step, f"{self.seed}/buckets")
         images, shown = self.class_images, draw
         if kind == "instance":
             images, shown = self.instance_images[size], steps_before * self.step_draws + place
         epoch, place = divmod(shown, len(images))
-        picture = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
+        image = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
-        return Cut.draw(picture, size, self.center_crop, self.random_flip, generator)
+        return Cut.draw(image, size, self.center_crop, self.random_flip, generator)
 
     def cuts(self) -> list[Cut]:
         """All that will be shown, each once."""
@@ -214,7 +214,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
 
     def pixels(self, cut: Cut) -> Tensor:
         """(3, height, width) in [-1, 1]."""
-        return cut_out(load_image(cut.picture, cut.size, self.background_color), cut)
+        return cut_out(load_image(cut.image, cut.size, self.background_color), cut)
 
     def _example(self, kind: str, draw: int) -> Example:
         cut = self.cut(kind, draw)
@@ -222,17 +222,17 @@ class DreamBoothDataset(Dataset[list[Example]]):
         dropped = random.Random(seed_of(self.seed, kind, "caption", draw)).random() < self.caption_dropout
         return Example(
             kind=kind,
-            name=cut.picture.name,
-            prompt="" if dropped else cut.picture.prompt,
+            name=cut.image.name,
+            prompt="" if dropped else cut.image.prompt,
             pixels=self.pixels(cut) if moments is None else None,
             moments=moments,
-            sizes=(cut.picture.height, cut.picture.width, *cut.corner, *cut.size),
+            sizes=(cut.image.height, cut.image.width, *cut.corner, *cut.size),
             seed=seed_of(self.seed, kind, "noise", draw),
         )
 
 
 def collate(draws: list[list[Example]]) -> dict[str, Any]:
-    """A batch, the subject's pictures first, then as many of the class; with moments if all have them, or pixels."""
+    """A batch, the subject's images first, then as many of the class; with moments if all have them, or pixels."""
     examples = [example for kind in zip(*draws) for example in kind]
     content = "pixels" if examples[0].moments is None else "moments"
     return {

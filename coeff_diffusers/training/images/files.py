@@ -1,4 +1,4 @@
-"""Where pictures come from: folders with captions here, data sets of the datasets library in hub_data.py."""
+"""Where images come from: folders with captions here, data sets of the datasets library in hub_data.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from PIL import Image, ImageOps
 from ..errors import InputError
 from .colours import changes_colours
 
-# What tools leave beside pictures. Any other file is meant to be a picture, and is an error if it is none.
+# What tools leave beside images. Any other file is meant to be an image, and is an error if it is none.
 SIDECAR_SUFFIXES = (".txt", ".caption", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".md", ".ini", ".db")
 
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone, so that a file may be there twice, with two prompts
-class Picture:
-    """A picture that can be read, and the prompt that it is trained with.
+class TrainingImage:
+    """An image that can be read, and the prompt that it is trained with.
 
     Args:
         name: what messages call it.
@@ -45,13 +45,13 @@ class Picture:
     digest: str = ""
 
 
-def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]], setting: str) -> list[Picture]:
+def open_images(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]], setting: str) -> list[TrainingImage]:
     """Reads each source (name, prompt, read) once, to the end, and warns of colour profiles that cannot be used.
 
     Raises:
-        InputError: if some cannot be read as pictures, or their numbers not as colours; they are named.
+        InputError: if some cannot be read as images, or their numbers not as colours; they are named.
     """
-    pictures, problems = [], []
+    images, problems = [], []
     for name, prompt, read in sources:
         try:
             with read() as image:
@@ -62,16 +62,16 @@ def open_pictures(sources: Iterable[tuple[str, str, Callable[[], Image.Image]]],
                 digest = hashlib.sha256(shape + upright.tobytes() + profile).hexdigest()
             if problem := _range_problem(upright):
                 problems.append(f"{name}: {problem}")
-            pictures.append(Picture(name, prompt, read, upright.height, upright.width, digest))
+            images.append(TrainingImage(name, prompt, read, upright.height, upright.width, digest))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"{name}: {type(error).__name__}: {error}")
     if problems:
-        raise InputError(f"--{setting}: these cannot be read as pictures:\n  " + "\n  ".join(problems))
-    return pictures
+        raise InputError(f"--{setting}: these cannot be read as images:\n  " + "\n  ".join(problems))
+    return images
 
 
 def _profile(image: Image.Image, name: str) -> bytes:
-    """The colour profile, if the picture has one that changes its colours."""
+    """The colour profile, if the image has one that changes its colours."""
     try:
         return bytes(image.info["icc_profile"]) if changes_colours(image) else b""
     except ValueError as error:
@@ -91,36 +91,36 @@ def _range_problem(image: Image.Image) -> str | None:
     return what and f"{what}, so that black and white are unknown: save it as an 8- or 16-bit PNG"
 
 
-def file_pictures(prompts: dict[Path, str], setting: str) -> list[Picture]:
-    """The pictures in files, with the prompt of each. Raises as [`open_pictures`]."""
-    return open_pictures([(str(path), prompt, partial(open_file, path)) for path, prompt in prompts.items()], setting)
+def file_images(prompts: dict[Path, str], setting: str) -> list[TrainingImage]:
+    """The images in files, with the prompt of each. Raises as [`open_images`]."""
+    return open_images([(str(path), prompt, partial(open_file, path)) for path, prompt in prompts.items()], setting)
 
 
 def open_file(path: Path) -> Image.Image:
-    """Raises OSError if it is no picture, or a link to a file that is not there."""
+    """Raises OSError if it is no image, or a link to a file that is not there."""
     if path.is_symlink() and not path.exists():
         raise OSError(f"is a link to {path.readlink()}, which is not there")
     return Image.open(path)
 
 
-def folder_pictures(
+def folder_images(
     folder: str | Path,
     setting: str,
     prompt: str,
     caption_column: str | None = None,
     caption_extension: str | None = None,
-) -> list[Picture]:
-    """A folder's pictures by name, each with `prompt` or its own caption.
+) -> list[TrainingImage]:
+    """A folder's images by name, each with `prompt` or its own caption.
 
     Args:
         folder: where they are.
         setting: the flag that named it.
         prompt: of all of them, where there are no captions.
         caption_column: of the folder's metadata.jsonl or metadata.csv.
-        caption_extension: of a text file beside each picture.
+        caption_extension: of a text file beside each image.
 
     Raises:
-        InputError: as [`find_images`], [`read_captions`], [`read_sidecars`] and [`open_pictures`].
+        InputError: as [`find_images`], [`read_captions`], [`read_sidecars`] and [`open_images`].
     """
     images = find_images(folder, setting)
     if caption_column:
@@ -129,36 +129,36 @@ def folder_pictures(
         prompts = read_sidecars(images, caption_extension)
     else:
         prompts = dict.fromkeys(images, prompt)
-    return file_pictures(prompts, setting)
+    return file_images(prompts, setting)
 
 
 def find_images(folder: str | Path, setting: str, empty_allowed: bool = False) -> list[Path]:
-    """A folder's files that are meant to be pictures, by name, and links that lead nowhere.
+    """A folder's files that are meant to be images, by name, and links that lead nowhere.
 
     Folders within, hidden files and files with one of `SIDECAR_SUFFIXES` are passed over.
 
     Raises:
-        InputError: if there is no such folder, or no picture in it; folders within that have some are named.
+        InputError: if there is no such folder, or no image in it; folders within that have some are named.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--{setting}: {folder} " + ("is no folder" if folder.exists() else "does not exist"))
-    files = _picture_files(folder)
+    files = _image_files(folder)
     if not files and not empty_allowed:
-        raise InputError(f"--{setting}: there are no pictures in {folder}{_pictures_within(folder, setting)}")
+        raise InputError(f"--{setting}: there are no images in {folder}{_images_within(folder, setting)}")
     return files
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() or not path.exists()]
     return [path for path in files if not path.name.startswith(".") and path.suffix.lower() not in SIDECAR_SUFFIXES]
 
 
-def _pictures_within(folder: Path, setting: str) -> str:
-    """What is said of folders within that have pictures; kohya's scripts take such, named as in `10_sks fox`."""
+def _images_within(folder: Path, setting: str) -> str:
+    """What is said of folders within that have images; kohya's scripts take such, named as in `10_sks fox`."""
     lines = []
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for path in filter(_picture_files, folders):
+    for path in filter(_image_files, folders):
         kohya = re.fullmatch(r"(\d+)_(.+)", path.name)
         flags = f' --repeats {kohya[1]} --instance_prompt "{kohya[2]}"' if kohya else ""
         lines.append(f'--{setting} "{path}"{flags}' if setting == "instance_data_dir" else str(path))
@@ -168,11 +168,11 @@ def _pictures_within(folder: Path, setting: str) -> str:
 
 
 def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[Path, str]:
-    """What `column` of the folder's metadata says of each picture, as the datasets library's imagefolder has it.
+    """What `column` of the folder's metadata says of each image, as the datasets library's imagefolder has it.
 
     Raises:
-        InputError: if there is no metadata or no such column, an entry cannot be read, is of a picture that is not
-            there or that another entry is of, or a picture has no caption.
+        InputError: if there is no metadata or no such column, an entry cannot be read, is of an image that is not
+            there or that another entry is of, or an image has no caption.
     """
     path, entries, problems = _read_metadata(Path(folder))
     columns = dict.fromkeys(name for entry in entries.values() for name in entry if name != "file_name")
@@ -186,7 +186,7 @@ def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[P
         if not isinstance(name, str) or not isinstance(text, str):
             problems.append(f"{where} has no file_name and {column}")
         elif (image := find(name)) is None:
-            problems.append(f"{where} names {name}, which is no picture of the folder: correct it, or take it out")
+            problems.append(f"{where} names {name}, which is no image of the folder: correct it, or take it out")
         elif image in lines:
             problems.append(f"{where} names {name}, as {lines[image]} does: leave one of them")
         else:
@@ -267,10 +267,10 @@ def _twice(names: list[str]) -> list[str]:
 
 
 def read_sidecars(images: list[Path], extension: str) -> dict[Path, str]:
-    """The text of the file with this extension beside each picture: `1.txt` of `1.jpg`.
+    """The text of the file with this extension beside each image: `1.txt` of `1.jpg`.
 
     Raises:
-        InputError: if a picture has none, or an empty one, which are named.
+        InputError: if an image has none, or an empty one, which are named.
     """
     prompts = {}
     ending = "." + extension.removeprefix(".")

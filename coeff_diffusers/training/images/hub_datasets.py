@@ -1,4 +1,4 @@
-"""Pictures and captions of a data set, through Hugging Face's datasets library."""
+"""Images and captions of a data set, through Hugging Face's datasets library."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from PIL import Image
 
 from ..errors import InputError
 from ..settings.dreambooth import DreamBoothSettings
-from .files import Picture, open_pictures
+from .files import TrainingImage, open_images
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-def dataset_pictures(settings: DreamBoothSettings) -> list[Picture]:
-    """The pictures of --dataset_name in its order, each with its caption, or with the prompt of all.
+def dataset_images(settings: DreamBoothSettings) -> list[TrainingImage]:
+    """The images of --dataset_name in its order, each with its caption, or with the prompt of all.
 
     Raises:
-        InputError: if datasets is not installed, there is no such data set or column, or rows have no picture or no
+        InputError: if datasets is not installed, there is no such data set or column, or rows have no image or no
             caption, which are named.
     """
     rows = load_rows(settings)
@@ -33,11 +33,11 @@ def dataset_pictures(settings: DreamBoothSettings) -> list[Picture]:
         (f"{settings.dataset_name}, row {i}", prompt, partial(read_row, images, settings.image_column, i))
         for i, prompt in enumerate(prompts)
     )
-    return open_pictures(sources, "dataset_name")
+    return open_images(sources, "dataset_name")
 
 
 def read_row(rows: Dataset, column: str, row: int) -> Image.Image:
-    """Raises OSError if the row has no picture."""
+    """Raises OSError if the row has no image."""
     image: Image.Image | None = rows[row][column]
     if image is None:
         raise OSError(f"{column} is empty")
@@ -79,7 +79,7 @@ def is_saved(path: Path) -> bool:
 
 
 def _load(settings: DreamBoothSettings) -> Dataset | DatasetDict:
-    """By a name on the Hub, or from a folder of pictures or of data files, a Parquet file, or what was saved."""
+    """By a name on the Hub, or from a folder of images or of data files, a Parquet file, or what was saved."""
     import datasets
 
     name, cache = str(settings.dataset_name), settings.cache_dir
@@ -113,14 +113,14 @@ def check_columns(rows: Dataset, settings: DreamBoothSettings) -> None:
 
 
 def image_rows(rows: Dataset, settings: DreamBoothSettings) -> Dataset:
-    """The pictures alone, from pictures, encoded bytes or paths; raises InputError if they are something else."""
+    """The images alone, from images, encoded bytes or paths; raises InputError if they are something else."""
     import datasets
 
     column = settings.image_column
     try:
         return rows.select_columns([column]).cast_column(column, datasets.Image())
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(f"--image_column: {column!r} holds no pictures but {rows.features[column]}") from error
+        raise InputError(f"--image_column: {column!r} holds no images but {rows.features[column]}") from error
 
 
 def read_prompts(rows: Dataset, settings: DreamBoothSettings) -> Iterator[str]:

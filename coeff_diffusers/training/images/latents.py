@@ -1,7 +1,7 @@
 """Latents encoded once before training, so that no step needs the VAE. It is then released as far as it can be.
 
-What is kept of a picture are moments, mean and deviation: a step draws its latents from them, as it does without the
-cache. Pictures are encoded one at a time with it and without, so that both give the same bits whatever a batch is.
+What is kept of an image are moments, mean and deviation: a step draws its latents from them, as it does without the
+cache. Images are encoded one at a time with it and without, so that both give the same bits whatever a batch is.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..errors import InputError
 from ..families import Family
 from ..settings.dreambooth import DreamBoothSettings
 from .dreambooth_dataset import Cut, DreamBoothDataset
-from .files import Picture
+from .files import TrainingImage
 
 
-def check_cacheable(pictures: Sequence[Picture], settings: DreamBoothSettings) -> None:
-    """Raises InputError, naming them, if pictures are cut at random: then there is no end of latents."""
+def check_cacheable(images: Sequence[TrainingImage], settings: DreamBoothSettings) -> None:
+    """Raises InputError, naming them, if images are cut at random: then there is no end of latents."""
     if not settings.cache_latents or settings.center_crop or settings.aspect_ratio_buckets:
         return
-    problems = dict.fromkeys(f"{p.name} has {p.height} x {p.width}" for p in pictures if p.height != p.width)
+    problems = dict.fromkeys(f"{p.name} has {p.height} x {p.width}" for p in images if p.height != p.width)
     if problems:
         raise InputError(
-            "--cache_latents: these pictures are not square and would be cropped at random, differently each time; "
+            "--cache_latents: these images are not square and would be cropped at random, differently each time; "
             "crop at the centre with --center_crop or --aspect_ratio_buckets:\n  " + "\n  ".join(problems)
         )
 
@@ -37,14 +37,14 @@ def check_cacheable(pictures: Sequence[Picture], settings: DreamBoothSettings) -
 def encode_cuts(family: Family, dataset: DreamBoothDataset, silent: bool) -> dict[Cut, Tensor]:
     """The moments, float32 in the CPU's memory, of everything that the data set will show."""
     moments = {}
-    for cut in tqdm(dataset.cuts(), desc="encoding pictures", disable=silent):
+    for cut in tqdm(dataset.cuts(), desc="encoding images", disable=silent):
         pixels = dataset.pixels(cut)[None].to(family.device)
         moments[cut] = family.encode_images(pixels)[0].cpu()
     return moments
 
 
 def moments_of(family: Family, batch: dict[str, Any]) -> Tensor:
-    """Of the batch's pictures, (B, 2, ...): as they were encoded before, or encoded now."""
+    """Of the batch's images, (B, 2, ...): as they were encoded before, or encoded now."""
     if "moments" in batch:
         cached: Tensor = batch["moments"]
         return cached
@@ -53,11 +53,11 @@ def moments_of(family: Family, batch: dict[str, Any]) -> Tensor:
 
 class _Released(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("this part of the VAE was released when every picture of the run had been encoded")
+        raise RuntimeError("this part of the VAE was released when every image of the run had been encoded")
 
 
 def release_vae(family: Family, keep_decoder: bool) -> None:
-    """Frees the VAE's encoder, and its decoder unless pictures will be made; that one waits in the CPU's memory."""
+    """Frees the VAE's encoder, and its decoder unless images will be made; that one waits in the CPU's memory."""
     vae = family.pipeline.vae
     for part in ("encoder",) if keep_decoder else ("encoder", "decoder"):
         setattr(vae, part, _Released())

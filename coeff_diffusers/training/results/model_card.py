@@ -42,7 +42,7 @@ def write_card(
         pipeline_class: of the base model.
         counts: `"coefficients"`, `"lora"`, ... -> how many numbers were trained.
         weights: `"coefficients"` or `"lora"` or both -> the file.
-        images: the last validation's grid, and its single pictures row by row; empty if there was none.
+        images: the last validation's grid, and its single images row by row; empty if there was none.
     """
     base = public_name(settings.pretrained_model_name_or_path)
     singles = [path.relative_to(folder).as_posix() for path in images[1:]]
@@ -55,7 +55,7 @@ def write_card(
     )
     parts = [
         _what_it_is(folder, settings, base, counts),
-        _pictures(folder, settings, images),
+        _images(folder, settings, images),
         _how_to_load(settings, pipeline_class, base, weights),
     ]
     text = "\n\n".join(parts)
@@ -67,18 +67,18 @@ def write_card(
 def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:
     trained = " and ".join(f"{count:,} {NAMES[what]}" for what, count in sorted(counts.items()))
     return (
-        f"# {folder.resolve().name}\n\nTrained on pictures of one subject with coeff_diffusers: {trained} beside the "
+        f"# {folder.resolve().name}\n\nTrained on images of one subject with coeff_diffusers: {trained} beside the "
         f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
         f"`{settings.instance_prompt}`. All settings are in `config.yaml`."
     )
 
 
-def _pictures(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
+def _images(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
     if not images:
-        return "No pictures were generated after training (`--validation_prompt`)."
+        return "No images were generated after training (`--validation_prompt`)."
     rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
     grid = images[0].relative_to(folder).as_posix()
-    return f"![Pictures of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
+    return f"![Images of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
 
 
 def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, weights: dict[str, Path]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run is logged: any of the trackers that accelerate knows, with pictures where the tracker takes them."""
+"""Where a run is logged: any of the trackers that accelerate knows, with images where the tracker takes them."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def end_training(accelerator: Accelerator) -> None:
         accelerator.end_training()
 
 
-def log_pictures(trackers: Sequence[Any], pictures: Mapping[str, list[Image.Image]], step: int) -> None:
-    """Logs a row of pictures a prompt. Trackers for which accelerate has no such call keep to numbers."""
+def log_images(trackers: Sequence[Any], images: Mapping[str, list[Image.Image]], step: int) -> None:
+    """Logs a row of images a prompt. Trackers for which accelerate has no such call keep to numbers."""
     for tracker in trackers:
-        for prompt, row in pictures.items():
+        for prompt, row in images.items():
             if tracker.name == "tensorboard":
-                batch = np.stack([np.asarray(picture) for picture in row])
+                batch = np.stack([np.asarray(image) for image in row])
                 tracker.log_images({prompt: batch}, step, dataformats="NHWC")
             elif tracker.name in ("wandb", "swanlab"):
                 tracker.log_images({prompt: row}, step)
             elif tracker.name == "comet_ml":
-                for i, picture in enumerate(row):
-                    tracker.tracker.log_image(picture, name=f"{prompt} {i}", step=step)
+                for i, image in enumerate(row):
+                    tracker.tracker.log_image(image, name=f"{prompt} {i}", step=step)

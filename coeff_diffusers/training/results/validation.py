@@ -1,4 +1,4 @@
-"""Pictures from the model as it stands, which leave training exactly as it was.
+"""Images from the model as it stands, which leave training exactly as it was.
 
 The pipeline runs the live denoiser where it is and in the precision it trains in: it is neither moved nor cast. The
 VAE, which may wait in the CPU's memory meanwhile, comes and goes, and decodes in the precision that the pipeline gives
@@ -25,7 +25,7 @@ from ..settings.dreambooth import DreamBoothSettings
 def validation_images(
     family: Family, settings: DreamBoothSettings, accelerator: Accelerator
 ) -> list[list[Image.Image]]:
-    """A row of pictures a prompt. Picture i has the same first noise in every row and at every step of training."""
+    """A row of images a prompt. Image i has the same first noise in every row and at every step of training."""
     device = accelerator.device
     modes = [(model, model.training) for model in (family.denoiser, *family.trained_text_encoders)]
     for model, _ in modes:
@@ -58,29 +58,29 @@ def decoding_without_autocast(vae: Any) -> Iterator[None]:
         del vae.decode
 
 
-def of_final_pictures(settings: DreamBoothSettings) -> DreamBoothSettings:
-    """The settings with the prompts of the pictures after training."""
+def of_final_images(settings: DreamBoothSettings) -> DreamBoothSettings:
+    """The settings with the prompts of the images after training."""
     final = () if settings.skip_final_inference else settings.final_validation_prompt or settings.validation_prompt
     return replace(settings, validation_prompt=final, final_validation_prompt=(), skip_final_inference=False)
 
 
 def all_validation_prompts(settings: DreamBoothSettings) -> tuple[str, ...]:
-    """Of pictures during and after training, each once."""
-    return tuple(dict.fromkeys(settings.validation_prompt + of_final_pictures(settings).validation_prompt))
+    """Of images during and after training, each once."""
+    return tuple(dict.fromkeys(settings.validation_prompt + of_final_images(settings).validation_prompt))
 
 
 def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[Callable[[], list[Image.Image]]]]:
-    """The pipeline's calls of each row, each for a batch of pictures."""
+    """The pipeline's calls of each row, each for a batch of images."""
     seeds = [int(settings.seed or 0) + i for i in range(settings.num_validation_images)]
     size = settings.sample_batch_size
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
     return [
-        [partial(_pictures, family, prompt, batch, settings) for batch in batches]
+        [partial(_images, family, prompt, batch, settings) for batch in batches]
         for prompt in settings.validation_prompt
     ]
 
 
-def _pictures(family: Family, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
+def _images(family: Family, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
     images: list[Image.Image] = family.pipeline(
         height=settings.resolution,
         width=settings.resolution,

@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from safetensors import SafetensorError
 
 from ..errors import InputError
-from ..images.files import Picture
+from ..images.files import TrainingImage
 from ..settings.dreambooth import DreamBoothSettings
 
 STATE, MANIFEST = "state.pt", "files.json"
@@ -38,7 +38,7 @@ HIDDEN = ".checkpoint-"
 
 # What may change when a run is continued: these do not touch what is trained.
 FREE_SETTINGS = {
-    "instance_data_dir", "class_data_dir",  # the pictures themselves are compared
+    "instance_data_dir", "class_data_dir",  # the images themselves are compared
     "output_dir", "logging_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps",
     "validation_epochs", "final_validation_prompt", "skip_final_inference",
@@ -195,11 +195,11 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def facts_of_run(settings: DreamBoothSettings, pictures: Sequence[Picture], processes: int) -> dict[str, Any]:
+def facts_of_run(settings: DreamBoothSettings, images: Sequence[TrainingImage], processes: int) -> dict[str, Any]:
     """What must be the same for a run to be the same, in types that a state file may hold."""
     values = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
-    shown = [[picture.digest, picture.prompt] for picture in pictures]
-    return {"settings": values, "pictures": shown, "processes": processes}
+    shown = [[image.digest, image.prompt] for image in images]
+    return {"settings": values, "images": shown, "processes": processes}
 
 
 def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
@@ -215,8 +215,8 @@ def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     ]
     if there["processes"] != here["processes"]:
         problems.append(f"there were {there['processes']} processes, are {here['processes']}")
-    if there["pictures"] != here["pictures"]:
-        problems.append("pictures or captions are others")
+    if there["images"] != here["images"]:
+        problems.append("images or captions are others")
     if problems:
         raise InputError(
             f"--resume_from_checkpoint: {checkpoint.path} is of another run, which this one cannot go on with:\n  "

@@ -1,9 +1,9 @@
-"""DreamBooth with attention coefficients: a subject from a few pictures, the base model frozen.
+"""DreamBooth with attention coefficients: a subject from a few images, the base model frozen.
 
     accelerate launch training/train_dreambooth.py --pretrained_model_name_or_path MODEL \\
-        --instance_data_dir PICTURES --instance_prompt "a sks dog" --output_dir RESULT
+        --instance_data_dir IMAGES --instance_prompt "a sks dog" --output_dir RESULT
 
-Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, pictures in data.py, the loop in
+Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, images in data.py, the loop in
 loop.py, and what is particular to a family of models in families/.
 """
 
@@ -39,25 +39,25 @@ from ..errors import InputError
 from ..families import Family, find_family, load_family
 from ..images.buckets import buckets_text, nearest_bucket, parse_buckets
 from ..images.class_images import check_class_folder, complete_class_images
-from ..images.files import Picture, folder_pictures
-from ..images.hub_datasets import dataset_pictures
+from ..images.files import TrainingImage, folder_images
+from ..images.hub_datasets import dataset_images
 from ..images.latents import check_cacheable
 from ..results.files import check_output_folder, size_text, write_grid, write_text
 from ..results.hub import check_hub, open_repository, push
 from ..results.model_card import write_card
-from ..results.trackers import check_trackers, end_training, log_pictures, start_trackers
-from ..results.validation import all_validation_prompts, of_final_pictures, validation_calls, validation_images
+from ..results.trackers import check_trackers, end_training, log_images, start_trackers
+from ..results.validation import all_validation_prompts, of_final_images, validation_calls, validation_images
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, parse_settings
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
-from .loop import Pictures, Trainee, train
+from .loop import Images, Trainee, train
 from .memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders
 from .optimizers import check_optimizer
 from .sharding import check_processes, held
 from .stopping import Stopped
-from .subjects import read_subject_pictures, read_subjects
+from .subjects import read_subject_images, read_subjects
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PATIENCE = timedelta(hours=2)  # of the other processes, while the main one makes validation pictures
+PATIENCE = timedelta(hours=2)  # of the other processes, while the main one makes validation images
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TrainingResult:
         losses: of each optimizer step, the mean over its batches.
         coeff_file: the coefficients; `None` with `--no_coeff`.
         lora_file: the LoRA; `None` without `--lora_rank`.
-        images: the last validation's grid, then its single pictures row by row; empty without prompts.
+        images: the last validation's grid, then its single images row by row; empty without prompts.
         model_card: README.md.
         settings_file: config.yaml, to run again by `--config`.
     """
@@ -108,8 +108,8 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trackers(settings)
     check_hub(settings)
     check_output_folder(settings)
-    pictures = Pictures(read_pictures(settings))
-    check_cacheable(pictures.instance, settings)
+    images = Images(read_images(settings))
+    check_cacheable(images.instance, settings)
     if settings.with_prior_preservation:
         check_cacheable(check_class_folder(settings), settings)
     kind = find_family(settings)
@@ -120,16 +120,16 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_agreement(resumed)
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    prompts = [*pictures.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
+    prompts = [*images.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
     family.check_prompts(prompts)
     check_adapters(family, settings)
     repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
     check_buckets(family, settings)
-    settings = family.settings = with_defaults_of_run(settings, family, len(pictures.instance), accelerator)
+    settings = family.settings = with_defaults_of_run(settings, family, len(images.instance), accelerator)
     if settings.with_prior_preservation:
-        pictures = replace(pictures, classes=complete_class_images(family, settings, accelerator))
+        images = replace(images, classes=complete_class_images(family, settings, accelerator))
 
-    facts = facts_of_run(settings, [*pictures.instance, *pictures.classes], accelerator.num_processes)
+    facts = facts_of_run(settings, [*images.instance, *images.classes], accelerator.num_processes)
     if resumed is not None:
         check_same_run(resumed, facts)
     if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
@@ -140,11 +140,11 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
     check_trainable(family, parameters)
     accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
     if buckets := parse_buckets(settings.aspect_ratio_buckets):
-        once = dict.fromkeys(pictures.instance)
-        chosen = [nearest_bucket(picture.height, picture.width, buckets) for picture in once]
+        once = dict.fromkeys(images.instance)
+        chosen = [nearest_bucket(image.height, image.width, buckets) for image in once]
         accelerator.print(buckets_text(chosen, buckets))
 
-    shown = [*pictures.prompts, *([""] if settings.caption_dropout else [])]
+    shown = [*images.prompts, *([""] if settings.caption_dropout else [])]
     to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
     calls = [call for row in validation_calls(family, to_come) for call in row]
     if settings.train_text_encoder:
@@ -156,11 +156,11 @@ def run(settings: DreamBoothSettings) -> TrainingResult | None:
             release_text_encoders(family, calls)
 
     start_trackers(settings, accelerator)
-    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_pictures(settings)))
+    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_images(settings)))
     write = partial(write_weights, family, settings)
     trainee = Trainee.of(parameters, settings)
     checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
-    losses = train(family, trainee, pictures, settings, accelerator, show, checkpoints)
+    losses = train(family, trainee, images, settings, accelerator, show, checkpoints)
     with trainee.averaged():
         weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
         images = show_last(len(losses))
@@ -189,8 +189,8 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_trackers(settings)
     check_output_folder(settings)
     subjects = read_subjects(str(settings.subjects))
-    pictures = read_subject_pictures(subjects, settings)
-    check_cacheable(list(chain(*pictures.values())), settings)
+    images = read_subject_images(subjects, settings)
+    check_cacheable(list(chain(*images.values())), settings)
     for subject in subjects:
         check_output_folder(subject.alone(settings))
     kind = find_family(settings)
@@ -204,16 +204,16 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     settings = with_seed_of(resumed, settings)
     family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
     prompts = chain(*((*subject.validation_prompt, subject.class_prompt or "") for subject in subjects))
-    family.check_prompts([*(picture.prompt for picture in chain(*pictures.values())), *prompts])
+    family.check_prompts([*(image.prompt for image in chain(*images.values())), *prompts])
     check_adapters(family, settings)
     settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
-    classes: dict[str, list[Picture]] = {name: [] for name in pictures}
+    classes: dict[str, list[TrainingImage]] = {name: [] for name in images}
     if settings.with_prior_preservation:
         classes = {each.name: complete_class_images(family, each.alone(settings), accelerator) for each in subjects}
 
-    everything = list(chain(*pictures.values(), *classes.values()))
+    everything = list(chain(*images.values(), *classes.values()))
     facts = facts_of_run(settings, everything, accelerator.num_processes)
-    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} pictures)" for name, shown in pictures.items())
+    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} images)" for name, shown in images.items())
     if resumed is not None:
         check_same_run(resumed, facts)
     if accelerator.is_main_process:
@@ -226,19 +226,19 @@ def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
     check_trainable(family, together)
     accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
 
-    own_pictures = Pictures([], subjects={name: Pictures(pictures[name], classes[name]) for name in alone})
-    family.remember_prompts([*own_pictures.prompts, *([""] if settings.caption_dropout else [])])
+    own_images = Images([], subjects={name: Images(images[name], classes[name]) for name in alone})
+    family.remember_prompts([*own_images.prompts, *([""] if settings.caption_dropout else [])])
     calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
     with accelerator.autocast():
         release_text_encoders(family, calls)
 
     start_trackers(settings, accelerator)
-    last = {name: of_final_pictures(each) for name, each in alone.items()}
+    last = {name: of_final_images(each) for name, each in alone.items()}
     show, show_last = (partial(validate_subjects, family, each, accelerator) for each in (alone, last))
     trainee = Trainee.of(together, settings)
     trainee.subjects = parameters
     checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
-    losses = train(family, trainee, own_pictures, settings, accelerator, show, checkpoints)
+    losses = train(family, trainee, own_images, settings, accelerator, show, checkpoints)
     with trainee.averaged():
         weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
         images = show_last(len(losses))
@@ -275,30 +275,30 @@ def write_subjects(family: Family, alone: dict[str, DreamBoothSettings], folder:
 def validate_subjects(
     family: Family, alone: dict[str, DreamBoothSettings], accelerator: Accelerator, step: int
 ) -> dict[str, list[Path]]:
-    """Generates and writes the validation pictures of each subject by its own coefficients: subject -> the files."""
+    """Generates and writes the validation images of each subject by its own coefficients: subject -> the files."""
     files = {}
     for name, settings in alone.items():
         if settings.validation_prompt:
             with coeff_adapters(family.denoiser, name):
                 rows = validation_images(family, settings, accelerator)
             prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
-            files[name] = write_pictures(dict(zip(prompts, rows)), settings, accelerator, step)
+            files[name] = write_images(dict(zip(prompts, rows)), settings, accelerator, step)
     accelerator.wait_for_everyone()
     return files
 
 
-def read_pictures(settings: DreamBoothSettings) -> list[Picture]:
-    """The subject's pictures, as often as a pass shows each."""
+def read_images(settings: DreamBoothSettings) -> list[TrainingImage]:
+    """The subject's images, as often as a pass shows each."""
     if settings.dataset_name is not None:
-        return dataset_pictures(settings) * settings.repeats
-    pictures = folder_pictures(
+        return dataset_images(settings) * settings.repeats
+    images = folder_images(
         settings.instance_data_dir or "",
         "instance_data_dir",
         settings.instance_prompt,
         settings.caption_column,
         settings.caption_extension,
     )
-    return pictures * settings.repeats
+    return images * settings.repeats
 
 
 def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
@@ -327,7 +327,7 @@ def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
 
 
 def with_defaults_of_run(
-    settings: DreamBoothSettings, family: Family, pictures: int, accelerator: Accelerator
+    settings: DreamBoothSettings, family: Family, images: int, accelerator: Accelerator
 ) -> DreamBoothSettings:
     """Fills in seed, resolution, steps and learning rates. The result, given as flags, is the same run again."""
     seed = [secrets.randbelow(2**31) if settings.seed is None else settings.seed]
@@ -335,10 +335,10 @@ def with_defaults_of_run(
     a_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     steps = settings.max_train_steps or DEFAULT_STEPS
     if settings.num_train_epochs is not None:
-        steps = math.ceil(settings.num_train_epochs * pictures / a_step)
+        steps = math.ceil(settings.num_train_epochs * images / a_step)
     validation_steps = settings.validation_steps or DEFAULT_VALIDATION_STEPS
     if settings.validation_epochs is not None:
-        validation_steps = math.ceil(settings.validation_epochs * pictures / a_step)
+        validation_steps = math.ceil(settings.validation_epochs * images / a_step)
     scale = a_step if settings.scale_lr else 1
     rates = [name for name in RATES if settings.train_text_encoder or not name.startswith("text_encoder")]
     return replace(
@@ -356,14 +356,14 @@ def with_defaults_of_run(
 
 
 def check_buckets(family: Family, settings: DreamBoothSettings) -> None:
-    """Raises InputError if pictures of this model cannot have the size of a bucket."""
+    """Raises InputError if images of this model cannot have the size of a bucket."""
     for bucket in parse_buckets(settings.aspect_ratio_buckets):
         for side in bucket:
             family.check_size(side, "aspect_ratio_buckets")
 
 
 def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
-    """Raises InputError if what is to be trained cannot be put on the model; before class pictures take their time."""
+    """Raises InputError if what is to be trained cannot be put on the model; before class images take their time."""
     if settings.lora_rank and not is_peft_available():
         raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
     lora_targets(family, settings)
@@ -431,17 +431,17 @@ def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
 
 
 def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
-    """Generates, writes and logs the validation pictures; the main process returns the files, the grid's first."""
+    """Generates, writes and logs the validation images; the main process returns the files, the grid's first."""
     files: list[Path] = []
     if settings.validation_prompt and (accelerator.is_main_process or settings.fsdp):
         rows = validation_images(family, settings, accelerator)
     if settings.validation_prompt and accelerator.is_main_process:
-        files = write_pictures(dict(zip(settings.validation_prompt, rows)), settings, accelerator, step)
+        files = write_images(dict(zip(settings.validation_prompt, rows)), settings, accelerator, step)
     accelerator.wait_for_everyone()
     return files
 
 
-def write_pictures(
+def write_images(
     rows: dict[str, list[Image.Image]], settings: DreamBoothSettings, accelerator: Accelerator, step: int
 ) -> list[Path]:
     """Writes and logs a row a prompt, and returns the files; if that fails, as on a full disk, it says so."""
@@ -449,10 +449,10 @@ def write_pictures(
     try:
         files = write_grid(list(rows.values()), folder)
         if accelerator.is_main_process:
-            log_pictures(accelerator.trackers, rows, step)
+            log_images(accelerator.trackers, rows, step)
         return files
     except OSError as error:
-        print(f"The pictures of step {step} could not be written: {error}. The run goes on.", file=sys.stderr)
+        print(f"The images of step {step} could not be written: {error}. The run goes on.", file=sys.stderr)
         return []
 
 
@@ -504,7 +504,7 @@ def write_results(
     """Writes the model card, and says what the run wrote."""
     folder = Path(settings.output_dir)
     settings_file = folder / "config.yaml"
-    pipeline_class, of_card = type(family.pipeline).__name__, of_final_pictures(settings)
+    pipeline_class, of_card = type(family.pipeline).__name__, of_final_images(settings)
     model_card = write_card(folder, of_card, pipeline_class, numbers(parameters), weights, images)
     print("Written:")
     for file in [*weights.values(), *images[:1], model_card, settings_file]:

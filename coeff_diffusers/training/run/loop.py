@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..families import Family
 from ..images.buckets import parse_buckets
 from ..images.dreambooth_dataset import DreamBoothDataset, collate, seed_of
-from ..images.files import Picture
+from ..images.files import TrainingImage
 from ..images.latents import encode_cuts, moments_of, release_vae
 from ..results.trackers import end_training, log
 from ..results.validation import all_validation_prompts
@@ -36,22 +36,22 @@ from .subjects import SubjectsDataset, clip_gradients, collate_subjects, losses_
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """What is trained on.
 
     Args:
-        instance: the subject's pictures.
-        classes: pictures of its class; none without prior preservation.
+        instance: the subject's images.
+        classes: images of its class; none without prior preservation.
         subjects: of several subjects, those that this process trains: subject -> its own; no others then.
     """
 
-    instance: list[Picture]
-    classes: list[Picture] = field(default_factory=list)
-    subjects: dict[str, Pictures] = field(default_factory=dict)
+    instance: list[TrainingImage]
+    classes: list[TrainingImage] = field(default_factory=list)
+    subjects: dict[str, Images] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
-        own = [picture.prompt for picture in chain(self.instance, self.classes)]
+        own = [image.prompt for image in chain(self.instance, self.classes)]
         return [*own, *chain(*(each.prompts for each in self.subjects.values()))]
 
 
@@ -140,7 +140,7 @@ class Trainee:
 def train(
     family: Family,
     trainee: Trainee,
-    pictures: Pictures,
+    images: Images,
     settings: DreamBoothSettings,
     accelerator: Accelerator,
     validate: Callable[[int], object],
@@ -160,14 +160,14 @@ def train(
         for encoder in family.trained_text_encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     step = DenoisingStep(family, family.trained_text_encoders, trainee.all_parameters)
-    batches = make_batches(settings, accelerator, pictures, len(losses))
+    batches = make_batches(settings, accelerator, images, len(losses))
     if settings.cache_latents:
         batches.dataset.moments = encode_cuts(family, batches.dataset, silent=not accelerator.is_main_process)
         release_vae(family, keep_decoder=bool(all_validation_prompts(settings) or settings.subjects))
-    step, trainee.optimizer, batches = prepare(step, trainee.optimizer, batches, pictures, accelerator)
+    step, trainee.optimizer, batches = prepare(step, trainee.optimizer, batches, images, accelerator)
     step.train()
 
-    step_losses = torch.zeros(max(1, len(pictures.subjects)), device=accelerator.device)
+    step_losses = torch.zeros(max(1, len(images.subjects)), device=accelerator.device)
     progress = tqdm(
         total=settings.max_train_steps,
         initial=len(losses),
@@ -178,7 +178,7 @@ def train(
         for number, batch in enumerate(batches, len(losses) * settings.gradient_accumulation_steps):
             # of the adapters' dropout, another in each process unless each has its own subjects; from the place in the
             # run, to be the same when it is continued
-            process = 0 if pictures.subjects else accelerator.process_index
+            process = 0 if images.subjects else accelerator.process_index
             torch.manual_seed(seed_of(settings.seed, "dropout", number, process))
             with accelerator.accumulate(step), own_coefficients(family, batch):
                 errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
@@ -200,8 +200,8 @@ def train(
                 trainee.lr_scheduler.step()
                 if trainee.ema is not None:
                     trainee.ema.step(trainee.all_parameters)
-            if pictures.subjects:
-                losses.append(trainee.note_losses(dict(zip(pictures.subjects, step_losses.tolist()))))
+            if images.subjects:
+                losses.append(trainee.note_losses(dict(zip(images.subjects, step_losses.tolist()))))
             else:
                 losses.append(accelerator.reduce(step_losses.mean(), "mean").item())
             step_losses.zero_()
@@ -234,7 +234,7 @@ def after_step(
     if not stops and not last and done % settings.validation_steps == 0:
         with trainee.averaged():
             validate(done)
-        stops = stop()  # pictures take their time
+        stops = stop()  # images take their time
     if stops:
         checkpoints.save(trainee, losses)
         end_training(accelerator)
@@ -256,13 +256,13 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, settings: DreamBoothSett
 
 
 def make_batches(
-    settings: DreamBoothSettings, accelerator: Accelerator, pictures: Pictures, steps_done: int = 0
+    settings: DreamBoothSettings, accelerator: Accelerator, images: Images, steps_done: int = 0
 ) -> DataLoader:
     """All batches that the run still has to come, in order."""
-    processes = 1 if pictures.subjects else accelerator.num_processes
+    processes = 1 if images.subjects else accelerator.num_processes
     step_draws = settings.train_batch_size * settings.gradient_accumulation_steps * processes
 
-    def dataset(shown: Pictures) -> DreamBoothDataset:
+    def dataset(shown: Images) -> DreamBoothDataset:
         return DreamBoothDataset(
             (settings.max_train_steps - steps_done) * step_draws,
             shown.instance,
@@ -278,9 +278,9 @@ def make_batches(
             first=steps_done * step_draws,
         )
 
-    each = {name: dataset(shown) for name, shown in pictures.subjects.items()}
+    each = {name: dataset(shown) for name, shown in images.subjects.items()}
     return DataLoader(
-        SubjectsDataset(each) if each else dataset(pictures),
+        SubjectsDataset(each) if each else dataset(images),
         batch_size=settings.train_batch_size,
         collate_fn=collate_subjects if each else collate,
         num_workers=settings.dataloader_num_workers,
@@ -289,10 +289,10 @@ def make_batches(
 
 
 def prepare(
-    step: DenoisingStep, optimizer: Any, batches: DataLoader, pictures: Pictures, accelerator: Accelerator
+    step: DenoisingStep, optimizer: Any, batches: DataLoader, images: Images, accelerator: Accelerator
 ) -> tuple[Any, Any, Any]:
     """By accelerate. Of several subjects, each process trains its own: no batch is shared out, nothing is averaged."""
-    if not pictures.subjects:
+    if not images.subjects:
         return accelerator.prepare(step, optimizer, batches)
     batches = prepare_data_loader(
         batches, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True
@@ -308,14 +308,14 @@ def check_finite(
     settings: DreamBoothSettings,
     checkpoints: Checkpoints,
 ) -> None:
-    """Raises FloatingPointError that says which pictures a value came from, and what is safe."""
+    """Raises FloatingPointError that says which images a value came from, and what is safe."""
     if not torch.isfinite(value):
-        pictures = "\n  ".join(f"{name}: {prompt}" for name, prompt in zip(batch["names"], batch["prompts"]))
+        images = "\n  ".join(f"{name}: {prompt}" for name, prompt in zip(batch["names"], batch["prompts"]))
         raise FloatingPointError(
             f"{what} is {value.item()} at step {step} of {settings.max_train_steps}; training stopped and no weights "
             f"were written. {checkpoints.safe_text()} With the same settings that would come to the same, on a CPU "
             "at least; try lower learning rates, or --mixed_precision bf16 or no, in another --output_dir. "
-            f"The pictures of the batch:\n  {pictures}"
+            f"The images of the batch:\n  {images}"
         )
 
 

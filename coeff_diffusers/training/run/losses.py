@@ -1,4 +1,4 @@
-"""Errors of single pictures, and the loss of a batch of the subject's and its class's pictures."""
+"""Errors of single images, and the loss of a batch of the subject's and its class's images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def squared_errors(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean squared error of each picture, (B,), in float32, times its weight.
+    """The mean squared error of each image, (B,), in float32, times its weight.
 
     Args:
         prediction: (B, ...).
@@ -21,11 +21,11 @@ def squared_errors(prediction: Tensor, target: Tensor, weights: Tensor | None = 
 
 
 def dreambooth_loss(errors: Tensor, kinds: Sequence[str], prior_loss_weight: float = 1.0) -> Tensor:
-    """The mean error of the subject's pictures, plus `prior_loss_weight` times that of the class pictures.
+    """The mean error of the subject's images, plus `prior_loss_weight` times that of the class images.
 
     Args:
-        errors: (B,), of each picture.
-        kinds: `"instance"` or `"class"` for each picture, in any order.
+        errors: (B,), of each image.
+        kinds: `"instance"` or `"class"` for each image, in any order.
     """
     chosen = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
     if set(chosen) - {"instance", "class"} or "instance" not in chosen or len(kinds) != len(errors):

@@ -10,7 +10,7 @@ from .sharding import sharded_names
 
 
 class DenoisingStep(nn.Module):
-    """From latents and prompts to the error of each picture, through all that trains.
+    """From latents and prompts to the error of each image, through all that trains.
 
     What wraps models for several processes synchronises gradients in the forward pass of what it wraps: the denoiser,
     and text encoders that train, must all lie in there; and so must what trains, for coefficients are no parameters of

@@ -36,7 +36,7 @@ class StopRequest:
 
 
 def leave_stopping_to_the_main_process(worker: int) -> None:
-    """In a process that reads pictures, which a signal to all processes reaches as well, and the step still needs."""
+    """In a process that reads images, which a signal to all processes reaches as well, and the step still needs."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

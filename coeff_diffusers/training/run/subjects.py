@@ -1,4 +1,4 @@
-"""Many subjects at once, over one frozen model: each picture of a batch goes through its own subject's coefficients.
+"""Many subjects at once, over one frozen model: each image of a batch goes through its own subject's coefficients.
 
 Every subject has a data set, an adapter, a loss and a norm of gradients of its own, all as if it were trained alone.
 """
@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..families import Family
 from ..images.class_images import check_class_folder
 from ..images.dreambooth_dataset import Cut, DreamBoothDataset, Example, collate
-from ..images.files import Picture, folder_pictures
+from ..images.files import TrainingImage, folder_images
 from ..images.latents import check_cacheable
 from ..settings.config_file import given_twice, yaml_root
 from ..settings.dreambooth import DreamBoothSettings
@@ -37,7 +37,7 @@ class Subject:
 
     Args:
         name: of its adapter, and of its folder in the output folder.
-        images: the folder with its pictures, from the file's own folder on.
+        images: the folder with its images, from the file's own folder on.
         prompt: as --instance_prompt.
         caption_column: as --caption_column.
         caption_extension: as --caption_extension.
@@ -124,15 +124,13 @@ def _subject(entry: dict[str, Any], folder: Path) -> Subject:
 
 
 def _class_folder_problems(subjects: Sequence[Subject]) -> list[str]:
-    """Class pictures are written into their folder, so it must be of one class and of no subject."""
+    """Class images are written into their folder, so it must be of one class and of no subject."""
     prompts: dict[Path, set[str | None]] = {}
     for subject in subjects:
         if subject.class_data_dir is not None:
             prompts.setdefault(Path(subject.class_data_dir).resolve(), set()).add(subject.class_prompt)
     shown = {Path(subject.images).resolve() for subject in subjects}
-    problems = [
-        f"{folder} has pictures of a subject, and is a class_data_dir" for folder in prompts if folder in shown
-    ]
+    problems = [f"{folder} has images of a subject, and is a class_data_dir" for folder in prompts if folder in shown]
     return problems + [
         f"{folder} is the class_data_dir of several class_prompt" for folder, of in prompts.items() if len(of) > 1
     ]
@@ -142,15 +140,15 @@ def _reserved_names(settings: DreamBoothSettings) -> dict[str, str]:
     """What a run writes itself in the output folder: name in lower case -> what it is."""
     output_dir = Path(settings.output_dir).resolve()
     logging_dir = (output_dir / settings.logging_dir).resolve()
-    reserved = {"validation": "the validation pictures"}
+    reserved = {"validation": "the validation images"}
     if logging_dir != output_dir and logging_dir.is_relative_to(output_dir):
         reserved[logging_dir.relative_to(output_dir).parts[0].lower()] = "the log (--logging_dir)"
     return reserved
 
 
-def read_subject_pictures(subjects: Sequence[Subject], settings: DreamBoothSettings) -> dict[str, list[Picture]]:
-    """Subject -> its pictures; raises InputError with what is wrong with each, or with its name."""
-    pictures, problems, reserved = {}, [], _reserved_names(settings)
+def read_subject_images(subjects: Sequence[Subject], settings: DreamBoothSettings) -> dict[str, list[TrainingImage]]:
+    """Subject -> its images; raises InputError with what is wrong with each, or with its name."""
+    images, problems, reserved = {}, [], _reserved_names(settings)
     for subject in subjects:
         if use := reserved.get(subject.name.lower()):
             problems.append(f"{subject.name}: this folder of the output folder is for {use}; choose another name")
@@ -158,14 +156,14 @@ def read_subject_pictures(subjects: Sequence[Subject], settings: DreamBoothSetti
             alone = subject.alone(settings)
             if settings.with_prior_preservation:
                 check_cacheable(check_class_folder(alone), settings)
-            pictures[subject.name] = folder_pictures(
+            images[subject.name] = folder_images(
                 subject.images, "subjects", subject.prompt, subject.caption_column, subject.caption_extension
             )
         except InputError as error:
             problems.append(f"{subject.name}: {error}")
     if problems:
         raise InputError("--subjects: " + "\n".join(problems))
-    return pictures
+    return images
 
 
 class SubjectsDataset(Dataset[dict[str, list[Example]]]):

@@ -35,7 +35,7 @@ EXCLUSIVE = {
     "validation_steps": "validation_epochs",
     "validation_epochs": "validation_steps",
 }
-# A run's config.yaml may hold these without a use: rates that it scaled, numbers of pictures for a subject that has no
+# A run's config.yaml may hold these without a use: rates that it scaled, numbers of images for a subject that has no
 # prompt. So they are questioned on the command line alone.
 FILLED_IN = (
     *RATES,
@@ -66,23 +66,23 @@ class DreamBoothSettings:
         "The base model: a folder in diffusers format, a name on the Hub, or a single .safetensors file."
     )
     instance_prompt: str = flag("The prompt that stands for the subject, such as 'a sks dog'.", "")
-    instance_data_dir: str | None = flag("Folder with the pictures of the subject.", None)
+    instance_data_dir: str | None = flag("Folder with the images of the subject.", None)
     dataset_name: str | None = flag(
         "Instead of a folder, a data set for the datasets library: a name on the Hub, a folder, or a Parquet file.",
         None,
     )
     dataset_config_name: str | None = flag("Configuration of the data set, where it has several.", None)
-    image_column: str = flag("Column of the data set that holds the pictures.", "image")
+    image_column: str = flag("Column of the data set that holds the images.", "image")
     caption_column: str | None = flag(
-        "Column that holds the prompt of each picture, to train with instead of instance_prompt: of the data set, or "
-        "of metadata.jsonl or metadata.csv in instance_data_dir, which name the picture in file_name.",
+        "Column that holds the prompt of each image, to train with instead of instance_prompt: of the data set, or "
+        "of metadata.jsonl or metadata.csv in instance_data_dir, which name the image in file_name.",
         None,
     )
     caption_extension: str | None = flag(
-        "Ending of the text files beside the pictures of instance_data_dir that hold the prompt of each, such as txt.",
+        "Ending of the text files beside the images of instance_data_dir that hold the prompt of each, such as txt.",
         None,
     )
-    repeats: int = flag("How often a pass over the subject's pictures (an epoch) shows each of them.", 1)
+    repeats: int = flag("How often a pass over the subject's images (an epoch) shows each of them.", 1)
     cache_dir: str | None = flag("Where the datasets library keeps what it loads; its own place if not given.", None)
     subjects: str | None = flag(
         "Instead of one subject, a YAML file with many that are trained at once: a list with name, images (a folder) "
@@ -102,37 +102,35 @@ class DreamBoothSettings:
         "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
         None,
     )
-    enable_vae_tiling: bool = flag("Have the VAE compute large pictures in tiles, to save memory.", False)
-    enable_vae_slicing: bool = flag("Have the VAE compute a picture of a batch at a time, to save memory.", False)
+    enable_vae_tiling: bool = flag("Have the VAE compute large images in tiles, to save memory.", False)
+    enable_vae_slicing: bool = flag("Have the VAE compute an image of a batch at a time, to save memory.", False)
     vae_encode_mode: str = flag(
-        "Latents are drawn from what the VAE says of a picture (sample), or its mean (mode).",
+        "Latents are drawn from what the VAE says of an image (sample), or its mean (mode).",
         "sample",
         ("sample", "mode"),
     )
     seed: int | None = flag("Seed of everything random, 0 included. Drawn, shown and saved if not given.", None)
 
-    with_prior_preservation: bool = flag(
-        "Train on pictures of the subject's class as well, against forgetting.", False
-    )
-    class_data_dir: str | None = flag("Folder with class pictures. What is missing there is generated.", None)
-    class_prompt: str | None = flag("The prompt of the class pictures, such as 'a dog'.", None)
-    num_class_images: int = flag("How many class pictures to use.", 100)
-    prior_loss_weight: float = flag("Weight of the class pictures' loss beside the subject's.", 1.0)
-    sample_batch_size: int = flag("How many class or validation pictures to generate at a time.", 4)
+    with_prior_preservation: bool = flag("Train on images of the subject's class as well, against forgetting.", False)
+    class_data_dir: str | None = flag("Folder with class images. What is missing there is generated.", None)
+    class_prompt: str | None = flag("The prompt of the class images, such as 'a dog'.", None)
+    num_class_images: int = flag("How many class images to use.", 100)
+    prior_loss_weight: float = flag("Weight of the class images' loss beside the subject's.", 1.0)
+    sample_batch_size: int = flag("How many class or validation images to generate at a time.", 4)
 
-    resolution: int | None = flag("Side of the training pictures in pixels; the base model's own if not given.", None)
+    resolution: int | None = flag("Side of the training images in pixels; the base model's own if not given.", None)
     aspect_ratio_buckets: str | None = flag(
-        "Sizes of training pictures instead of the resolution, as 'height,width;height,width;...'. Each picture gets "
+        "Sizes of training images instead of the resolution, as 'height,width;height,width;...'. Each image gets "
         "the one of the nearest aspect ratio and is cropped at the centre.",
         None,
     )
-    center_crop: bool = flag("Crop pictures that are not square at the centre, not at random.", False)
-    caption_dropout: float = flag("Probability with which a picture trains with the empty prompt.", 0.0)
-    random_flip: bool = flag("Mirror every other picture, at random.", False)
-    background_color: str = flag("Colour that transparent pictures are laid on: a name, or '#rrggbb'.", "white")
+    center_crop: bool = flag("Crop images that are not square at the centre, not at random.", False)
+    caption_dropout: float = flag("Probability with which an image trains with the empty prompt.", 0.0)
+    random_flip: bool = flag("Mirror every other image, at random.", False)
+    background_color: str = flag("Colour that transparent images are laid on: a name, or '#rrggbb'.", "white")
 
     cache_latents: bool = flag(
-        "Encode every picture once before training, and free the VAE. Not for crops at random.", False
+        "Encode every image once before training, and free the VAE. Not for crops at random.", False
     )
 
     coeff: bool = flag("Train attention coefficients. Without them LoRA is trained alone.", True)
@@ -165,11 +163,11 @@ class DreamBoothSettings:
         None,
     )
 
-    train_batch_size: int = flag("Subject pictures a step and process.", 4)
+    train_batch_size: int = flag("Subject images a step and process.", 4)
     max_train_steps: int | None = flag(
         f"Optimizer steps; {DEFAULT_STEPS} if num_train_epochs is not given either.", None
     )
-    num_train_epochs: int | None = flag("Passes over the subject's pictures, instead of max_train_steps.", None)
+    num_train_epochs: int | None = flag("Passes over the subject's images, instead of max_train_steps.", None)
     gradient_accumulation_steps: int = flag("Batches an optimizer step.", 1)
     gradient_checkpointing: bool = flag("Compute activations again in the backward pass, to save memory.", False)
     mixed_precision: str | None = flag(
@@ -182,7 +180,7 @@ class DreamBoothSettings:
         "Share the frozen denoiser out over the processes, for models that are too large for each of them.", False
     )
     allow_tf32: bool = flag("Let CUDA multiply float32 matrices in TF32, which is faster and less exact.", False)
-    dataloader_num_workers: int = flag("Processes that prepare pictures; 0 prepares them in the main one.", 0)
+    dataloader_num_workers: int = flag("Processes that prepare images; 0 prepares them in the main one.", 0)
 
     optimizer: str = flag("What changes the weights. Prodigy finds the learning rate itself.", "adamw", OPTIMIZERS)
     use_8bit_adam: bool = flag(
@@ -220,7 +218,7 @@ class DreamBoothSettings:
     adam_epsilon: float = flag("AdamW's epsilon.", 1e-8)
     max_grad_norm: float = flag("Gradients are scaled down to this norm.", 1.0)
     offset_noise: bool = flag(
-        "Add one random number to the noise of each channel, for darker and lighter pictures; of models with a noise "
+        "Add one random number to the noise of each channel, for darker and lighter images; of models with a noise "
         "schedule.",
         False,
     )
@@ -234,7 +232,7 @@ class DreamBoothSettings:
     logit_std: float = flag("Deviation of the timesteps' logits, of --weighting_scheme logit_normal.", 1.0)
     mode_scale: float = flag("Scale of --weighting_scheme mode.", 1.29)
     precondition_outputs: bool = flag(
-        "Measure the error of the picture, not of the velocity; of models trained by flow matching.", False
+        "Measure the error of the image, not of the velocity; of models trained by flow matching.", False
     )
     guidance_scale: float | None = flag(
         "Guidance scale that training tells the model, of FLUX.1 [dev], where it is a condition; 3.5 if not given.",
@@ -251,24 +249,24 @@ class DreamBoothSettings:
         "Go on with a run: 'latest', the newest whole state in output_dir, or the name or path of one.", None
     )
 
-    validation_prompt: tuple[str, ...] = flag("Prompts to generate pictures for, during and after training.", ())
-    num_validation_images: int = flag("Validation pictures a prompt; picture i has seed + i at every step.", 4)
+    validation_prompt: tuple[str, ...] = flag("Prompts to generate images for, during and after training.", ())
+    num_validation_images: int = flag("Validation images a prompt; image i has seed + i at every step.", 4)
     final_validation_prompt: tuple[str, ...] = flag(
-        "Prompts for the pictures after training; validation_prompt's if not given.", ()
+        "Prompts for the images after training; validation_prompt's if not given.", ()
     )
-    skip_final_inference: bool = flag("Generate no pictures after training.", False)
+    skip_final_inference: bool = flag("Generate no images after training.", False)
     validation_steps: int | None = flag(
         f"Optimizer steps from one validation to the next; {DEFAULT_VALIDATION_STEPS} if validation_epochs is not "
         "given either. After the last step there is always one.",
         None,
     )
-    validation_epochs: int | None = flag("Passes over the pictures from one validation to the next.", None)
-    validation_num_inference_steps: int = flag("Denoising steps of a validation picture.", 25)
+    validation_epochs: int | None = flag("Passes over the images from one validation to the next.", None)
+    validation_num_inference_steps: int = flag("Denoising steps of a validation image.", 25)
     validation_guidance_scale: float | None = flag(
-        "Guidance scale of validation pictures; the pipeline's own default if not given.", None
+        "Guidance scale of validation images; the pipeline's own default if not given.", None
     )
     report_to: str = flag(
-        "Where losses, learning rates and validation pictures are logged; 'all' is every tracker that is installed.",
+        "Where losses, learning rates and validation images are logged; 'all' is every tracker that is installed.",
         "tensorboard",
         (*TRACKERS, "all", "none"),
     )
@@ -326,7 +324,7 @@ def _hints() -> dict[str, Any]:
 def parse_settings(argv: Sequence[str] | None = None) -> DreamBoothSettings:
     """The settings of the command line and of its `--config`; `None` is this process's own."""
     parser = argparse.ArgumentParser(
-        description="Trains attention coefficients for a subject, on a few pictures of it.",
+        description="Trains attention coefficients for a subject, on a few images of it.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # what is not given may stand in the file
     )
@@ -501,7 +499,7 @@ def _idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list
         ),
         "resolution": (
             not s.aspect_ratio_buckets or s.with_prior_preservation or shown,
-            "has no effect beside --aspect_ratio_buckets, but on class and validation pictures",
+            "has no effect beside --aspect_ratio_buckets, but on class and validation images",
         ),
         "validation_steps validation_epochs": (s.validation_prompt or s.subjects, "needs a --validation_prompt"),
         "num_validation_images validation_num_inference_steps validation_guidance_scale": (
@@ -523,14 +521,14 @@ def _source_problems(settings: DreamBoothSettings) -> list[str]:
         return _subjects_problems(settings)
     problems = []
     if bool(settings.instance_data_dir) == bool(settings.dataset_name):
-        problems.append("give either --instance_data_dir or --dataset_name, for the subject's pictures")
+        problems.append("give either --instance_data_dir or --dataset_name, for the subject's images")
     of_dataset = ("dataset_config_name", "cache_dir", "image_column")
     if not settings.dataset_name:
         defaults = {setting.name: setting.default for setting in fields(settings)}
         given = [name for name in of_dataset if getattr(settings, name) != defaults[name]]
         problems += [f"--{name} needs --dataset_name" for name in given]
     elif settings.caption_extension:
-        problems.append("--caption_extension is of files beside pictures; a data set has a --caption_column")
+        problems.append("--caption_extension is of files beside images; a data set has a --caption_column")
     if settings.caption_column and settings.caption_extension:
         problems.append("--caption_column and --caption_extension exclude each other")
     return problems
@@ -542,7 +540,7 @@ def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
         "instance_prompt instance_data_dir dataset_name dataset_config_name image_column caption_column "
         "caption_extension cache_dir class_data_dir class_prompt validation_prompt "
         "final_validation_prompt": "the file says this of each subject",
-        "num_train_epochs validation_epochs repeats": "subjects have other numbers of pictures; count steps",
+        "num_train_epochs validation_epochs repeats": "subjects have other numbers of images; count steps",
         "aspect_ratio_buckets coeff lora_rank train_text_encoder optimizer "
         "scale_lr push_to_hub fsdp": "it is for one subject",
     }
