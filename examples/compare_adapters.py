@@ -26,10 +26,10 @@ from coeff_diffusers import load_coeff_weights
 sys.path.append(str(Path(demo.__file__).parent / "emoji"))
 from scenes import Scene, render
 
+from coeff_diffusers.training import TrainingResult, train_dreambooth
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
 from coeff_diffusers.training.run.step import DenoisingStep
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.settings import parse_settings
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pipe.set_progress_bar_config(disable=True)
         trained = 0 if flags is None else train_and_load(pipe, args, name, flags)
         run = demo.training_flags(args, args.output_dir / "instance_images")
-        results[name] = {"numbers trained": trained, "loss": round(subject_loss(pipe, args.subject, run), 4)}
+        results[name] = {"trainable parameters": trained, "loss": round(subject_loss(pipe, args.subject, run), 4)}
         generated = generate(pipe, prompts, [0, 1], **demo.SAMPLING)
         rows.append(
-            (f"{name}: {trained:,} numbers", list(generated.values()), [f"{p}, seed {s}" for p, s in generated])
+            (f"{name}: {trained:,} parameters", list(generated.values()), [f"{p}, seed {s}" for p, s in generated])
         )
     sheet(rows, title=f"{args.subject}, {args.max_train_steps} steps").save(args.output_dir / "compare.png")
     (args.output_dir / "compare.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -61,12 +61,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_and_load(pipe: Any, args: argparse.Namespace, name: str, flags: list[str]) -> int:
-    """Trains as the demo does, with further flags, and loads what came out; returns how many numbers were trained."""
+    """Trains as the demo does, with further flags, and loads what came out; returns how many are trainable."""
     output = args.output_dir / name.replace(" ", "-")
     changes = {"output_dir": output} | ({"learning_rate": None} if "--no_coeff" in flags else {})
     run = argparse.Namespace(**{**vars(args), **changes})
-    result = train_dreambooth.main([*demo.training_flags(run, args.output_dir / "instance_images"), *flags])
-    assert result is not None
+    result = train_dreambooth(parse_settings([*demo.training_flags(run, args.output_dir / "instance_images"), *flags]))
+    assert isinstance(result, TrainingResult)
     if result.lora_file is not None:
         pipe.load_lora_weights(output, weight_name=result.lora_file.name)
     if result.coeff_file is not None:

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE / "emoji"))
 from scenes import Scene, render  # noqa: E402
 
-from coeff_diffusers.training.run import dreambooth as train_dreambooth  # noqa: E402
+from coeff_diffusers.training import TrainingResult, parse_settings, train_dreambooth  # noqa: E402
 
 MODEL = HERE / "emoji" / "model"
 SUBJECTS = HERE / "emoji" / "subjects"
@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> Path:
     output = args.output_dir
     instance_dir = output / "instance_images"
     images = write_instance_images(args.subject, instance_dir)
-    result = train_dreambooth.main(training_flags(args, instance_dir))
-    assert result is not None
+    result = train_dreambooth(parse_settings(training_flags(args, instance_dir)))
+    assert isinstance(result, TrainingResult)
     prompts = [prompt(args.subject, background) for background in NEW_BACKGROUNDS]
 
     pipe = StableDiffusionPipeline.from_pretrained(MODEL)
@@ -101,13 +101,13 @@ def prompt(subject: str, background: str) -> str:
     return Scene(f"sks {subject}", background).caption
 
 
-def report(path: Path, result: train_dreambooth.TrainingResult, asked: str) -> None:
+def report(path: Path, result: TrainingResult, asked: str) -> None:
     file = result.coeff_file
     assert file is not None
     options = ", ".join(f"{name}={value}" for name, value in SAMPLING.items())
     print(
         f"\nwrote {path}, with the training images and both models' answers\n"
-        f"wrote {file}: {result.trained['coefficients']:,} numbers trained, {file.stat().st_size / 1e3:.0f} KB\n\n"
+        f"wrote {file}: {result.trained['coefficients']:,} parameters, {file.stat().st_size / 1e3:.0f} KB\n\n"
         "To use it, after\n"
         "    from diffusers import StableDiffusionPipeline\n"
         "    from coeff_diffusers import load_coeff_weights\n"

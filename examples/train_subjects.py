@@ -20,7 +20,7 @@ from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, coeff_per_sample, load_coeff_weights
 from coeff_diffusers.console import escaped_output
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training import parse_settings, train_dreambooth
 
 BACKGROUND = "blue"  # which no training image has
 
@@ -28,7 +28,7 @@ BACKGROUND = "blue"  # which no training image has
 @escaped_output()
 def main(args: argparse.Namespace) -> Path:
     file = write_subjects(args.subjects, args.output_dir)
-    results = train_dreambooth.main(training_flags(file, args))
+    results = train_dreambooth(parse_settings(training_flags(file, args)))
     assert isinstance(results, dict)
 
     pipe = StableDiffusionPipeline.from_pretrained(demo.MODEL)

@@ -18,8 +18,6 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 import yaml
@@ -57,38 +55,31 @@ def run(way: str, batch: int, args: argparse.Namespace) -> dict[str, float]:
 
 def measure(way: str, batch: int, steps: int) -> dict[str, float]:
     sys.path += [str(EXAMPLES)]
-    import demo  # noqa: F401  finds the training script
     import train_subjects
 
-    from coeff_diffusers.training.run import dreambooth as train_dreambooth
-    from coeff_diffusers.training.run import loop
+    from coeff_diffusers.training import DreamBoothRun, parse_settings
 
     times: list[float] = []
     memory: list[float] = []
-    train, report = train_dreambooth.train, loop.report
 
-    def noted_train(*args: Any) -> Any:
-        rise, losses = peak_memory(lambda: train(*args))
+    def train(flags: list[str]) -> None:
+        run = DreamBoothRun(parse_settings(flags))
+        run.load_model()
+        run.add_adapters()
+        run.encode_prompts()
+        rise, _ = peak_memory(lambda: times.extend(time.perf_counter() for _ in run.steps()))
         memory.append(rise)
-        return losses
+        run.finish()
 
-    def noted_report(*args: Any) -> None:
-        times.append(time.perf_counter())
-        report(*args)
-
-    with (
-        patch.object(train_dreambooth, "train", noted_train),
-        patch.object(loop, "report", noted_report),
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         settings = argparse.Namespace(output_dir=Path(folder), max_train_steps=steps, train_batch_size=batch, seed=0)
         file = train_subjects.write_subjects(SUBJECTS, Path(folder))
         flags = train_subjects.training_flags(file, settings)
         if way == "at once":
-            train_dreambooth.main(flags)
+            train(flags)
         else:
             for entry in yaml.safe_load(file.read_text()):
-                train_dreambooth.main(alone(flags, file, entry))
+                train(alone(flags, file, entry))
     runs = [times[start : start + steps] for start in range(0, len(times), steps)]
     seconds = sum(statistics.median(after - before for before, after in pairwise(run)) for run in runs)
     return {"seconds": seconds, "memory": max(memory)}

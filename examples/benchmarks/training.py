@@ -18,7 +18,6 @@ import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,17 +75,9 @@ def run(folder: Path, kind: str, precision: str, args: argparse.Namespace) -> di
 
 
 def measure(kind: str, precision: str, folder: Path, steps: int) -> dict[str, float]:
-    from coeff_diffusers.training.run import dreambooth as train_dreambooth
+    from coeff_diffusers.training import DreamBoothRun, parse_settings
 
-    output, memory = folder / f"{kind}-{precision}", {}
-    original = train_dreambooth.train
-
-    def train(*args: Any) -> Any:
-        _, losses = peak_memory(lambda: original(*args))
-        memory["peak"] = highest_memory()
-        return losses
-
-    train_dreambooth.train = train
+    output = folder / f"{kind}-{precision}"
     flags = {
         "pretrained_model_name_or_path": folder / "base",
         "instance_data_dir": folder / "images",
@@ -99,11 +90,17 @@ def measure(kind: str, precision: str, folder: Path, steps: int) -> dict[str, fl
         "seed": 0,
     }
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    result = train_dreambooth.main([*given, "--gradient_checkpointing", *KINDS[kind]])
+    run = DreamBoothRun(parse_settings([*given, "--gradient_checkpointing", *KINDS[kind]]))
+    run.load_model()
+    run.add_adapters()
+    run.encode_prompts()
+    peak_memory(lambda: list(run.steps()))
+    peak = highest_memory()
+    result = run.finish()
     events = EventAccumulator(str(output / "logs" / "dreambooth")).Reload()
     times = [event.wall_time for event in events.Scalars("loss")]
     seconds = statistics.median(after - before for before, after in pairwise(times))
-    return {"trained": sum(result.trained.values()), "seconds": seconds, **memory}
+    return {"trained": sum(result.trained.values()), "seconds": seconds, "peak": peak}
 
 
 def make_pipeline() -> StableDiffusionPipeline:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from running import main
 from tiny_sd import tiny_pipeline
 
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 
 
 @pytest.fixture(scope="session")

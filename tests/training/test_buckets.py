@@ -38,8 +38,8 @@ def dataset(files: list[Path], class_files: list[Path] | None = None, **changes:
 
 
 def shown(data: DreamBoothDataset, draws: range) -> list[tuple[str, Size]]:
-    cuts = [data.cut("instance", draw) for draw in draws]
-    return [(Path(cut.image.name).name, cut.size) for cut in cuts]
+    cuts = [data.crop("instance", draw) for draw in draws]
+    return [(Path(crop.image.name).name, crop.size) for crop in cuts]
 
 
 # Which bucket
@@ -144,8 +144,8 @@ def test_a_run_that_is_continued_draws_what_would_have_come(files: list[Path]) -
 def test_one_square_bucket_is_the_resolution_cut_in_the_middle(files: list[Path]) -> None:
     one = dataset(files, buckets=[(4, 4)])
     none = dataset(files, buckets=(), center_crop=True, step_draws=1)
-    assert [one.cut("instance", draw).image.name for draw in range(60)] == [
-        none.cut("instance", draw).image.name for draw in range(60)
+    assert [one.crop("instance", draw).image.name for draw in range(60)] == [
+        none.crop("instance", draw).image.name for draw in range(60)
     ]
     torch.testing.assert_close(one[7][0].pixels, none[7][0].pixels, rtol=0, atol=0)
 

@@ -14,11 +14,11 @@ from image_files import BLUE, RED, opened, saved
 from PIL import Image
 
 from coeff_diffusers.training.images.dreambooth_dataset import (
-    Cut,
+    Crop,
     DreamBoothDataset,
     collate,
     cover,
-    cut_out,
+    crop_image,
     seed_of,
     upright_rgb,
 )
@@ -102,9 +102,9 @@ def test_a_grey_that_is_transparent_in_sixteen_bits_shows_the_stated_colour(tmp_
     ],
 )
 def test_a_image_covers_what_is_cut_out_of_it(
-    size: tuple[int, int], cut: tuple[int, int], fitted: tuple[int, int]
+    size: tuple[int, int], crop: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
-    assert cover(size[1], size[0], cut) == (fitted[1], fitted[0])
+    assert cover(size[1], size[0], crop) == (fitted[1], fitted[0])
 
 
 def columns(width: int) -> Image.Image:
@@ -116,19 +116,19 @@ def values(pixels: torch.Tensor) -> list[int]:
     return ((pixels[0, 0] + 1) * 127.5).round().int().tolist()
 
 
-def cut_of(image: Image.Image, seed: int = 0, center_crop: bool = False, random_flip: bool = False) -> Cut:
+def crop_of(image: Image.Image, seed: int = 0, center_crop: bool = False, random_flip: bool = False) -> Crop:
     source = TrainingImage("a", "a fox", lambda: image, image.height, image.width)
-    return Cut.draw(source, (4, 4), center_crop, random_flip, generator(seed))
+    return Crop.draw(source, (4, 4), center_crop, random_flip, generator(seed))
 
 
 def drawn(image: Image.Image, *options: Any) -> list[int]:
-    """The first row of a cut."""
-    return values(cut_out(image, cut_of(image, *options)))
+    """The first row of a crop."""
+    return values(crop_image(image, crop_of(image, *options)))
 
 
 def test_tensors_span_minus_one_to_one() -> None:
     image = Image.new("RGB", (4, 4), RED)
-    pixels = cut_out(image, cut_of(image))
+    pixels = crop_image(image, crop_of(image))
     assert pixels.shape == (3, 4, 4)
     assert [pixels[c].unique().tolist() for c in range(3)] == [[1.0], [-1.0], [-1.0]]
 
@@ -148,8 +148,8 @@ def test_half_of_the_images_are_mirrored_if_asked_for() -> None:
 
 
 def test_a_mirrored_cut_says_what_is_missing_on_its_own_left() -> None:
-    cut = Cut(cut_of(columns(8)).image, (4, 4), 0.0, mirrored=True)
-    assert (values(cut_out(columns(8), cut)), cut.corner) == ([30, 20, 10, 0], (0, 4))
+    crop = Crop(crop_of(columns(8)).image, (4, 4), 0.0, mirrored=True)
+    assert (values(crop_image(columns(8), crop)), crop.corner) == ([30, 20, 10, 0], (0, 4))
 
 
 # Draws
@@ -158,7 +158,7 @@ def test_a_mirrored_cut_says_what_is_missing_on_its_own_left() -> None:
 def test_every_image_is_shown_once_before_any_is_shown_again(tmp_path: Path) -> None:
     images = opened([saved(tmp_path / f"{i}.png") for i in range(5)])
     data = DreamBoothDataset(20, images, [], resolution=4, seed=0)
-    passes = [[data.cut("instance", draw).image for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
+    passes = [[data.crop("instance", draw).image for draw in range(5 * epoch, 5 * epoch + 5)] for epoch in range(4)]
     assert all(Counter(shown) == Counter(images) for shown in passes)
     assert len({tuple(shown) for shown in passes}) > 1
 

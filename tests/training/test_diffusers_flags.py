@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from running import main
 from safetensors.torch import load_file
 from tiny_sd import tiny_pipeline
 
@@ -18,9 +19,9 @@ from coeff_diffusers.training.families import save_vae_memory
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset
 from coeff_diffusers.training.images.files import folder_images
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run import dreambooth
 from coeff_diffusers.training.run.dreambooth import TrainingResult
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.settings import parse_settings
 
 Train = Callable[..., TrainingResult]
 Argv = Callable[..., list[str]]
@@ -30,14 +31,14 @@ Argv = Callable[..., list[str]]
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The family that trains."""
     kept: dict[str, Any] = {}
-    original = train_dreambooth.load_family
+    original = dreambooth.load_family
 
     def load(*args: Any) -> Any:
         kept["family"] = original(*args)
         kept["text_encoder"] = kept["family"].pipeline.text_encoder  # released later
         return kept["family"]
 
-    monkeypatch.setattr(train_dreambooth, "load_family", load)
+    monkeypatch.setattr(dreambooth, "load_family", load)
     return kept
 
 
@@ -65,7 +66,7 @@ def test_lora_layers_are_names_or_patterns(train: Train, layers: Any) -> None:
 def test_lora_layers_that_are_not_there_are_named_before_class_images_are_made(argv: Argv, tmp_path: Path) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     with pytest.raises(InputError, match=r"--lora_layers: \['to_x', 'up'\] match no linear layer or convolution"):
-        train_dreambooth.main(argv(**prior, lora_rank=2, lora_layers="to_x,to_q,up"))
+        main(argv(**prior, lora_rank=2, lora_layers="to_x,to_q,up"))
     assert not list((tmp_path / "class").iterdir())
 
 
@@ -189,7 +190,7 @@ def test_another_vae_takes_the_place_of_the_models_own(
     torch.testing.assert_close(seen["family"].pipeline.vae.state_dict(), vae.state_dict(), rtol=0, atol=0)
     assert plain != other
     with pytest.raises(InputError, match="--pretrained_vae_model_name_or_path: there is no VAE at"):
-        train_dreambooth.main(argv(pretrained_vae_model_name_or_path=tmp_path / "none"))
+        main(argv(pretrained_vae_model_name_or_path=tmp_path / "none"))
 
 
 def test_the_vae_computes_in_tiles_and_slices_where_it_can(train: Train, seen: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 from PIL import Image
+from running import main
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_each_family import PROMPTS, generators, make_family, make_pipeline, pixels, sizes_of
@@ -23,15 +24,16 @@ from torch import Tensor, nn
 from two_processes import on_two_processes
 
 from coeff_diffusers import coeff_parameters
+from coeff_diffusers.training.adapters import add_adapters
 from coeff_diffusers.training.errors import InputError
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
-from coeff_diffusers.training.run.dreambooth import TrainingResult, add_adapters
-from coeff_diffusers.training.run.sharding import blocks, check_processes, shard_frozen_weights, sharded_names
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.families.sharding import blocks, shard_frozen_weights, sharded_names
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.processes import check_processes, start_accelerator
+from coeff_diffusers.training.settings import parse_settings
 
 Argv = Callable[..., list[str]]
 Train = Callable[..., TrainingResult]
-SCRIPT = Path(train_dreambooth.__file__)
+SCRIPT = Path(__file__).parents[2] / "training" / "train_dreambooth.py"
 ROOT = SCRIPT.parents[1]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 SUBJECTS = {"subjects": "subjects.yaml", "instance_prompt": None, "instance_data_dir": None}
@@ -161,7 +163,7 @@ def test_processes_wait_for_images_longer_than_ten_minutes(argv: Argv, monkeypat
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     with pytest.raises(RuntimeError, match="no group is wanted"):
-        train_dreambooth.start_accelerator(parse_settings(argv()))
+        start_accelerator(parse_settings(argv()), parse_settings(argv()))
     assert patience[0] >= timedelta(hours=1)
 
 
@@ -172,7 +174,7 @@ def test_the_ways_of_the_configs_are_known(argv: Argv, kind: str) -> None:
 
 def test_one_process_cannot_share_out(argv: Argv) -> None:
     with pytest.raises(InputError, match="--fsdp shares the frozen model out over several processes"):
-        train_dreambooth.main(argv(fsdp=True))
+        main(argv(fsdp=True))
 
 
 @pytest.mark.parametrize(

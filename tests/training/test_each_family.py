@@ -32,10 +32,11 @@ from torch import Tensor
 from transformers.models.t5 import modeling_t5
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, load_coeff_weights
+from coeff_diffusers.training.adapters import add_adapters
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families import FAMILIES, DiffusionFamily, Family
 from coeff_diffusers.training.results.validation import decoding_without_autocast
-from coeff_diffusers.training.run.dreambooth import TrainingResult, add_adapters
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.memory import release_frozen_text_encoders, release_text_encoders
 from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
 
@@ -353,11 +354,11 @@ def test_prompts_that_lose_their_end_are_refused_and_others_are_not(name: str, f
     encoder = getattr(family.pipeline, longest.replace("tokenizer", "text_encoder"))
     hook = lambda module, args, kwargs: seen.append(kwargs.get("input_ids", *args[:1]))  # noqa: E731
     with encoder.register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
-        _, told, cut = (family.encode_prompts([prompt])[0]["prompt_embeds"] for prompt in ("fox", fits, fits + "a"))
+        _, told, crop = (family.encode_prompts([prompt])[0]["prompt_embeds"] for prompt in ("fox", fits, fits + "a"))
     short = ids("fox")
     assert torch.equal(seen[0][:, : short.shape[1]], short)
     assert torch.equal(seen[1], ids(fits))
-    assert cut.shape == told.shape
+    assert crop.shape == told.shape
     if name != "QwenImagePipeline":  # which cuts prompts after its encoder
         assert seen[2].shape == seen[1].shape
 

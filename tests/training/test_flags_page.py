@@ -7,7 +7,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")

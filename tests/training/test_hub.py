@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
+from running import main
 
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.results import hub
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
-from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
 

@@ -21,9 +21,9 @@ from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, Example, upright_rgb
 from coeff_diffusers.training.images.files import TrainingImage
-from coeff_diffusers.training.images.latents import encode_cuts, moments_of, release_vae, vae_on
+from coeff_diffusers.training.images.latents import encode_crops, moments_of, release_vae, vae_on
 from coeff_diffusers.training.run.dreambooth import TrainingResult
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.settings import parse_settings
 
 Train = Callable[..., TrainingResult]
 SIZES = [(24, 16), (26, 17), (16, 16), (15, 28)]  # width and height
@@ -102,7 +102,7 @@ def test_each_cached_latent_is_of_its_image_with_its_prompt(
     paths = noise(tmp_path / "subject", SIZES), noise(tmp_path / "class", [(20, 16), (16, 18), (16, 16)])
     files = {str(path): path for group in paths for path in group}
     data = dataset(opened(paths[0]) * 2, opened(paths[1]), buckets=buckets, center_crop=True)
-    data.moments = encode_cuts(family, data, silent=True)
+    data.moments = encode_crops(family, data, silent=True)
     mirrored = set()
     for draw in range(48):
         for kind, example in zip(("subject", "class"), data[draw]):
@@ -121,17 +121,17 @@ def test_only_what_will_be_shown_is_encoded_and_each_once(
     encoded, original = [], family.encode_images
     monkeypatch.setattr(family, "encode_images", lambda pixels: encoded.append(len(pixels)) or original(pixels))
     subject, classes = opened(noise(tmp_path / "subject", SIZES)), opened(noise(tmp_path / "class", [(16, 16)] * 30))
-    encode_cuts(family, dataset(subject * 3, classes, random_flip=False, center_crop=True), silent=True)
+    encode_crops(family, dataset(subject * 3, classes, random_flip=False, center_crop=True), silent=True)
     assert encoded == [1] * (4 + 30)
     rest = DreamBoothDataset(2, subject, classes, resolution=16, seed=0, center_crop=True, first=5)
-    assert set(encode_cuts(family, rest, silent=True)) == {
-        rest.cut(k, n) for k in ("instance", "class") for n in (5, 6)
+    assert set(encode_crops(family, rest, silent=True)) == {
+        rest.crop(k, n) for k in ("instance", "class") for n in (5, 6)
     }
 
 
 def test_square_images_are_cached_whole_without_a_centre_crop(family: StableDiffusion, tmp_path: Path) -> None:
     data = dataset(opened(noise(tmp_path / "subject", [(16, 16), (20, 20)])), [])
-    assert len(encode_cuts(family, data, silent=True)) == 4  # mirrored, too
+    assert len(encode_crops(family, data, silent=True)) == 4  # mirrored, too
 
 
 def test_cached_latents_are_float32_in_the_cpus_memory_and_nothing_is_read_again(
@@ -140,7 +140,7 @@ def test_cached_latents_are_float32_in_the_cpus_memory_and_nothing_is_read_again
     paths = noise(tmp_path / "subject", SIZES)
     family.pipeline.vae.to(torch.bfloat16)
     data = dataset(opened(paths), [], center_crop=True)
-    data.moments = encode_cuts(family, data, silent=True)
+    data.moments = encode_crops(family, data, silent=True)
     for path in paths:
         path.unlink()
     for draw in range(48):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coeff_diffusers.training.run.losses import dreambooth_loss, squared_errors
+from coeff_diffusers.training.families.losses import squared_errors
+from coeff_diffusers.training.run.losses import dreambooth_loss
 
 SHAPE = (6, 3, 5, 4)
 KINDS = ["instance"] * 3 + ["class"] * 3

@@ -21,7 +21,7 @@ from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.run import memory
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.memory import release_text_encoders
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.settings import parse_settings
 
 
 @pytest.fixture

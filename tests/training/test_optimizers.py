@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from prodigyopt import Prodigy
+from running import main
 from safetensors.torch import load_file
 from torch import nn
 
 from coeff_diffusers.training.errors import InputError
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.optimizers import make_optimizer, rates_in_use
-from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings, parse_settings
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 Train = Callable[..., TrainingResult]
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}

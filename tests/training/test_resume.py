@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
+from running import main
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coeff_diffusers.checkpoint import coeff_state_dict
-from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.errors import InputError, Stopped
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
-from coeff_diffusers.training.run import checkpoints, loop, stopping
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run import checkpoints, dreambooth, loop, stopping
 from coeff_diffusers.training.run.checkpoints import Checkpoints, checkpoint_paths, problem_of
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
-from coeff_diffusers.training.run.stopping import Stopped, stop_request
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.state import TrainingState
+from coeff_diffusers.training.run.stopping import stop_request
+from coeff_diffusers.training.run.subjects import OneSubject
+from coeff_diffusers.training.settings import parse_settings
 
 Train = Callable[..., TrainingResult]
 SCRIPT = Path(__file__).parents[2] / "training" / "train_dreambooth.py"
@@ -45,9 +47,9 @@ def at_step(step: int, action: Callable[[], object], monkeypatch: pytest.MonkeyP
     """Does something once, when a step is through and nothing of it has been saved."""
     original = loop.report
 
-    def report(progress: Any, losses: list[float], *args: Any) -> None:
-        original(progress, losses, *args)
-        if len(losses) == step:
+    def report(progress: Any, state: TrainingState, *args: Any) -> None:
+        original(progress, state, *args)
+        if len(state.losses) == step:
             monkeypatch.setattr(loop, "report", original)
             action()
 
@@ -184,25 +186,22 @@ def test_a_drawn_seed_stays_the_runs(
 
 def test_the_gradient_scaler_goes_on(argv: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    accelerator, trainee = Accelerator(), Nothing()
+    parameter = nn.Parameter(torch.zeros(1))
+    settings = parse_settings(argv())
+    accelerator = Accelerator()
+    state = TrainingState({"coefficients": [parameter]}, {"default": [parameter]}, settings, 3)
+    state.note_losses({"default": 1.0})
+
+    def checkpoints_of(resumed: checkpoints.Checkpoint | None) -> Checkpoints:
+        return Checkpoints(tmp_path / "out", None, accelerator, {}, OneSubject(), lambda folder: None, resumed)
+
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    saved = Checkpoints(parse_settings(argv()), accelerator, {}, lambda folder: None, None)
-    saved.save(trainee, [1.0])
+    saved = checkpoints_of(None)
+    saved.save(state)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     found = checkpoints.read_checkpoint(saved.last)
-    Checkpoints(parse_settings(argv()), accelerator, {}, lambda folder: None, found).restore(trainee)
+    checkpoints_of(found).restore(state)
     assert accelerator.scaler.get_scale() == 8.0
-
-
-class Nothing(loop.Trainee):
-    """Nothing that trains."""
-
-    def __init__(self) -> None:
-        parameter = nn.Parameter(torch.zeros(1))
-        optimizer = torch.optim.AdamW([parameter])
-        super().__init__(
-            {"coefficients": [parameter]}, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        )
 
 
 # The files
@@ -294,7 +293,7 @@ def test_a_log_and_images_that_cannot_be_written_do_not_end_the_run(
     images = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
     whole = train(output_dir=tmp_path / "whole")
     monkeypatch.setattr(Accelerator, "log", full)
-    monkeypatch.setattr(train_dreambooth, "write_grid", full)
+    monkeypatch.setattr(dreambooth, "write_grid", full)
     result = train(report_to="tensorboard", validation_steps=2, **images)
     assert_same_result(result, whole)
     assert result.images == []
@@ -432,14 +431,15 @@ def test_what_is_no_longer_finite_is_never_saved(
     """As after a gradient that overflows while the loss does not; in the last step, too."""
     original, calls = loop.clip_gradients, []
 
-    def clip(groups: list[list[nn.Parameter]], *args: Any) -> None:
+    def clip(groups: Iterable[list[nn.Parameter]], *args: Any) -> None:
+        groups = list(groups)
         original(groups, *args)
         calls.append(1)
         groups[0][0].grad.mul_(float("nan") if len(calls) == step else 1.0)
 
     monkeypatch.setattr(loop, "clip_gradients", clip)
     error = train_until(FloatingPointError, argv(checkpointing_steps=1, train_batch_size=1))
-    assert f"the norm of what trains is nan at step {step} of 3" in str(error)
+    assert f"the norm of the trainable parameters is nan at step {step} of 3" in str(error)
     assert f"checkpoint-{step - 1} is whole" in str(error)
     assert ".png: a sks fox" in str(error)
     assert checkpoint_paths(tmp_path / "out")[-1].name == f"checkpoint-{step - 1}"
@@ -551,14 +551,14 @@ def test_a_signal_during_validation_is_answered_after_it(
         "validation_steps": 1,
     }
     whole = train(output_dir=tmp_path / "whole")
-    original = train_dreambooth.validation_images
+    original = dreambooth.run_calls
 
     def images(*args: Any) -> list:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_dreambooth, "validation_images", images)
+        patch.setattr(dreambooth, "run_calls", images)
         stopped = train_until(Stopped, argv(**flags))
     assert str(stopped).startswith("stopped after step 1 of 3. ")
     assert_same_result(train(resume_from_checkpoint="latest"), whole)
@@ -589,8 +589,8 @@ def test_validation_shows_the_averages(train: Train, monkeypatch: pytest.MonkeyP
         seen.append(coeff_state_dict(family.pipeline))
         return original(family, *args)
 
-    original = train_dreambooth.validation_images
-    monkeypatch.setattr(train_dreambooth, "validation_images", images)
+    original = dreambooth.run_calls
+    monkeypatch.setattr(dreambooth, "run_calls", images)
     flags = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
     result = train(use_ema=True, validation_steps=2, **flags)
     shorter = train(use_ema=True, max_train_steps=2, output_dir=result.settings_file.parent / "shorter")

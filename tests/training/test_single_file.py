@@ -13,13 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 from ldm_file import save_single_file
 from prompts import PromptsError
+from running import main
 from safetensors.torch import load_file, save_file
 from tiny_sd import tiny_pipeline
 
 from coeff_diffusers import read_coeff_metadata
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.single_file import load_single_file, single_file_config
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 
 
 @pytest.fixture(scope="module")

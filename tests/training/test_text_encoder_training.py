@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from running import main
 from safetensors.torch import load_file
 from tiny_sd import MAX_TOKENS, tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -24,10 +25,10 @@ from coeff_diffusers.training.adapters.text_encoders import (
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families import Conditions
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
+from coeff_diffusers.training.run import dreambooth
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.step import DenoisingStep
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.settings import parse_settings
 
 Train = Callable[..., TrainingResult]
 Argv = Callable[..., list[str]]
@@ -53,7 +54,7 @@ def loaded(base: Path, result: TrainingResult) -> StableDiffusionPipeline:
 def family_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The family that trains, and the values of its text encoder before."""
     kept: dict[str, Any] = {}
-    original = train_dreambooth.load_family
+    original = dreambooth.load_family
 
     def load(*args: Any) -> Any:
         kept["family"] = original(*args)
@@ -61,7 +62,7 @@ def family_seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         kept["before"] = {name: value.clone() for name, value in kept["encoder"].named_parameters()}
         return kept["family"]
 
-    monkeypatch.setattr(train_dreambooth, "load_family", load)
+    monkeypatch.setattr(dreambooth, "load_family", load)
     return kept
 
 
@@ -240,19 +241,19 @@ def test_a_text_encoder_that_cannot_be_trained_is_refused_before_class_images_ar
     with pytest.raises(
         InputError, match="--train_text_encoder: this pipeline encodes prompts without gradients in te"
     ):
-        train_dreambooth.main(argv(**prior, train_text_encoder=True))
-    original = train_dreambooth.load_family
+        main(argv(**prior, train_text_encoder=True))
+    original = dreambooth.load_family
 
     def load(*args: Any) -> Any:
         family = original(*args)
         family.pipeline.text_encoder.set_attn_implementation("eager")
         return family
 
-    monkeypatch.setattr(train_dreambooth, "load_family", load)
+    monkeypatch.setattr(dreambooth, "load_family", load)
     with pytest.raises(
         InputError, match="--train_text_encoder: text_encoder: CLIPTextModel uses the attention 'eager'"
     ):
-        train_dreambooth.main(argv(**prior, train_text_encoder=True))
+        main(argv(**prior, train_text_encoder=True))
     assert not list((tmp_path / "class").iterdir())
 
 
@@ -261,7 +262,7 @@ def test_a_pipeline_without_lora_on_text_encoders_is_refused(argv: Argv, monkeyp
     with pytest.raises(
         InputError, match="StableDiffusionPipeline has no LoRA on text encoders; leave out --lora_rank"
     ):
-        train_dreambooth.main(argv(train_text_encoder=True, lora_rank=2))
+        main(argv(train_text_encoder=True, lora_rank=2))
 
 
 def test_its_rates_need_the_flag(argv: Argv) -> None:

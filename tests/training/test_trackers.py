@@ -12,11 +12,12 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
 from PIL import Image
+from running import main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.results import trackers
-from coeff_diffusers.training.run.dreambooth import TrainingResult, main
+from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings.dreambooth import TRACKERS
 
 

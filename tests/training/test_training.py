@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from running import main
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,16 +23,17 @@ from torch import Tensor
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, load_coeff_weights
 from coeff_diffusers.adapters import layer_coefficients
 from coeff_diffusers.checkpoint import coeff_state_dict
+from coeff_diffusers.training.adapters import check_trainable
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images import class_images
 from coeff_diffusers.training.results import validation
-from coeff_diffusers.training.run import dreambooth as train_dreambooth
-from coeff_diffusers.training.run.dreambooth import TrainingResult, check_trainable
-from coeff_diffusers.training.settings.dreambooth import parse_settings
+from coeff_diffusers.training.run import dreambooth
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.settings import parse_settings
 
 Train = Callable[..., TrainingResult]
-SCRIPT = Path(train_dreambooth.__file__)
+SCRIPT = Path(__file__).parents[2] / "training" / "train_dreambooth.py"
 
 
 def files_in(folder: Path) -> set[str]:
@@ -62,7 +64,7 @@ def image(loaded: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The model as it stands at the end of training, and what stood in it before, by name."""
     kept: dict[str, Any] = {}
-    original_train, original_load = train_dreambooth.train, train_dreambooth.load_family
+    original_steps, original_load = dreambooth.DreamBoothRun.steps, dreambooth.load_family
 
     def load(*args: Any) -> Any:
         kept["family"] = original_load(*args)
@@ -70,16 +72,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         kept["before"] = _values(kept["parts"])
         return kept["family"]
 
-    def train(*args: Any) -> Any:
-        losses = original_train(*args)
+    def steps(run: Any) -> Any:
+        yield from original_steps(run)
         coefficients = layer_coefficients(kept["family"].pipeline)
         kept["after"] = _values(kept["parts"]) | {
             f"{n}.coeff.default": layer.coeff["default"].detach().clone() for n, layer in enumerate(coefficients)
         }
-        return losses
 
-    monkeypatch.setattr(train_dreambooth, "train", train)
-    monkeypatch.setattr(train_dreambooth, "load_family", load)
+    monkeypatch.setattr(dreambooth.DreamBoothRun, "steps", steps)
+    monkeypatch.setattr(dreambooth, "load_family", load)
     return kept
 
 
@@ -144,7 +145,7 @@ def test_runs_of_one_process_share_nothing_that_accelerate_keeps(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     def run(name: str, **precision: str) -> TrainingResult:
-        return train_dreambooth.main(argv(max_train_steps=1, output_dir=tmp_path / name, **precision))
+        return main(argv(max_train_steps=1, output_dir=tmp_path / name, **precision))
 
     first = run("first")
     assert run("second", mixed_precision="bf16").settings.mixed_precision == "bf16"
@@ -158,7 +159,7 @@ def test_the_saved_settings_given_as_config_are_the_same_run(train: Train, tmp_p
     saved = parse_settings(["--config", str(first.settings_file)])
     assert saved == first.settings
     assert (saved.max_train_steps, saved.resolution, saved.learning_rate) == (3, 16, 0.1)
-    second = train_dreambooth.main(["--config", str(first.settings_file), "--output_dir", str(tmp_path / "again")])
+    second = main(["--config", str(first.settings_file), "--output_dir", str(tmp_path / "again")])
     assert_equal(coefficients(first), coefficients(second))
 
 
@@ -515,10 +516,10 @@ def test_what_cannot_be_put_on_is_refused_before_class_images_are_made(
 ) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
     with pytest.raises(InputError, match=r"--coeff_include.*\['attn3'\] match none of the"):
-        train_dreambooth.main(argv(coeff_include="attn3", **prior))
-    monkeypatch.setattr("coeff_diffusers.training.run.dreambooth.is_peft_available", lambda: False)
+        main(argv(coeff_include="attn3", **prior))
+    monkeypatch.setattr("coeff_diffusers.training.adapters.is_peft_available", lambda: False)
     with pytest.raises(InputError, match="--lora_rank needs peft: pip install"):
-        train_dreambooth.main(argv(lora_rank=2, **prior))
+        main(argv(lora_rank=2, **prior))
     assert not list((tmp_path / "class").glob("*"))
 
 
@@ -566,7 +567,7 @@ def test_weights_are_written_before_the_last_validation(
     def fail(*args: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(train_dreambooth, "validation_images", fail)
+    monkeypatch.setattr(dreambooth, "run_calls", fail)
     with pytest.raises(MemoryError):
         train(validation_prompt=["a"])
     assert files_in(tmp_path / "out") == {"pytorch_coeff_weights.safetensors", "config.yaml"}

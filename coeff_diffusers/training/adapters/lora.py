@@ -18,10 +18,10 @@ from coeff_diffusers.layers import matches
 
 from ..errors import InputError
 from ..families import Family
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import LoraSettings
 
 
-def lora_targets(family: Family, settings: DreamBoothSettings) -> list[str]:
+def lora_targets(family: Family, settings: LoraSettings) -> list[str]:
     """What gets a LoRA in the denoiser, as peft takes it: the family's own layers, or those of --lora_layers.
 
     Raises:
@@ -37,13 +37,13 @@ def lora_targets(family: Family, settings: DreamBoothSettings) -> list[str]:
     return [path for path in layers if any(matches(path, pattern) for pattern in settings.lora_layers)]
 
 
-def add_lora(model: Any, settings: DreamBoothSettings, targets: Sequence[str]) -> list[nn.Parameter]:
+def add_lora(model: Any, settings: LoraSettings, targets: Sequence[str]) -> list[nn.Parameter]:
     """Adds a LoRA, zero at first, and returns its parameters, in float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
+        lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
         use_dora=settings.use_dora,
         init_lora_weights="gaussian",

@@ -16,20 +16,26 @@ from coeff_diffusers.text import check_text_encoder, text_attention_layers
 
 from ..errors import InputError
 from ..families import Family
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import AdapterSettings
 from .lora import add_lora
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")  # of CLIP, Qwen and Gemma, T5
 
 
-def check_text_encoders(family: Family, settings: DreamBoothSettings) -> None:
-    """Raises InputError if the family's text encoders cannot be trained, or not as these settings ask."""
+def check_text_encoders(family: Family, settings: AdapterSettings, prompt: str) -> None:
+    """Raises InputError if the family's text encoders cannot be trained, or not as these settings ask.
+
+    Args:
+        family: with its text encoders.
+        settings: what is trained.
+        prompt: any that is trained on.
+    """
     for name, encoder in _chosen(family).items():
         try:
             check_text_encoder(encoder)
         except ValueError as error:
             raise InputError(f"--train_text_encoder: {name}: {error}") from error
-        if not layers_in_use(family, name):
+        if not layers_in_use(family, name, prompt):
             raise InputError(f"--train_text_encoder: this pipeline encodes prompts without gradients in {name}")
     save = getattr(family.pipeline, "save_lora_weights", None)
     savable = inspect.signature(save).parameters if save else {}
@@ -40,7 +46,7 @@ def check_text_encoders(family: Family, settings: DreamBoothSettings) -> None:
         )
 
 
-def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
+def add_text_encoder_adapters(family: Family, settings: AdapterSettings, prompt: str) -> dict[str, list[nn.Parameter]]:
     """Puts on what trains, and writes the encoders down in `family.trained_text_encoders`.
 
     Returns:
@@ -48,7 +54,7 @@ def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> d
     """
     added: dict[str, list[nn.Parameter]] = {}
     for name, encoder in _chosen(family).items():
-        paths = layers_in_use(family, name)
+        paths = layers_in_use(family, name, prompt)
         switch_dropout_off(encoder)
         if settings.lora_rank:
             targets = [path for path, _ in encoder.named_modules() if _is_target(path, paths)]
@@ -61,7 +67,7 @@ def add_text_encoder_adapters(family: Family, settings: DreamBoothSettings) -> d
     return added
 
 
-def layers_in_use(family: Family, name: str) -> list[str]:
+def layers_in_use(family: Family, name: str, prompt: str) -> list[str]:
     """Paths of the attention layers that the prompt's conditions depend on.
 
     The last ones often do not count: SDXL reads the layer before. What never has a gradient must not wait for one.
@@ -72,7 +78,7 @@ def layers_in_use(family: Family, name: str) -> list[str]:
         probe.requires_grad_(True)
     try:
         with torch.enable_grad():
-            [conditions] = family.encode_prompts([family.settings.instance_prompt])
+            [conditions] = family.encode_prompts([prompt])
             sums = [value.float().sum() for value in conditions.values() if value.requires_grad]
             found = torch.autograd.grad(sums, probes, allow_unused=True) if sums else [None] * len(probes)
     finally:
@@ -87,7 +93,7 @@ def switch_dropout_off(encoder: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
+            module.dropout = 0.0  # type: ignore[assignment]
 
 
 def _chosen(family: Family) -> dict[str, Any]:

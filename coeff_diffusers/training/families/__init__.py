@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..run.sharding import shard_frozen_weights
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import BaseModelSettings, ObjectiveSettings
 from .base import Conditions, DiffusionFamily, Family, FlowFamily
 from .flux import Flux
 from .flux2 import Flux2Klein
@@ -18,6 +17,7 @@ from .lumina2 import Lumina2
 from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
+from .sharding import shard_frozen_weights
 from .single_file import is_single_file, load_single_file, single_file_config
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
@@ -40,7 +40,7 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def find_family(settings: DreamBoothSettings) -> type[Family]:
+def find_family(settings: BaseModelSettings) -> type[Family]:
     """Reads which pipeline the base model is.
 
     Raises:
@@ -56,7 +56,7 @@ def find_family(settings: DreamBoothSettings) -> type[Family]:
     return families[config["_class_name"]]
 
 
-def _pipeline_config(settings: DreamBoothSettings) -> dict[str, Any]:
+def _pipeline_config(settings: BaseModelSettings) -> dict[str, Any]:
     """What model_index.json says; raises InputError if there is none, or a setting is not for such a base model."""
     name = settings.pretrained_model_name_or_path
     if is_single_file(name):
@@ -75,8 +75,27 @@ def _pipeline_config(settings: DreamBoothSettings) -> dict[str, Any]:
         raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
 
 
-def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.device, dtype: torch.dtype) -> Family:
-    """Loads and freezes everything. Safety checkers take no part in training."""
+def load_family(
+    kind: type[Family],
+    settings: BaseModelSettings,
+    objective: ObjectiveSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    fsdp: bool = False,
+) -> Family:
+    """Loads and freezes everything. Safety checkers take no part in training.
+
+    Args:
+        kind: of [`find_family`].
+        settings: which base model.
+        objective: what it is trained for.
+        device: where it goes.
+        dtype: of all its weights.
+        fsdp: shards the denoiser over the processes.
+
+    Raises:
+        InputError: if it cannot be loaded, or not trained so.
+    """
     name, revision = settings.pretrained_model_name_or_path, settings.revision
     left_out = [part for part, of in _pipeline_config(settings).items() if of in ([None, None], (None, None))]
     arguments = dict.fromkeys(left_out) | dict(kind.load_arguments)
@@ -98,9 +117,9 @@ def load_family(kind: type[Family], settings: DreamBoothSettings, device: torch.
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    if settings.fsdp:  # before the whole of it is on the device
+    if fsdp:  # before the whole of it is on the device
         shard_frozen_weights(getattr(pipeline, kind.denoiser_name), device)
-    return kind(pipeline.to(device), settings)
+    return kind(pipeline.to(device), objective)
 
 
 def load_vae(name: str, dtype: torch.dtype) -> nn.Module:

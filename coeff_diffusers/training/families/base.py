@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError
-from ..run.losses import squared_errors
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
+from .losses import squared_errors
 
 Conditions = dict[str, Tensor]
 OFFSET = 0.1  # of --offset_noise, as in diffusers' scripts, from crosslabs.org/blog/diffusion-with-offset-noise
@@ -50,7 +50,7 @@ class Family(ABC):
     takes_guidance: ClassVar[bool] = False  # as a condition of the denoiser
     longest_sequence: ClassVar[int | None] = None  # the largest max_sequence_length that the pipeline's call accepts
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         self.pipeline, self.settings = pipeline, settings
         self._check_sequence_length()
         if settings.guidance_scale is not None and not self.takes_guidance:
@@ -69,7 +69,7 @@ class Family(ABC):
 
     def check_channels(self, given: int) -> None:
         """Raises InputError if the denoiser takes other channels than latents have, as those of edited images do."""
-        taken = self.denoiser.config.in_channels
+        taken: int = self.pipeline.components[self.denoiser_name].config.in_channels
         if taken != given:
             raise InputError(
                 f"the {self.denoiser_name} takes {taken} channels and the latents have {given}: models for "
@@ -256,7 +256,7 @@ class DiffusionFamily(Family):
 
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction", "sample")
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         kind = self.noise_scheduler.config.prediction_type
@@ -319,9 +319,9 @@ class FlowFamily(Family):
     times as large.
     """
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
-        self.noise_scheduler = self.training_scheduler()
+        self.noise_scheduler: Any = self.training_scheduler()
         if settings.snr_gamma is not None:
             raise InputError("--snr_gamma: this model is trained by flow matching; see --weighting_scheme")
         if settings.offset_noise:
@@ -363,7 +363,8 @@ class FlowFamily(Family):
             )
             for generator in generators
         ]
-        return (torch.cat(densities) * count).long().clamp(max=count - 1)
+        places: Tensor = (torch.cat(densities) * count).long().clamp(max=count - 1)
+        return places
 
 
 def randn(like: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily
 
 DEFAULT_GUIDANCE = 3.5  # of diffusers' script for FLUX.1, and of the pipeline's call
@@ -27,7 +27,7 @@ class Flux(FlowFamily):
     longest_sequence = 512
     takes_guidance = True
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(4 * pipeline.vae.config.latent_channels)
         self.guided = bool(pipeline.transformer.config.guidance_embeds)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily
 
 
@@ -16,7 +16,7 @@ class Flux2Klein(FlowFamily):
 
     supported = ("Flux2KleinPipeline",)
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         vae = pipeline.vae
         self.check_channels(4 * vae.config.latent_channels)
@@ -57,7 +57,8 @@ class Flux2Klein(FlowFamily):
 
     def normalise(self, latents: Tensor) -> Tensor:
         patches: Tensor = self.pipeline._patchify_latents(latents)
-        return (patches - self.mean.to(patches)) / self.deviation.to(patches)
+        normalised: Tensor = (patches - self.mean.to(patches)) / self.deviation.to(patches)
+        return normalised
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor

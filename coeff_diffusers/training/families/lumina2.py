@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily
 
 
@@ -17,7 +17,7 @@ class Lumina2(FlowFamily):
     lora_targets = ("to_q", "to_k", "to_v")
     longest_sequence = 512
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(pipeline.vae.config.latent_channels)
 

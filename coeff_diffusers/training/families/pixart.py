@@ -8,14 +8,14 @@ from typing import Any
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, DiffusionFamily
 
 
 class PixArt(DiffusionFamily):
     supported = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(pipeline.vae.config.latent_channels)
         self.clean_caption = is_bs4_available() and is_ftfy_available()  # else the pipeline only warns of them

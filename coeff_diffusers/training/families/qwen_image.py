@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily, pad_prompts
 
 NEGATIVE_PROMPT = " "  # of the pipeline's own example
@@ -20,7 +20,7 @@ class QwenImage(FlowFamily):
     supported = ("QwenImagePipeline",)
     longest_sequence = 1024
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         config = pipeline.vae.config
         self.check_channels(4 * config.z_dim)

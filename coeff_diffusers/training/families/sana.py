@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily, call_parameters
 
 
@@ -20,9 +21,9 @@ class Sana(FlowFamily):
     supported = ("SanaPipeline",)
     lora_targets = ("to_q", "to_k", "to_v")
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
-        if settings.mixed_precision == "fp16":
+        if pipeline.transformer.dtype == torch.float16:
             raise InputError(
                 "--mixed_precision fp16: autocast computes this model's linear attention in float16, where it is not "
                 "finite; use bf16 or no"

@@ -54,7 +54,9 @@ def load_single_file(file: str, config: str | None, **arguments: Any) -> Any:
     config, index = single_file_config(file, config)
     try:
         pipeline = getattr(diffusers, index["_class_name"]).from_single_file(file, config=config, **arguments)
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        parts: dict[str, Any] = {
+            name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+        }
         lacking = [f"{name}.{key}" for name, part in parts.items() for key, p in part.named_parameters() if p.is_meta]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
@@ -62,7 +64,7 @@ def load_single_file(file: str, config: str | None, **arguments: Any) -> Any:
         raise _unusable(file, error, index["_class_name"]) from error
     for part in parts.values():
         if isinstance(part, diffusers.ModelMixin):
-            part.register_to_config(_name_or_path=file)  # as from_pretrained has it, for files of coefficients
+            part.register_to_config(_name_or_path=file)  # type: ignore[attr-defined]  # as from_pretrained has it, for files of coefficients
     return pipeline
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, DiffusionFamily
 
 
@@ -16,7 +16,7 @@ class StableDiffusion(DiffusionFamily):
     denoiser_name = "unet"
     load_arguments = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(pipeline.vae.config.latent_channels)
         if pipeline.unet.config.time_cond_proj_dim is not None:

@@ -9,9 +9,9 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..run.losses import squared_errors
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, DiffusionFamily
+from .losses import squared_errors
 
 
 class StableDiffusionXL(DiffusionFamily):
@@ -29,7 +29,7 @@ class StableDiffusionXL(DiffusionFamily):
     denoiser_name = "unet"
     text_encoder_names = ("text_encoder", "text_encoder_2")
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         config = pipeline.vae.config
         self.check_channels(config.latent_channels)
@@ -37,7 +37,7 @@ class StableDiffusionXL(DiffusionFamily):
             raise InputError("the UNet was distilled to take the guidance scale: such models cannot be trained")
         self.mean = _per_channel(config.latents_mean, 0.0)
         self.deviation = _per_channel(config.latents_std, 1.0) / config.scaling_factor
-        self.edm = _edm_scheduler(pipeline.scheduler) if "EDM" in type(pipeline.scheduler).__name__ else None
+        self.edm: Any = _edm_scheduler(pipeline.scheduler) if "EDM" in type(pipeline.scheduler).__name__ else None
         if self.edm is not None and (settings.snr_gamma is not None or settings.offset_noise):
             raise InputError("--snr_gamma, --offset_noise: the scheduler of this model is one of EDM, without them")
 
@@ -64,7 +64,8 @@ class StableDiffusionXL(DiffusionFamily):
         return {"prompt_embeds": embeddings[0], "pooled": pooled[0]}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        return (latents - self.mean.to(latents)) / self.deviation.to(latents)
+        normalised: Tensor = (latents - self.mean.to(latents)) / self.deviation.to(latents)
+        return normalised
 
     def errors(
         self,
@@ -104,6 +105,6 @@ def _per_channel(values: Any, default: float) -> Tensor:
     return torch.tensor(default if values is None else values).view(-1, 1, 1)
 
 
-def _edm_scheduler(scheduler: Any) -> EDMEulerScheduler:
+def _edm_scheduler(scheduler: Any) -> Any:
     names = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "num_train_timesteps", "prediction_type", "rho")
     return EDMEulerScheduler(**{name: scheduler.config[name] for name in names})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ObjectiveSettings
 from .base import Conditions, FlowFamily, pad_prompts
 
 
@@ -16,7 +16,7 @@ class ZImage(FlowFamily):
 
     supported = ("ZImagePipeline",)
 
-    def __init__(self, pipeline: Any, settings: DreamBoothSettings) -> None:
+    def __init__(self, pipeline: Any, settings: ObjectiveSettings) -> None:
         super().__init__(pipeline, settings)
         self.check_channels(pipeline.vae.config.latent_channels)
 

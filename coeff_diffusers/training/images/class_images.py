@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
 
 from ..families import Family
 from ..results.files import make_writable, write_image
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import PriorSettings
 from .dreambooth_dataset import seed_of
 from .files import TrainingImage, file_images, find_images
 
 
-def check_class_folder(settings: DreamBoothSettings) -> list[TrainingImage]:
+def check_class_folder(settings: PriorSettings) -> list[TrainingImage]:
     """The images in `class_data_dir`; raises InputError if files are none, or some lack and it cannot be written."""
     folder = Path(str(settings.class_data_dir))
     if not folder.exists():
@@ -29,9 +30,26 @@ def check_class_folder(settings: DreamBoothSettings) -> list[TrainingImage]:
 
 
 def complete_class_images(
-    family: Family, settings: DreamBoothSettings, accelerator: Accelerator
+    family: Family,
+    settings: PriorSettings,
+    accelerator: Accelerator,
+    *,
+    resolution: int,
+    seed: int,
+    batch_size: int,
+    fsdp: bool,
 ) -> list[TrainingImage]:
-    """Fills `class_data_dir` up to `num_class_images`, shared out over the processes, and returns that many."""
+    """Fills `class_data_dir` up to `num_class_images`, shared out over the processes, and returns that many.
+
+    Args:
+        family: the base model, with nothing trained on it.
+        settings: which folder, prompt and number.
+        accelerator: of the run.
+        resolution: height and width in pixels.
+        seed: of the run.
+        batch_size: how many are generated at a time.
+        fsdp: no process may be through before another.
+    """
     folder = Path(str(settings.class_data_dir))
     found = find_images(folder, "class_data_dir", empty_allowed=True)
     missing = max(0, settings.num_class_images - len(found))
@@ -39,23 +57,23 @@ def complete_class_images(
     numbers = list(islice(free, missing))
     accelerator.wait_for_everyone()  # the free numbers are the same for all, so nobody writes before all have them
     if numbers:
-        # with --fsdp no process may be through before another
-        with accelerator.split_between_processes(numbers, apply_padding=settings.fsdp) as share:
-            _generate(family, settings, list(share), silent=not accelerator.is_main_process)
+        with accelerator.split_between_processes(numbers, apply_padding=fsdp) as share:
+            starts = range(0, len(share), batch_size)
+            for start in tqdm(starts, desc="class images", disable=not accelerator.is_main_process):
+                batch = list(share[start : start + batch_size])
+                images = _generate(family, settings.class_prompt or "", resolution, seed, batch)
+                for n, image in zip(batch, images):
+                    write_image(image, _class_image_path(folder, n))
     accelerator.wait_for_everyone()
     files = find_images(folder, "class_data_dir")[: settings.num_class_images]
     return file_images(dict.fromkeys(files, settings.class_prompt or ""), "class_data_dir")
 
 
-def _generate(family: Family, settings: DreamBoothSettings, numbers: list[int], silent: bool) -> None:
-    size, side = settings.sample_batch_size, settings.resolution
-    for start in tqdm(range(0, len(numbers), size), desc="class images", disable=silent):
-        batch = numbers[start : start + size]
-        generators = [torch.Generator().manual_seed(seed_of(settings.seed, "class image", n)) for n in batch]
-        arguments = family.call_arguments([settings.class_prompt or ""] * len(batch))
-        images = family.pipeline(height=side, width=side, generator=generators, **arguments).images
-        for n, image in zip(batch, images):
-            write_image(image, _class_image_path(Path(str(settings.class_data_dir)), n))
+def _generate(family: Family, prompt: str, side: int, seed: int, numbers: list[int]) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(seed_of(seed, "class picture", n)) for n in numbers]
+    arguments = family.call_arguments([prompt] * len(numbers))
+    images: list[Image.Image] = family.pipeline(height=side, width=side, generator=generators, **arguments).images
+    return images
 
 
 def _class_image_path(folder: Path, number: int) -> Path:

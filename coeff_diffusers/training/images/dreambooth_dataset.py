@@ -61,12 +61,12 @@ def load_image(source: TrainingImage, size: Size, background: str) -> Image.Imag
 
 
 @dataclass(frozen=True)
-class Cut:
+class Crop:
     """What of an image is shown.
 
     Args:
         image: which one.
-        size: height and width of the cut.
+        size: height and width of the crop.
         where: it lies along the side that is too long: from 0, its start, to 1, its end.
         mirrored: left and right are exchanged.
     """
@@ -79,7 +79,7 @@ class Cut:
     @classmethod
     def draw(
         cls, image: TrainingImage, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
-    ) -> Cut:
+    ) -> Crop:
         # both are drawn in any case, so that one option does not change what another one draws
         where, mirror = torch.rand(2, generator=generator).tolist()
         nothing_is_cut = image.height * size[1] == image.width * size[0]
@@ -98,10 +98,10 @@ class Cut:
         return top, rest[1] - left if self.mirrored else left
 
 
-def cut_out(image: Image.Image, cut: Cut) -> Tensor:
+def crop_image(image: Image.Image, crop: Crop) -> Tensor:
     """(3, height, width) in [-1, 1] of a scaled image."""
-    (top, left), (height, width) = cut.corner, cut.size
-    image = ImageOps.mirror(image) if cut.mirrored else image
+    (top, left), (height, width) = crop.corner, crop.size
+    image = ImageOps.mirror(image) if crop.mirrored else image
     box = image.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0
 
@@ -186,7 +186,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         }
         self.class_images = tuple(class_images)
         self.kinds = ("instance", "class") if class_images else ("instance",)
-        self.moments: dict[Cut, Tensor] = {}
+        self.moments: dict[Crop, Tensor] = {}
 
     def __len__(self) -> int:
         return self.draws
@@ -195,7 +195,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         """Of the subject, and of the class if there are class images."""
         return [self._example(kind, draw + self.first) for kind in self.kinds]
 
-    def cut(self, kind: str, draw: int) -> Cut:
+    def crop(self, kind: str, draw: int) -> Crop:
         """Which image a draw of the run shows, and what of it."""
         step, place = divmod(draw, self.step_draws)
         size, steps_before = bucket_of_step(self.sizes, step, f"{self.seed}/buckets")
@@ -205,28 +205,28 @@ class DreamBoothDataset(Dataset[list[Example]]):
         epoch, place = divmod(shown, len(images))
         image = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
-        return Cut.draw(image, size, self.center_crop, self.random_flip, generator)
+        return Crop.draw(image, size, self.center_crop, self.random_flip, generator)
 
-    def cuts(self) -> list[Cut]:
+    def crops(self) -> list[Crop]:
         """All that will be shown, each once."""
         draws = range(self.first, self.first + self.draws)
-        return list(dict.fromkeys(self.cut(kind, draw) for draw in draws for kind in self.kinds))
+        return list(dict.fromkeys(self.crop(kind, draw) for draw in draws for kind in self.kinds))
 
-    def pixels(self, cut: Cut) -> Tensor:
+    def pixels(self, crop: Crop) -> Tensor:
         """(3, height, width) in [-1, 1]."""
-        return cut_out(load_image(cut.image, cut.size, self.background_color), cut)
+        return crop_image(load_image(crop.image, crop.size, self.background_color), crop)
 
     def _example(self, kind: str, draw: int) -> Example:
-        cut = self.cut(kind, draw)
-        moments = self.moments.get(cut)
+        crop = self.crop(kind, draw)
+        moments = self.moments.get(crop)
         dropped = random.Random(seed_of(self.seed, kind, "caption", draw)).random() < self.caption_dropout
         return Example(
             kind=kind,
-            name=cut.image.name,
-            prompt="" if dropped else cut.image.prompt,
-            pixels=self.pixels(cut) if moments is None else None,
+            name=crop.image.name,
+            prompt="" if dropped else crop.image.prompt,
+            pixels=self.pixels(crop) if moments is None else None,
             moments=moments,
-            sizes=(cut.image.height, cut.image.width, *cut.corner, *cut.size),
+            sizes=(crop.image.height, crop.image.width, *crop.corner, *crop.size),
             seed=seed_of(self.seed, kind, "noise", draw),
         )
 

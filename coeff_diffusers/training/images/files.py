@@ -85,7 +85,7 @@ def _range_problem(image: Image.Image) -> str | None:
     if image.mode == "F":
         what = "mode F has numbers of any range"
     elif image.mode == "I":
-        low, high = image.getextrema()
+        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type]
         if low < 0 or high > 65535:
             what = f"mode I has numbers from {low} to {high} here, beyond 16 bits"
     return what and f"{what}, so that black and white are unknown: save it as an 8- or 16-bit PNG"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import SubjectSettings
 from .files import TrainingImage, open_images
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-def dataset_images(settings: DreamBoothSettings) -> list[TrainingImage]:
+def dataset_images(settings: SubjectSettings) -> list[TrainingImage]:
     """The images of --dataset_name in its order, each with its caption, or with the prompt of all.
 
     Raises:
@@ -44,7 +44,7 @@ def read_row(rows: Dataset, column: str, row: int) -> Image.Image:
     return image
 
 
-def load_rows(settings: DreamBoothSettings) -> Dataset:
+def load_rows(settings: SubjectSettings) -> Dataset:
     """The split "train", or the only one that there is; raises InputError if it cannot be had."""
     try:
         import datasets
@@ -65,7 +65,7 @@ def load_rows(settings: DreamBoothSettings) -> Dataset:
     return rows
 
 
-def check_path(path: Path, settings: DreamBoothSettings) -> None:
+def check_path(path: Path, settings: SubjectSettings) -> None:
     """Raises InputError if this is a file of another kind, or has no configurations and one is asked for."""
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"--dataset_name: {path} is a file, but none that ends in .parquet")
@@ -78,7 +78,7 @@ def is_saved(path: Path) -> bool:
     return any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
 
 
-def _load(settings: DreamBoothSettings) -> Dataset | DatasetDict:
+def _load(settings: SubjectSettings) -> Dataset | DatasetDict:
     """By a name on the Hub, or from a folder of images or of data files, a Parquet file, or what was saved."""
     import datasets
 
@@ -102,7 +102,7 @@ def _files_by_split(folder: Path) -> dict[str, list[str]] | None:
     return {str(split): [f"{escaped}/{pattern}" for pattern in patterns] for split, patterns in found}
 
 
-def check_columns(rows: Dataset, settings: DreamBoothSettings) -> None:
+def check_columns(rows: Dataset, settings: SubjectSettings) -> None:
     """Raises InputError if a column is not there."""
     for setting in ("image_column", "caption_column"):
         column = getattr(settings, setting)
@@ -112,7 +112,7 @@ def check_columns(rows: Dataset, settings: DreamBoothSettings) -> None:
             )
 
 
-def image_rows(rows: Dataset, settings: DreamBoothSettings) -> Dataset:
+def image_rows(rows: Dataset, settings: SubjectSettings) -> Dataset:
     """The images alone, from images, encoded bytes or paths; raises InputError if they are something else."""
     import datasets
 
@@ -123,7 +123,7 @@ def image_rows(rows: Dataset, settings: DreamBoothSettings) -> Dataset:
         raise InputError(f"--image_column: {column!r} holds no images but {rows.features[column]}") from error
 
 
-def read_prompts(rows: Dataset, settings: DreamBoothSettings) -> Iterator[str]:
+def read_prompts(rows: Dataset, settings: SubjectSettings) -> Iterator[str]:
     """Of each row; raises InputError naming those without one."""
     if settings.caption_column is None:
         return iter([settings.instance_prompt] * len(rows))

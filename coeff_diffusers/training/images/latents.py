@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..families import Family
-from ..settings.dreambooth import DreamBoothSettings
-from .dreambooth_dataset import Cut, DreamBoothDataset
+from ..settings.dreambooth import ImageSettings
+from .dreambooth_dataset import Crop, DreamBoothDataset
 from .files import TrainingImage
+from .subjects_dataset import SubjectsDataset
 
 
-def check_cacheable(images: Sequence[TrainingImage], settings: DreamBoothSettings) -> None:
+def check_cacheable(images: Sequence[TrainingImage], settings: ImageSettings) -> None:
     """Raises InputError, naming them, if images are cut at random: then there is no end of latents."""
     if not settings.cache_latents or settings.center_crop or settings.aspect_ratio_buckets:
         return
@@ -34,12 +35,12 @@ def check_cacheable(images: Sequence[TrainingImage], settings: DreamBoothSetting
         )
 
 
-def encode_cuts(family: Family, dataset: DreamBoothDataset, silent: bool) -> dict[Cut, Tensor]:
+def encode_crops(family: Family, dataset: DreamBoothDataset | SubjectsDataset, silent: bool) -> dict[Crop, Tensor]:
     """The moments, float32 in the CPU's memory, of everything that the data set will show."""
     moments = {}
-    for cut in tqdm(dataset.cuts(), desc="encoding images", disable=silent):
-        pixels = dataset.pixels(cut)[None].to(family.device)
-        moments[cut] = family.encode_images(pixels)[0].cpu()
+    for crop in tqdm(dataset.crops(), desc="encoding images", disable=silent):
+        pixels = dataset.pixels(crop)[None].to(family.device)
+        moments[crop] = family.encode_images(pixels)[0].cpu()
     return moments
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from coeff_diffusers.checkpoint import whole_file
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
 
 
 def make_writable(folder: str | Path, setting: str) -> Path:
@@ -28,13 +27,13 @@ def make_writable(folder: str | Path, setting: str) -> Path:
         raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
 
 
-def check_output_folder(settings: DreamBoothSettings) -> None:
+def check_output_folder(output_dir: str | Path) -> None:
     """Makes the output folder.
 
     Raises:
         InputError: if it cannot be written, or the model card would overwrite somebody's README.md.
     """
-    folder = make_writable(settings.output_dir, "output_dir")
+    folder = make_writable(output_dir, "output_dir")
     if (folder / "README.md").exists() and not (folder / "config.yaml").exists():
         raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
 

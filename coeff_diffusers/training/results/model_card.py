@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -12,24 +13,28 @@ from huggingface_hub import ModelCard, ModelCardData
 from coeff_diffusers.checkpoint import public_name
 
 from ..families.single_file import is_single_file
-from ..settings.dreambooth import DreamBoothSettings
 from .files import write_text
 
 NAMES = {
     "coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)",
-    "lora": "numbers of a LoRA",
+    "lora": "parameters of a LoRA",
     "text_encoder_coefficients": "attention coefficients of the text encoders",
-    "text_encoder_lora": "numbers of a LoRA on the text encoders",
+    "text_encoder_lora": "parameters of a LoRA on the text encoders",
 }
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 
 
 def write_card(
     folder: Path,
-    settings: DreamBoothSettings,
+    *,
+    base_model: str,
     pipeline_class: str,
-    counts: dict[str, int],
+    instance_prompt: str,
+    steps: int,
+    trained: dict[str, int],
     weights: dict[str, Path],
+    validation_prompts: Sequence[str],
+    images_per_prompt: int,
     images: list[Path],
 ) -> Path:
     """Writes `folder / README.md`.
@@ -38,50 +43,50 @@ def write_card(
 
     Args:
         folder: the output folder.
-        settings: of the run.
+        base_model: `--pretrained_model_name_or_path`.
         pipeline_class: of the base model.
-        counts: `"coefficients"`, `"lora"`, ... -> how many numbers were trained.
+        instance_prompt: that calls for the subject.
+        steps: optimizer steps.
+        trained: `"coefficients"`, `"lora"`, ... -> the number of trainable parameters.
         weights: `"coefficients"` or `"lora"` or both -> the file.
+        validation_prompts: one per row of the grid.
+        images_per_prompt: of a row.
         images: the last validation's grid, and its single images row by row; empty if there was none.
     """
-    base = public_name(settings.pretrained_model_name_or_path)
+    base = public_name(base_model)
     singles = [path.relative_to(folder).as_posix() for path in images[1:]]
-    prompts = [prompt for prompt in settings.validation_prompt for _ in range(settings.num_validation_images)]
+    prompts = [prompt for prompt in validation_prompts for _ in range(images_per_prompt)]
     data = ModelCardData(
         base_model=base,
         library_name="diffusers",
-        instance_prompt=settings.instance_prompt,
+        instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
     )
+    what = " and ".join(f"{count:,} {NAMES[kind]}" for kind, count in sorted(trained.items()))
     parts = [
-        _what_it_is(folder, settings, base, counts),
-        _images(folder, settings, images),
-        _how_to_load(settings, pipeline_class, base, weights),
+        f"# {folder.resolve().name}\n\nTrained on images of one subject with coeff_diffusers: {what} beside the "
+        f"frozen base model `{base}`, in {steps} steps. The subject is called for by `{instance_prompt}`. All "
+        "settings are in `config.yaml`.",
+        _images(folder, validation_prompts, images),
+        _how_to_load(base_model, instance_prompt, pipeline_class, base, weights),
     ]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[what] for what in weights)]
+    tags = ["text-to-image", "diffusers", "dreambooth", *(TAGS[kind] for kind in weights)]
     return write_text(str(populate_model_card(card, tags)), folder / "README.md")
 
 
-def _what_it_is(folder: Path, settings: DreamBoothSettings, base: str, counts: dict[str, int]) -> str:
-    trained = " and ".join(f"{count:,} {NAMES[what]}" for what, count in sorted(counts.items()))
-    return (
-        f"# {folder.resolve().name}\n\nTrained on images of one subject with coeff_diffusers: {trained} beside the "
-        f"frozen base model `{base}`, in {settings.max_train_steps} steps. The subject is called for by "
-        f"`{settings.instance_prompt}`. All settings are in `config.yaml`."
-    )
-
-
-def _images(folder: Path, settings: DreamBoothSettings, images: list[Path]) -> str:
+def _images(folder: Path, prompts: Sequence[str], images: list[Path]) -> str:
     if not images:
         return "No images were generated after training (`--validation_prompt`)."
-    rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(settings.validation_prompt, 1))
+    rows = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1))
     grid = images[0].relative_to(folder).as_posix()
-    return f"![Images of the trained model, a row a prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
+    return f"![Images of the trained model, a row per prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
 
 
-def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, weights: dict[str, Path]) -> str:
+def _how_to_load(
+    base_model: str, instance_prompt: str, pipeline_class: str, base: str, weights: dict[str, Path]
+) -> str:
     imports, loads = [f"from diffusers import {pipeline_class}"], []
     if "coefficients" in weights:
         imports.insert(0, "from coeff_diffusers import load_coeff_weights")
@@ -92,7 +97,7 @@ def _how_to_load(settings: DreamBoothSettings, pipeline_class: str, base: str, w
         else:
             imports.append("from peft import PeftModel")
             loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
-    load = "from_single_file" if is_single_file(settings.pretrained_model_name_or_path) else "from_pretrained"
+    load = "from_single_file" if is_single_file(base_model) else "from_pretrained"
     create = f"pipe = {pipeline_class}.{load}({json.dumps(base, ensure_ascii=False)})"
-    use = f"image = pipe({json.dumps(settings.instance_prompt, ensure_ascii=False)}).images[0]"
+    use = f"image = pipe({json.dumps(instance_prompt, ensure_ascii=False)}).images[0]"
     return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"

@@ -12,22 +12,21 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings
 
 
-def check_trackers(settings: DreamBoothSettings) -> None:
+def check_trackers(report_to: str) -> None:
     """Raises InputError if the package of the tracker is missing, which accelerate would only write to its log."""
-    name, there = settings.report_to, [str(tracker) for tracker in get_available_trackers()]
+    name, there = report_to, [str(tracker) for tracker in get_available_trackers()]
     if name not in ("none", "all") and name not in there:
         raise InputError(f"--report_to {name} needs {name}: pip install {name}; or --report_to none")
     if name == "all" and not there:
         raise InputError("--report_to all finds no tracker that is installed: pip install tensorboard")
 
 
-def start_trackers(settings: DreamBoothSettings, accelerator: Accelerator) -> None:
+def start_trackers(config: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Starts them with the settings of the run as their config."""
     plain = {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in settings.public().items()
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.items()
     }
     accelerator.init_trackers("dreambooth", config=plain)
 

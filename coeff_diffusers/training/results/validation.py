@@ -7,9 +7,8 @@ it: that of SDXL overflows in float16, to which autocast would cast it back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,13 @@ from PIL import Image
 
 from ..families import Family
 from ..images.latents import vae_on
-from ..settings.dreambooth import DreamBoothSettings
+from ..settings.dreambooth import ValidationSettings
+
+Call = Callable[[], list[Image.Image]]
 
 
-def validation_images(
-    family: Family, settings: DreamBoothSettings, accelerator: Accelerator
-) -> list[list[Image.Image]]:
-    """A row of images a prompt. Image i has the same first noise in every row and at every step of training."""
+def run_calls(family: Family, rows: list[list[Call]], accelerator: Accelerator) -> list[list[Image.Image]]:
+    """The images of [`validation_calls`], a row per prompt; image i has the same first noise in every row."""
     device = accelerator.device
     modes = [(model, model.training) for model in (family.denoiser, *family.trained_text_encoders)]
     for model, _ in modes:
@@ -37,7 +36,7 @@ def validation_images(
             vae_on(family, device),
             decoding_without_autocast(family.pipeline.vae),
         ):
-            return [[image for call in row for image in call()] for row in validation_calls(family, settings)]
+            return [[image for call in row for image in call()] for row in rows]
     finally:
         for model, was_training in modes:
             model.train(was_training)
@@ -58,34 +57,40 @@ def decoding_without_autocast(vae: Any) -> Iterator[None]:
         del vae.decode
 
 
-def of_final_images(settings: DreamBoothSettings) -> DreamBoothSettings:
-    """The settings with the prompts of the images after training."""
-    final = () if settings.skip_final_inference else settings.final_validation_prompt or settings.validation_prompt
-    return replace(settings, validation_prompt=final, final_validation_prompt=(), skip_final_inference=False)
+def final_prompts(settings: ValidationSettings) -> tuple[str, ...]:
+    """Of the images after training."""
+    return () if settings.skip_final_inference else settings.final_validation_prompt or settings.validation_prompt
 
 
-def all_validation_prompts(settings: DreamBoothSettings) -> tuple[str, ...]:
+def all_prompts(settings: ValidationSettings) -> tuple[str, ...]:
     """Of images during and after training, each once."""
-    return tuple(dict.fromkeys(settings.validation_prompt + of_final_images(settings).validation_prompt))
+    return tuple(dict.fromkeys(settings.validation_prompt + final_prompts(settings)))
 
 
-def validation_calls(family: Family, settings: DreamBoothSettings) -> list[list[Callable[[], list[Image.Image]]]]:
-    """The pipeline's calls of each row, each for a batch of images."""
-    seeds = [int(settings.seed or 0) + i for i in range(settings.num_validation_images)]
+def validation_calls(
+    family: Family, prompts: Sequence[str], settings: ValidationSettings, seed: int, resolution: int
+) -> list[list[Call]]:
+    """The pipeline's calls of each row, a prompt, each for a batch of images.
+
+    Args:
+        family: whose pipeline is called.
+        prompts: one per row.
+        settings: how many images, and how they are sampled.
+        seed: of the run; image i has seed + i.
+        resolution: height and width in pixels.
+    """
+    seeds = [seed + i for i in range(settings.num_validation_images)]
     size = settings.sample_batch_size
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    return [
-        [partial(_images, family, prompt, batch, settings) for batch in batches]
-        for prompt in settings.validation_prompt
-    ]
 
+    def call(prompt: str, batch: list[int]) -> list[Image.Image]:
+        images: list[Image.Image] = family.pipeline(
+            height=resolution,
+            width=resolution,
+            num_inference_steps=settings.validation_num_inference_steps,
+            generator=[torch.Generator().manual_seed(number) for number in batch],
+            **family.call_arguments([prompt] * len(batch), settings.validation_guidance_scale),
+        ).images
+        return images
 
-def _images(family: Family, prompt: str, seeds: list[int], settings: DreamBoothSettings) -> list[Image.Image]:
-    images: list[Image.Image] = family.pipeline(
-        height=settings.resolution,
-        width=settings.resolution,
-        num_inference_steps=settings.validation_num_inference_steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **family.call_arguments([prompt] * len(seeds), settings.validation_guidance_scale),
-    ).images
-    return images
+    return [[partial(call, prompt, batch) for batch in batches] for prompt in prompts]

@@ -1,7 +1,7 @@
 """The state of a run, in folders `checkpoint-N` of the output folder, from which it goes on to the same bits.
 
     pytorch_coeff_weights.safetensors, pytorch_lora_weights.safetensors    what the run would have written after step N
-    state.pt      what trains, optimizer, schedules, averages, losses so far, and which run this is
+    state.pt      trainable parameters, optimizer, schedules, averages, losses so far, and which run this is
     files.json    size and SHA-256 of these files
 
 A checkpoint is written under a hidden name, flushed to the disk, and renamed: what has its name is whole. Copies may
@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from ..errors import InputError
 from ..images.files import TrainingImage
 from ..settings.dreambooth import DreamBoothSettings
+from .state import TrainingState
+from .subjects import Subjects
 
 STATE, MANIFEST = "state.pt", "files.json"
 STATE_VERSION = 1
@@ -66,29 +68,34 @@ def checkpoint_paths(folder: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def find_checkpoint(settings: DreamBoothSettings, say: Callable[[str], object]) -> Checkpoint | None:
-    """The checkpoint that `resume_from_checkpoint` asks for; `None` to start anew.
+def find_checkpoint(asked: str | None, output_dir: str, say: Callable[[str], object]) -> Checkpoint | None:
+    """The checkpoint to resume from; `None` to start anew.
+
+    Args:
+        asked: `--resume_from_checkpoint`.
+        output_dir: of the run.
+        say: is told of checkpoints that are passed over.
 
     Raises:
         InputError: if what is asked for is not there or not whole, or a new run would start among the checkpoints of
             another.
     """
-    asked, paths = settings.resume_from_checkpoint, checkpoint_paths(settings.output_dir)
+    paths = checkpoint_paths(output_dir)
     if asked is None and paths:
         raise InputError(
-            f"--output_dir: {settings.output_dir} holds checkpoints of a run, up to {paths[-1].name}: go on with it "
+            f"--output_dir: {output_dir} holds checkpoints of a run, up to {paths[-1].name}: resume it "
             "by --resume_from_checkpoint latest, take another folder, or remove them"
         )
     if asked is None:
         return None
     if asked != "latest":
-        return _checkpoint_at(asked, settings.output_dir, paths)
+        return _checkpoint_at(asked, output_dir, paths)
     for path in reversed(paths):
         problem = problem_of(path)
         if problem is None:
             return read_checkpoint(path)
         say(f"{path} is passed over: {problem}.")
-    say(f"There is no whole checkpoint in {settings.output_dir}: the run starts anew.")
+    say(f"There is no whole checkpoint in {output_dir}: the run starts anew.")
     return None
 
 
@@ -208,11 +215,9 @@ def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     old, new = there["settings"], dict(here["settings"])
     if new["lr_scheduler"] in GROWING_SCHEDULES and new["max_train_steps"] >= checkpoint.step:
         new["max_train_steps"] = old["max_train_steps"]
-    problems = [
-        f"--{name} was {old.get(name)}, is {new.get(name)}"
-        for name in dict.fromkeys((*old, *new))
-        if old.get(name) != new.get(name)
-    ]
+    defaults = {field.name: field.default for field in fields(DreamBoothSettings)}  # of those that are new since then
+    old = {name: old.get(name, defaults.get(name)) for name in dict.fromkeys((*old, *new))}
+    problems = [f"--{name} was {old[name]}, is {new.get(name)}" for name in old if old[name] != new.get(name)]
     if there["processes"] != here["processes"]:
         problems.append(f"there were {there['processes']} processes, are {here['processes']}")
     if there["images"] != here["images"]:
@@ -245,59 +250,62 @@ class Checkpoints:
     """Of one run: saves as often as the settings say, and restores the one that is continued.
 
     Args:
-        settings: of the run, filled in.
+        folder: the output folder.
+        limit: `--checkpoints_total_limit`.
         accelerator: its main process writes.
         facts: of [`facts_of_run`].
+        subjects: how a state is shared out over the processes.
         write_weights: writes what was trained into a folder.
         resumed: what the run goes on from.
     """
 
     def __init__(
         self,
-        settings: DreamBoothSettings,
+        folder: Path,
+        limit: int | None,
         accelerator: Accelerator,
         facts: dict[str, Any],
+        subjects: Subjects,
         write_weights: Callable[[Path], object],
         resumed: Checkpoint | None,
     ) -> None:
-        self.settings, self.accelerator, self.facts = settings, accelerator, facts
-        self.write_weights, self.resumed = write_weights, resumed
-        self.folder = Path(settings.output_dir)
+        self.folder, self.limit, self.accelerator, self.facts = folder, limit, accelerator, facts
+        self.subjects, self.write_weights, self.resumed = subjects, write_weights, resumed
         self.last: Path | None = resumed.path if resumed else None
 
-    def restore(self, trainee: Any) -> list[float]:
-        """Puts `trainee`, loop.py's, where it was, and returns the losses so far."""
+    def restore(self, state: TrainingState) -> None:
+        """Puts `state` where it was."""
         if self.accelerator.is_main_process:
             remove_leftovers(self.folder)
         if self.resumed is None:
-            return []
-        state = self.resumed.state
-        trainee.load_state_dict(state["trainee"])
+            return
+        kept = self.resumed.state
+        own = self.subjects.own_state(kept["trainee"], self.accelerator)
+        state.load_state_dict(own, kept["losses"])
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.accelerator.print(f"Goes on from {self.resumed.path}, after step {self.resumed.step}.")
-        return list(state["losses"])
+            self.accelerator.scaler.load_state_dict(kept["scaler"])
+        self.accelerator.print(f"Resumes from {self.resumed.path}, after step {self.resumed.step}.")
 
-    def save(self, trainee: Any, losses: list[float]) -> None:
+    def save(self, state: TrainingState) -> None:
         """Saves; if that fails, as on a full disk, it says so, and the run goes on with the last one kept."""
-        of_trainee = trainee.state_dict()
+        of_all = self.subjects.gather_state(state.state_dict())
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            state = {
-                "trainee": of_trainee,
+            kept = {
+                "trainee": of_all,
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "losses": losses,
+                "losses": state.losses,
                 "facts": self.facts,
             }
 
             def write_weights(folder: Path) -> None:
-                with trainee.averaged():
+                with state.averaged():
                     self.write_weights(folder)
 
             try:
-                self.last = save_checkpoint(self.folder, state, write_weights)
+                self.last = save_checkpoint(self.folder, kept, write_weights)
             except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
-                problem = f"checkpoint-{len(losses)} could not be written: {error}. {self.safe_text()}"
+                problem = f"checkpoint-{len(state.losses)} could not be written: {error}. {self.safe_text()}"
                 print(f"{problem} The run goes on.", file=sys.stderr)
             else:
                 self._remove_others(self.last)
@@ -307,7 +315,7 @@ class Checkpoints:
 
     def _remove_others(self, newest: Path) -> None:
         try:
-            keep_newest(self.folder, self.settings.checkpoints_total_limit, newest)
+            keep_newest(self.folder, self.limit, newest)
         except OSError as error:  # a file in the way, or no room for the name that a checkpoint is removed under
             print(f"{newest} was written, but older checkpoints could not be removed: {error}.", file=sys.stderr)
 

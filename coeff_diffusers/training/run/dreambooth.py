@@ -1,10 +1,13 @@
-"""DreamBooth with attention coefficients: a subject from a few images, the base model frozen.
+"""A run of DreamBooth with attention coefficients, from its settings to its files.
 
-    accelerate launch training/train_dreambooth.py --pretrained_model_name_or_path MODEL \\
-        --instance_data_dir IMAGES --instance_prompt "a sks dog" --output_dir RESULT
+    run = DreamBoothRun(settings)    checks the settings and reads the images, before anything is loaded
+    run.load_model()                 the base model, frozen; class images, where they are missing
+    run.add_adapters()               coefficients, at zero, and a LoRA if asked for
+    run.encode_prompts()             once, so that the text encoders can be let go
+    for step in run.steps(): ...     each one optimizer step; checkpoints and validation are made in between
+    result = run.finish()            weights, images, model card
 
-Reads from top to bottom: `main`, `run`, what `run` calls. Flags are in settings.py, images in data.py, the loop in
-loop.py, and what is particular to a family of models in families/.
+[`train_dreambooth`] is all of it.
 """
 
 from __future__ import annotations
@@ -12,52 +15,52 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import partial
 from itertools import chain
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
-from diffusers.utils import is_peft_available
-from PIL import Image
-from torch import nn
+from accelerate.utils import broadcast_object_list, set_seed
 
 import coeff_diffusers
-from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_adapters, coeff_parameters, save_coeff_weights
+from coeff_diffusers import coeff_adapters
 from coeff_diffusers.console import escaped_output
-from coeff_diffusers.layers import select_layers
 
-from ..adapters.lora import add_lora, lora_targets, save_lora
-from ..adapters.text_encoders import add_text_encoder_adapters, check_text_encoders
-from ..errors import InputError
+from ..adapters import (
+    add_adapters,
+    check_adapters,
+    check_trainable,
+    count_parameters,
+    save_weights,
+    trainable_parameters_text,
+)
 from ..families import Family, find_family, load_family
 from ..images.buckets import buckets_text, nearest_bucket, parse_buckets
-from ..images.class_images import check_class_folder, complete_class_images
-from ..images.files import TrainingImage, folder_images
-from ..images.hub_datasets import dataset_images
-from ..images.latents import check_cacheable
+from ..images.class_images import complete_class_images
+from ..images.files import TrainingImage
+from ..images.latents import encode_crops, release_vae
+from ..images.subject_images import GivenImages, SubjectImages
 from ..results.files import check_output_folder, size_text, write_grid, write_text
 from ..results.hub import check_hub, open_repository, push
 from ..results.model_card import write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
-from ..results.validation import all_validation_prompts, of_final_images, validation_calls, validation_images
-from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings, parse_settings
+from ..results.validation import all_prompts, final_prompts, run_calls, validation_calls
+from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
-from .loop import Images, Trainee, train
+from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
 from .memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders
 from .optimizers import check_optimizer
-from .sharding import check_processes, held
-from .stopping import Stopped
-from .subjects import read_subject_images, read_subjects
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PATIENCE = timedelta(hours=2)  # of the other processes, while the main one makes validation images
+from .processes import DTYPES, check_processes, start_accelerator
+from .state import TrainingState
+from .step import DenoisingStep
+from .stopping import stop_request
+from .subjects import ManySubjects, OneSubject, Subjects
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class TrainingResult:
 
     Args:
         settings: of the run, with what was left open filled in.
-        trained: how many numbers were trained, of `"coefficients"`, `"lora"`, and these with `"text_encoder_"` before
-            them, where they were.
+        trained: the number of trainable parameters of `"coefficients"`, `"lora"`, and these with `"text_encoder_"`
+            before them, where they were.
         losses: of each optimizer step, the mean over its batches.
         coeff_file: the coefficients; `None` with `--no_coeff`.
         lora_file: the LoRA; `None` without `--lora_rank`.
@@ -86,244 +89,358 @@ class TrainingResult:
     settings_file: Path
 
 
-def main(argv: Sequence[str] | None = None) -> TrainingResult | dict[str, TrainingResult] | None:
-    """Runs the command line `argv`; `None` is this process's own. Returns as [`run`], or as [`run_subjects`]."""
-    settings = parse_settings(argv)
-    return run_subjects(settings) if settings.subjects else run(settings)
-
-
 @escaped_output()
-def run(settings: DreamBoothSettings) -> TrainingResult | None:
+def train_dreambooth(
+    settings: DreamBoothSettings,
+    images: GivenImages | None = None,
+    *,
+    on_step: Callable[[TrainingStep], object] | None = None,
+    cancel: Event | None = None,
+) -> TrainingResult | dict[str, TrainingResult] | None:
     """Trains, and writes everything to `settings.output_dir`.
 
-    Returns:
-        What was written; `None` in all processes but the main one.
-
-    Raises:
-        InputError: if something that was given cannot be used. Nothing has been trained then.
-        FloatingPointError: if the loss is no longer finite.
-        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
-    """
-    check_optimizer(settings)
-    check_trackers(settings)
-    check_hub(settings)
-    check_output_folder(settings)
-    images = Images(read_images(settings))
-    check_cacheable(images.instance, settings)
-    if settings.with_prior_preservation:
-        check_cacheable(check_class_folder(settings), settings)
-    kind = find_family(settings)
-
-    accelerator = start_accelerator(settings)
-    check_processes(settings, accelerator)
-    resumed = find_checkpoint(settings, accelerator.print)
-    check_agreement(resumed)
-    settings = with_seed_of(resumed, settings)
-    family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    prompts = [*images.prompts, *filter(None, [settings.class_prompt]), *all_validation_prompts(settings)]
-    family.check_prompts(prompts)
-    check_adapters(family, settings)
-    repository = open_repository(settings) if settings.push_to_hub and accelerator.is_main_process else None
-    check_buckets(family, settings)
-    settings = family.settings = with_defaults_of_run(settings, family, len(images.instance), accelerator)
-    if settings.with_prior_preservation:
-        images = replace(images, classes=complete_class_images(family, settings, accelerator))
-
-    facts = facts_of_run(settings, [*images.instance, *images.classes], accelerator.num_processes)
-    if resumed is not None:
-        check_same_run(resumed, facts)
-    if accelerator.is_main_process:  # now, so that a run that is stopped can be continued with it
-        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
-
-    set_seed(settings.seed)  # of the LoRA's first values, the same in all processes
-    parameters = add_adapters(family, settings)
-    check_trainable(family, parameters)
-    accelerator.print(count_text(family, parameters), f"Seed: {settings.seed}.")
-    if buckets := parse_buckets(settings.aspect_ratio_buckets):
-        once = dict.fromkeys(images.instance)
-        chosen = [nearest_bucket(image.height, image.width, buckets) for image in once]
-        accelerator.print(buckets_text(chosen, buckets))
-
-    shown = [*images.prompts, *([""] if settings.caption_dropout else [])]
-    to_come = replace(settings, validation_prompt=all_validation_prompts(settings))
-    calls = [call for row in validation_calls(family, to_come) for call in row]
-    if settings.train_text_encoder:
-        with accelerator.autocast():
-            release_frozen_text_encoders(family, shown, calls)
-    else:
-        family.remember_prompts(shown)
-        with accelerator.autocast():
-            release_text_encoders(family, calls)
-
-    start_trackers(settings, accelerator)
-    show, show_last = (partial(validate, family, s, accelerator) for s in (settings, of_final_images(settings)))
-    write = partial(write_weights, family, settings)
-    trainee = Trainee.of(parameters, settings)
-    checkpoints = Checkpoints(settings, accelerator, facts, write, resumed)
-    losses = train(family, trainee, images, settings, accelerator, show, checkpoints)
-    with trainee.averaged():
-        weights = write(Path(settings.output_dir)) if accelerator.is_main_process else {}
-        images = show_last(len(losses))
-    accelerator.print(peak_memory_text(accelerator))
-    end_training(accelerator)
-    if not accelerator.is_main_process:
-        return None
-    result = write_results(family, parameters, settings, losses, weights, images)
-    if repository:
-        print(f"Pushed: {push(settings, repository)}")
-    return result
-
-
-@escaped_output()
-def run_subjects(settings: DreamBoothSettings) -> dict[str, TrainingResult]:
-    """Trains many subjects at once, and writes a folder for each into `settings.output_dir`.
+    Args:
+        settings: of the run.
+        images: the subject's, of Pillow, each alone or with its prompt, instead of a folder or data set in `settings`.
+        on_step: is called after each optimizer step.
+        cancel: once it is set, from any thread, a checkpoint is saved after the step and [`Stopped`] is raised.
 
     Returns:
-        Subject -> what was written, of those that this process trained.
+        What was written; `None` in all processes but the main one. With `--subjects`: subject -> what was written, of
+        those that this process trained.
 
     Raises:
         InputError: if something that was given cannot be used. Nothing has been trained then.
         FloatingPointError: if a loss is no longer finite.
-        Stopped: after SIGTERM or Ctrl-C; a checkpoint has been saved.
+        Stopped: after SIGTERM, Ctrl-C or `cancel`; a checkpoint has been saved.
     """
-    check_trackers(settings)
-    check_output_folder(settings)
-    subjects = read_subjects(str(settings.subjects))
-    images = read_subject_images(subjects, settings)
-    check_cacheable(list(chain(*images.values())), settings)
-    for subject in subjects:
-        check_output_folder(subject.alone(settings))
-    kind = find_family(settings)
+    run = DreamBoothRun(settings, images, cancel=cancel)
+    run.load_model()
+    run.add_adapters()
+    run.encode_prompts()
+    for step in run.steps():
+        if on_step is not None:
+            on_step(step)
+    return run.finish()
 
-    accelerator = start_accelerator(settings)
-    check_processes(settings, accelerator)
-    if len(subjects) < accelerator.num_processes:
-        raise InputError(f"--subjects: {len(subjects)} are too few for {accelerator.num_processes} processes")
-    resumed = find_checkpoint(settings, accelerator.print)
-    check_agreement(resumed)
-    settings = with_seed_of(resumed, settings)
-    family = load_family(kind, settings, accelerator.device, DTYPES[accelerator.mixed_precision])
-    prompts = chain(*((*subject.validation_prompt, subject.class_prompt or "") for subject in subjects))
-    family.check_prompts([*(image.prompt for image in chain(*images.values())), *prompts])
-    check_adapters(family, settings)
-    settings = family.settings = with_defaults_of_run(settings, family, 0, accelerator)
-    classes: dict[str, list[TrainingImage]] = {name: [] for name in images}
-    if settings.with_prior_preservation:
-        classes = {each.name: complete_class_images(family, each.alone(settings), accelerator) for each in subjects}
 
-    everything = list(chain(*images.values(), *classes.values()))
-    facts = facts_of_run(settings, everything, accelerator.num_processes)
-    facts["settings"]["subjects"] = ", ".join(f"{name} ({len(shown)} images)" for name, shown in images.items())
-    if resumed is not None:
-        check_same_run(resumed, facts)
-    if accelerator.is_main_process:
-        write_text(replace(settings, resume_from_checkpoint=None).to_yaml(), Path(settings.output_dir) / "config.yaml")
+class DreamBoothRun:
+    """A run, step by step; its methods are called in their order.
 
-    with accelerator.split_between_processes(subjects) as share:
-        alone = {subject.name: subject.alone(settings) for subject in share}
-    parameters = {name: add_subject(family, name, settings) for name in alone}
-    together = {"coefficients": list(chain(*parameters.values()))}
-    check_trainable(family, together)
-    accelerator.print(count_text(family, together), f"Seed: {settings.seed}. Subjects: {len(subjects)}.")
+    Args:
+        settings: of the run.
+        images: as of [`train_dreambooth`].
+        cancel: likewise.
 
-    own_images = Images([], subjects={name: Images(images[name], classes[name]) for name in alone})
-    family.remember_prompts([*own_images.prompts, *([""] if settings.caption_dropout else [])])
-    calls = [call for each in alone.values() for row in validation_calls(family, each) for call in row]
-    with accelerator.autocast():
-        release_text_encoders(family, calls)
+    Attributes:
+        settings: with what was left open filled in, once the model is loaded.
+        accelerator: of accelerate.
+        family: the base model, and what is particular about it; once it is loaded.
+        state: parameters, optimizer, learning rates, losses; once adapters are added.
 
-    start_trackers(settings, accelerator)
-    last = {name: of_final_images(each) for name, each in alone.items()}
-    show, show_last = (partial(validate_subjects, family, each, accelerator) for each in (alone, last))
-    trainee = Trainee.of(together, settings)
-    trainee.subjects = parameters
-    checkpoints = Checkpoints(settings, accelerator, facts, partial(write_subjects, family, alone), resumed)
-    losses = train(family, trainee, own_images, settings, accelerator, show, checkpoints)
-    with trainee.averaged():
-        weights = {name: write_weights(family, each, Path(each.output_dir), name) for name, each in alone.items()}
-        images = show_last(len(losses))
-    accelerator.print(peak_memory_text(accelerator))
-    end_training(accelerator)
-    for each in alone.values():
-        write_text(each.to_yaml(), Path(each.output_dir) / "config.yaml")
-    return {
-        name: write_results(
-            family,
-            {"coefficients": parameters[name]},
-            each,
-            trainee.losses_by_subject[name],
-            weights[name],
-            images.get(name, []),
+    Raises:
+        InputError: if settings or images cannot be used. Nothing has been loaded then.
+    """
+
+    def __init__(
+        self, settings: DreamBoothSettings, images: GivenImages | None = None, *, cancel: Event | None = None
+    ) -> None:
+        check_optimizer(settings)
+        check_trackers(settings.report_to)
+        check_hub(settings)
+        check_output_folder(settings.output_dir)
+        self.subjects: Subjects = ManySubjects(settings.subjects) if settings.subjects else OneSubject()
+        self.images = self.subjects.read_images(settings, images)
+        for alone in self.subjects.settings(settings).values():
+            check_output_folder(alone.output_dir)
+        self._kind = find_family(settings)
+        self._cancel = cancel
+        self.accelerator: Accelerator = start_accelerator(settings, settings)
+        check_processes(settings, settings, self.subjects.several, self.accelerator)
+        self.own = self.subjects.own(self.accelerator)
+        self.resumed = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir, self.accelerator.print)
+        check_agreement(self.resumed)
+        self.settings = with_seed_of(self.resumed, settings)
+
+    def load_model(self) -> None:
+        """The base model, frozen, and class images, where they are missing.
+
+        Raises:
+            InputError: if the settings do not go with this model, or with the checkpoint that is resumed.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        dtype = DTYPES[accelerator.mixed_precision]
+        family = load_family(self._kind, settings, settings, accelerator.device, dtype, settings.fsdp)
+        self.family: Family = family
+        alone = self.subjects.settings(settings)
+        prompts = [image.prompt for image in chain(*self.images.values())]
+        prompts += chain(*((*filter(None, [each.class_prompt]), *all_prompts(each)) for each in alone.values()))
+        family.check_prompts(prompts)
+        self._prompt = prompts[0]
+        check_adapters(family, settings, self._prompt)
+        self.repository = None
+        if settings.push_to_hub and accelerator.is_main_process:
+            self.repository = open_repository(settings, settings.output_dir)
+        for side in chain(*parse_buckets(settings.aspect_ratio_buckets)):
+            family.check_size(side, "aspect_ratio_buckets")
+        shown = len(next(iter(self.images.values())))
+        settings = self.settings = with_defaults_of_run(settings, family, shown, accelerator)
+        self.alone = self.subjects.settings(settings)
+        self._classes: dict[str, list[TrainingImage]] = {name: [] for name in self.alone}
+        if settings.with_prior_preservation:
+            self._classes = {
+                name: complete_class_images(
+                    family,
+                    each,
+                    accelerator,
+                    resolution=self.resolution,
+                    seed=self.seed,
+                    batch_size=settings.sample_batch_size,
+                    fsdp=settings.fsdp,
+                )
+                for name, each in self.alone.items()
+            }
+        everything = [*chain(*self.images.values()), *chain(*self._classes.values())]
+        self._facts = facts_of_run(settings, everything, accelerator.num_processes)
+        if self.subjects.several:
+            texts = (f"{name} ({len(images)} pictures)" for name, images in self.images.items())
+            self._facts["settings"]["subjects"] = ", ".join(texts)
+        if self.resumed is not None:
+            check_same_run(self.resumed, self._facts)
+        if accelerator.is_main_process:  # now, so that a run that is stopped can be resumed with it
+            self._write_config(replace(settings, resume_from_checkpoint=None))
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings.seed or 0)
+
+    @property
+    def resolution(self) -> int:
+        return int(self.settings.resolution or 0)
+
+    @property
+    def max_train_steps(self) -> int:
+        return int(self.settings.max_train_steps or 0)
+
+    def add_adapters(self) -> None:
+        """Puts on what is trained, and restores the checkpoint that is resumed."""
+        settings, family, accelerator = self.settings, self.family, self.accelerator
+        set_seed(self.seed)  # of the LoRA's first values, the same in all processes
+        parameters = {name: add_adapters(family, self.alone[name], self._prompt, name) for name in self.own}
+        kinds = dict.fromkeys(chain(*parameters.values()))
+        together = {kind: list(chain(*(each.get(kind, []) for each in parameters.values()))) for kind in kinds}
+        check_trainable(family, together)
+        self.trained = {name: count_parameters(each) for name, each in parameters.items()}
+        count = f" Subjects: {len(self.alone)}." if self.subjects.several else ""
+        accelerator.print(f"{trainable_parameters_text(family, together)}\nSeed: {self.seed}.{count}")
+        if buckets := parse_buckets(settings.aspect_ratio_buckets):
+            once = dict.fromkeys(chain(*self.images.values()))
+            chosen = [nearest_bucket(image.height, image.width, buckets) for image in once]
+            accelerator.print(buckets_text(chosen, buckets))
+        self.state = TrainingState(
+            together,
+            {name: list(chain(*each.values())) for name, each in parameters.items()},
+            settings,
+            self.max_train_steps,
+            settings.ema_decay if settings.use_ema else None,
         )
-        for name, each in alone.items()
-    }
-
-
-def add_subject(family: Family, name: str, settings: DreamBoothSettings) -> list[nn.Parameter]:
-    """Puts on a subject's coefficients, and returns them."""
-    add_coeff_adapter(family.denoiser, coeff_config(settings), adapter_name=name)
-    return coeff_parameters(family.denoiser, name)
-
-
-def write_subjects(family: Family, alone: dict[str, DreamBoothSettings], folder: Path) -> None:
-    """Writes the coefficients of each subject into one folder, in files of their names."""
-    for name, settings in alone.items():
-        file = f"{name}.safetensors"
-        save_coeff_weights(family.pipeline, folder, weight_name=file, adapter_name=name, metadata=metadata(settings))
-
-
-def validate_subjects(
-    family: Family, alone: dict[str, DreamBoothSettings], accelerator: Accelerator, step: int
-) -> dict[str, list[Path]]:
-    """Generates and writes the validation images of each subject by its own coefficients: subject -> the files."""
-    files = {}
-    for name, settings in alone.items():
-        if settings.validation_prompt:
-            with coeff_adapters(family.denoiser, name):
-                rows = validation_images(family, settings, accelerator)
-            prompts = [f"{name}: {prompt}" for prompt in settings.validation_prompt]
-            files[name] = write_images(dict(zip(prompts, rows)), settings, accelerator, step)
-    accelerator.wait_for_everyone()
-    return files
-
-
-def read_images(settings: DreamBoothSettings) -> list[TrainingImage]:
-    """The subject's images, as often as a pass shows each."""
-    if settings.dataset_name is not None:
-        return dataset_images(settings) * settings.repeats
-    images = folder_images(
-        settings.instance_data_dir or "",
-        "instance_data_dir",
-        settings.instance_prompt,
-        settings.caption_column,
-        settings.caption_extension,
-    )
-    return images * settings.repeats
-
-
-def start_accelerator(settings: DreamBoothSettings) -> Accelerator:
-    """Raises InputError if the device has not the precision asked for."""
-    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-    # of an earlier run in this process, which had another precision, ended its group of processes, or broke off
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()
-    output_dir = Path(settings.output_dir)
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            mixed_precision=settings.mixed_precision,
-            log_with=None if settings.report_to == "none" else settings.report_to,
-            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        self.checkpoints = Checkpoints(
+            Path(settings.output_dir),
+            settings.checkpoints_total_limit,
+            accelerator,
+            self._facts,
+            self.subjects,
+            self._write_all_weights,
+            self.resumed,
         )
-    except ValueError as error:  # a precision that the device does not have
-        raise InputError(f"--mixed_precision: {error}") from error
-    precision, device = accelerator.mixed_precision, accelerator.device.type
-    if precision not in DTYPES:
-        raise InputError(f"--mixed_precision must be of {', '.join(DTYPES)}, got {precision} from accelerate's config")
-    if precision == "fp16" and device == "cpu":  # accelerate would run without autocast
-        raise InputError("--mixed_precision fp16 needs a GPU, and this runs on cpu; use bf16 or no")
-    return accelerator
+
+    def encode_prompts(self) -> None:
+        """Of training and of validation, once; text encoders that do not train are released."""
+        family = self.family
+        self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
+        prompts = [*chain(*(each.prompts for each in self._shown.values()))]
+        prompts += [""] if self.settings.caption_dropout else []
+        calls = [call for name in self.own for call in chain(*self._calls(name, all_prompts(self.alone[name])))]
+        if self.settings.train_text_encoder:
+            with self.accelerator.autocast():
+                release_frozen_text_encoders(family, prompts, calls)
+        else:
+            family.remember_prompts(prompts)
+            with self.accelerator.autocast():
+                release_text_encoders(family, calls)
+
+    def steps(self) -> Iterator[TrainingStep]:
+        """Trains: yields after each optimizer step; then checkpoints and validation follow where they are due.
+
+        Raises:
+            FloatingPointError: if the loss, or a trainable parameter, is no longer finite.
+            Stopped: after a signal or `cancel`; a checkpoint has been saved.
+        """
+        settings, family, accelerator, state = self.settings, self.family, self.accelerator, self.state
+        start_trackers(settings.public(), accelerator)
+        self.checkpoints.restore(state)
+        if len(state.losses) >= self.max_train_steps:
+            return
+        if settings.gradient_checkpointing:
+            trained: list[Any] = family.trained_text_encoders
+            denoiser: Any = family.denoiser
+            denoiser.enable_gradient_checkpointing()
+            for encoder in trained:
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        sharing = self.subjects.sharing(accelerator)[0]
+        dataset = make_dataset(
+            self._shown,
+            settings,
+            resolution=self.resolution,
+            seed=self.seed,
+            step_draws=settings.train_batch_size * settings.gradient_accumulation_steps * sharing,
+            first_step=len(state.losses),
+            steps=self.max_train_steps,
+        )
+        if settings.cache_latents:
+            dataset.moments = encode_crops(family, dataset, silent=not accelerator.is_main_process)
+            release_vae(family, keep_decoder=any(all_prompts(self.alone[name]) for name in self.own))
+        step: Any = DenoisingStep(family, family.trained_text_encoders, state.all_parameters)
+        batches: Any = make_batches(dataset, settings.train_batch_size, settings.dataloader_num_workers)
+        step, state.optimizer, batches = self.subjects.prepare(step, state.optimizer, batches, accelerator)
+        step.train()
+        with stop_request(self._cancel) as request:
+            yield from training_steps(
+                family,
+                step,
+                batches,
+                state,
+                self.subjects,
+                settings,
+                accelerator,
+                steps=self.max_train_steps,
+                seed=self.seed,
+                prior_loss_weight=settings.prior_loss_weight,
+                max_grad_norm=settings.max_grad_norm,
+                after_step=lambda: self._after_step(request),
+                safe_text=self.checkpoints.safe_text,
+            )
+
+    def _after_step(self, request: Any) -> None:
+        """Saves, stops and validates, where it is time to."""
+        settings, state, steps = self.settings, self.state, self.max_train_steps
+        done = len(state.losses)
+        rate = settings.learning_rate if settings.coeff and settings.optimizer != "prodigy" else None
+        if text := advice(state.losses, steps, rate, bool(settings.lora_rank)):
+            self.accelerator.print(text)
+        last, stopping = done == steps, stops(request, self.accelerator)
+        if not stopping or last:
+            if done % settings.checkpointing_steps == 0:
+                self.checkpoints.save(state)
+            if not last and done % int(settings.validation_steps or steps) == 0:
+                with state.averaged():
+                    self._validate({name: each.validation_prompt for name, each in self.alone.items()})
+                stopping = stops(request, self.accelerator)  # images take their time
+        if stopping and not last:
+            stop(state, steps, request, self.checkpoints)
+
+    def finish(self) -> TrainingResult | dict[str, TrainingResult] | None:
+        """Writes weights, validation images, model card and settings; uploads them if asked for.
+
+        Raises:
+            RuntimeError: before all steps are done, or if the upload fails.
+        """
+        settings, accelerator, state = self.settings, self.accelerator, self.state
+        if len(state.losses) < self.max_train_steps:
+            raise RuntimeError(
+                f"{len(state.losses)} of {self.max_train_steps} steps are done: finish() comes after all"
+            )
+        writes = self.subjects.writes(accelerator)
+        with state.averaged():
+            weights = {
+                name: self._write_weights(name, Path(self.alone[name].output_dir)) for name in self.own if writes
+            }
+            images = self._validate({name: final_prompts(each) for name, each in self.alone.items()})
+        accelerator.print(peak_memory_text(accelerator))
+        end_training(accelerator)
+        if not writes:
+            return None
+        results = {name: self._write_results(name, weights[name], images.get(name, [])) for name in self.own}
+        if self.repository:
+            folder = Path(settings.output_dir)
+            address = push(settings, self.repository, folder, settings.logging_dir, self.max_train_steps)
+            print(f"Pushed: {address}")
+        return results if self.subjects.several else results[self.own[0]]
+
+    def _calls(self, name: str, prompts: tuple[str, ...]) -> list[list[Any]]:
+        return validation_calls(self.family, prompts, self.alone[name], self.seed, self.resolution)
+
+    def _validate(self, prompts: dict[str, tuple[str, ...]]) -> dict[str, list[Path]]:
+        """Generates, writes and logs images of each subject: subject -> the files, the grid's first."""
+        files, writes = {}, self.subjects.writes(self.accelerator)
+        for name in self.own:
+            if prompts[name] and (writes or self.settings.fsdp):
+                several = len(self.own) > 1
+                with coeff_adapters(self.family.denoiser, name) if several else nullcontext():
+                    rows = run_calls(self.family, self._calls(name, prompts[name]), self.accelerator)
+                if writes:
+                    labels = [self.subjects.label(name, prompt) for prompt in prompts[name]]
+                    files[name] = self._write_images(name, dict(zip(labels, rows)))
+        self.accelerator.wait_for_everyone()
+        return files
+
+    def _write_images(self, name: str, rows: dict[str, list[Any]]) -> list[Path]:
+        """Writes and logs a row per prompt; if that fails, as on a full disk, it says so."""
+        step = len(self.state.losses)
+        try:
+            files = write_grid(
+                list(rows.values()), Path(self.alone[name].output_dir) / "validation" / f"step-{step:06d}"
+            )
+            if self.accelerator.is_main_process:
+                log_images(self.accelerator.trackers, rows, step)
+            return files
+        except OSError as error:
+            print(f"The images of step {step} could not be written: {error}. The run goes on.", file=sys.stderr)
+            return []
+
+    def _write_weights(self, name: str, folder: Path, weight_name: str | None = None) -> dict[str, Path]:
+        alone = self.alone[name]
+        names = {"weight_name": weight_name} if weight_name else {}
+        return save_weights(self.family, alone, folder, metadata(alone), adapter_name=name, **names)
+
+    def _write_all_weights(self, folder: Path) -> None:
+        """Those that the main process has trained, into one folder."""
+        for name in self.own:
+            self._write_weights(name, folder, self.subjects.weight_name(name))
+
+    def _write_config(self, settings: DreamBoothSettings) -> Path:
+        return write_text(settings.to_yaml(), Path(settings.output_dir) / "config.yaml")
+
+    def _write_results(self, name: str, weights: dict[str, Path], images: list[Path]) -> TrainingResult:
+        """Writes the model card, and says what the run wrote, and how to use it."""
+        alone = self.alone[name]
+        folder = Path(alone.output_dir)
+        settings_file = self._write_config(alone)
+        model_card = write_card(
+            folder,
+            base_model=alone.pretrained_model_name_or_path,
+            pipeline_class=type(self.family.pipeline).__name__,
+            instance_prompt=alone.instance_prompt,
+            steps=self.max_train_steps,
+            trained=self.trained[name],
+            weights=weights,
+            validation_prompts=final_prompts(alone),
+            images_per_prompt=alone.num_validation_images,
+            images=images,
+        )
+        print("Written:")
+        for file in [*weights.values(), *images[:1], model_card, settings_file]:
+            print(f"  {file} ({size_text(file)})")
+        return TrainingResult(
+            settings=alone,
+            trained=self.trained[name],
+            losses=self.state.losses_by_subject[name],
+            coeff_file=weights.get("coefficients"),
+            lora_file=weights.get("lora"),
+            images=images,
+            model_card=model_card,
+            settings_file=settings_file,
+        )
 
 
 def with_defaults_of_run(
@@ -355,121 +472,6 @@ def with_defaults_of_run(
     )
 
 
-def check_buckets(family: Family, settings: DreamBoothSettings) -> None:
-    """Raises InputError if images of this model cannot have the size of a bucket."""
-    for bucket in parse_buckets(settings.aspect_ratio_buckets):
-        for side in bucket:
-            family.check_size(side, "aspect_ratio_buckets")
-
-
-def check_adapters(family: Family, settings: DreamBoothSettings) -> None:
-    """Raises InputError if what is to be trained cannot be put on the model; before class images take their time."""
-    if settings.lora_rank and not is_peft_available():
-        raise InputError("--lora_rank needs peft: pip install 'coeff_diffusers[lora]'")
-    lora_targets(family, settings)
-    if settings.coeff:
-        try:
-            select_layers(family.denoiser, coeff_config(settings))
-        except ValueError as error:  # a pattern or a kind that no layer has
-            raise InputError(f"--coeff_kinds, --coeff_include, --coeff_exclude: {error}") from error
-    if settings.train_text_encoder:
-        check_text_encoders(family, settings)
-
-
-def coeff_config(settings: DreamBoothSettings) -> CoeffConfig:
-    return CoeffConfig(
-        include=settings.coeff_include,
-        exclude=settings.coeff_exclude,
-        kinds=settings.coeff_kinds,
-        dropout=settings.coeff_dropout,
-    )
-
-
-def add_adapters(family: Family, settings: DreamBoothSettings) -> dict[str, list[nn.Parameter]]:
-    """Puts on what is trained: `"coefficients"`, `"lora"`, ... -> their parameters, where they are asked for."""
-    parameters = {}
-    if settings.lora_rank:
-        parameters["lora"] = add_lora(family.denoiser, settings, lora_targets(family, settings))
-    if settings.coeff:
-        add_coeff_adapter(family.denoiser, coeff_config(settings))
-        parameters = {"coefficients": coeff_parameters(family.denoiser)} | parameters
-    if settings.train_text_encoder:
-        parameters |= add_text_encoder_adapters(family, settings)
-    return parameters
-
-
-def check_trainable(family: Family, parameters: dict[str, list[nn.Parameter]]) -> None:
-    """Raises RuntimeError unless exactly these parameters require a gradient, in float32."""
-    expected = {parameter for group in parameters.values() for parameter in group}
-    names = {p: f"{what} {n}" for what, group in parameters.items() for n, p in enumerate(group)}
-    for component, part in family.pipeline.components.items():
-        if isinstance(part, nn.Module):
-            names |= {parameter: f"{component}.{name}" for name, parameter in part.named_parameters()}
-    problems = []
-    for parameter, name in names.items():
-        if parameter.requires_grad != (parameter in expected):
-            problems.append(f"{name} " + ("trains" if parameter.requires_grad else "is frozen"))
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            problems.append(f"{name} trains in {parameter.dtype}")
-    if problems:
-        raise RuntimeError("only coefficients and LoRA may train, in float32, but:\n  " + "\n  ".join(problems))
-
-
-def count_text(family: Family, parameters: dict[str, list[nn.Parameter]]) -> str:
-    parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
-    trained = numbers(parameters)
-    frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
-    count, here = sum(p.numel() for p in frozen), sum(held(p) for p in frozen)
-    detail = ", ".join(f"{what} {count:,}" for what, count in trained.items())
-    return f"Numbers trained: {sum(trained.values()):,} ({detail}). Frozen: {count:,}" + (
-        f", of which each process holds about {here:,}." if here < count else "."
-    )
-
-
-def numbers(parameters: dict[str, list[nn.Parameter]]) -> dict[str, int]:
-    return {what: sum(p.numel() for p in group) for what, group in parameters.items()}
-
-
-def validate(family: Family, settings: DreamBoothSettings, accelerator: Accelerator, step: int) -> list[Path]:
-    """Generates, writes and logs the validation images; the main process returns the files, the grid's first."""
-    files: list[Path] = []
-    if settings.validation_prompt and (accelerator.is_main_process or settings.fsdp):
-        rows = validation_images(family, settings, accelerator)
-    if settings.validation_prompt and accelerator.is_main_process:
-        files = write_images(dict(zip(settings.validation_prompt, rows)), settings, accelerator, step)
-    accelerator.wait_for_everyone()
-    return files
-
-
-def write_images(
-    rows: dict[str, list[Image.Image]], settings: DreamBoothSettings, accelerator: Accelerator, step: int
-) -> list[Path]:
-    """Writes and logs a row a prompt, and returns the files; if that fails, as on a full disk, it says so."""
-    folder = Path(settings.output_dir) / "validation" / f"step-{step:06d}"
-    try:
-        files = write_grid(list(rows.values()), folder)
-        if accelerator.is_main_process:
-            log_images(accelerator.trackers, rows, step)
-        return files
-    except OSError as error:
-        print(f"The images of step {step} could not be written: {error}. The run goes on.", file=sys.stderr)
-        return []
-
-
-def write_weights(
-    family: Family, settings: DreamBoothSettings, folder: Path, adapter_name: str = "default"
-) -> dict[str, Path]:
-    """Writes what was trained into `folder`: `"coefficients"` and `"lora"` -> the file."""
-    files = {}
-    if settings.coeff:
-        files["coefficients"] = save_coeff_weights(
-            family.pipeline, folder, adapter_name=adapter_name, metadata=metadata(settings)
-        )
-    if settings.lora_rank:
-        files["lora"] = save_lora(family, folder)
-    return files
-
-
 def metadata(settings: DreamBoothSettings) -> dict[str, str]:
     """What a coefficient file says of its training."""
     values = {
@@ -481,6 +483,7 @@ def metadata(settings: DreamBoothSettings) -> dict[str, str]:
         "resolution": settings.resolution,
         "aspect_ratio_buckets": settings.aspect_ratio_buckets,
         "learning_rate": settings.learning_rate,
+        "optimizer": settings.optimizer,
         "lr_scheduler": settings.lr_scheduler,
         "coeff_dropout": settings.coeff_dropout,
         "lora_rank": settings.lora_rank,
@@ -491,41 +494,3 @@ def metadata(settings: DreamBoothSettings) -> dict[str, str]:
         "torch_version": torch.__version__,
     }
     return {name: str(value) for name, value in values.items() if value is not None}
-
-
-def write_results(
-    family: Family,
-    parameters: dict[str, list[nn.Parameter]],
-    settings: DreamBoothSettings,
-    losses: list[float],
-    weights: dict[str, Path],
-    images: list[Path],
-) -> TrainingResult:
-    """Writes the model card, and says what the run wrote."""
-    folder = Path(settings.output_dir)
-    settings_file = folder / "config.yaml"
-    pipeline_class, of_card = type(family.pipeline).__name__, of_final_images(settings)
-    model_card = write_card(folder, of_card, pipeline_class, numbers(parameters), weights, images)
-    print("Written:")
-    for file in [*weights.values(), *images[:1], model_card, settings_file]:
-        print(f"  {file} ({size_text(file)})")
-    return TrainingResult(
-        settings=settings,
-        trained=numbers(parameters),
-        losses=losses,
-        coeff_file=weights.get("coefficients"),
-        lora_file=weights.get("lora"),
-        images=images,
-        model_card=model_card,
-        settings_file=settings_file,
-    )
-
-
-def main_command() -> None:
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)

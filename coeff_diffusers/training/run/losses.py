@@ -1,23 +1,12 @@
-"""Errors of single images, and the loss of a batch of the subject's and its class's images."""
+"""The loss of a batch, each subject's apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
-
-
-def squared_errors(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean squared error of each image, (B,), in float32, times its weight.
-
-    Args:
-        prediction: (B, ...).
-        target: of the same shape.
-        weights: (B,); `None` weighs all alike.
-    """
-    errors = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    return errors if weights is None else errors * weights.flatten()
 
 
 def dreambooth_loss(errors: Tensor, kinds: Sequence[str], prior_loss_weight: float = 1.0) -> Tensor:
@@ -32,3 +21,29 @@ def dreambooth_loss(errors: Tensor, kinds: Sequence[str], prior_loss_weight: flo
         raise ValueError(f"a batch of {len(errors)} needs as many kinds, instance or class, got {list(kinds)}")
     loss = errors[chosen["instance"]].mean()
     return loss + prior_loss_weight * errors[chosen["class"]].mean() if "class" in chosen else loss
+
+
+def losses_by_subject(errors: Tensor, batch: dict[str, Any], prior_loss_weight: float) -> dict[str, Tensor]:
+    """Subject -> the loss of its rows, a scalar.
+
+    Args:
+        errors: (B,), of each row.
+        batch: as of `collate_subjects`.
+        prior_loss_weight: as of [`dreambooth_loss`].
+    """
+    losses = {}
+    for name in dict.fromkeys(batch["subjects"]):
+        rows = [row for row, other in enumerate(batch["subjects"]) if other == name]
+        losses[name] = dreambooth_loss(errors[rows], [batch["kinds"][row] for row in rows], prior_loss_weight)
+    return losses
+
+
+def clip_gradients(groups: Iterable[list[torch.nn.Parameter]], accelerator: Any, max_norm: float) -> None:
+    """The gradients of each subject's parameters to a norm of its own."""
+    groups = list(groups)
+    if len(groups) == 1:
+        accelerator.clip_grad_norm_(groups[0], max_norm)
+        return
+    accelerator.unscale_gradients()  # once for all, as accelerate's own clipping would for each
+    for group in groups:
+        torch.nn.utils.clip_grad_norm_(group, max_norm)

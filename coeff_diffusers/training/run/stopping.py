@@ -10,29 +10,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and launchers pass on to theirs what they get
 
 
-class Stopped(Exception):  # noqa: N818
-    """The run was asked to stop, and did. The message says how to go on.
+class StopRequest:
+    """Whether the run is to stop: the signal that has come, if one has, and when; or the caller's event.
 
     Args:
-        message: for the user.
-        signal_number: what asked for it; the process ends with exit code 128 plus this, as shells have it.
+        cancel: asks for it as well, once it is set.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+    def __init__(self, cancel: threading.Event | None = None) -> None:
+        self.signal_number: int | None = None
+        self.time = 0.0
+        self._cancel = cancel
 
-
-class StopRequest:
-    """The signal that has come, if one has, and when."""
-
-    signal_number: int | None = None
-    time = 0.0
+    @property
+    def asked(self) -> bool:
+        return self.signal_number is not None or (self._cancel is not None and self._cancel.is_set())
 
 
 def leave_stopping_to_the_main_process(worker: int) -> None:
@@ -42,14 +40,19 @@ def leave_stopping_to_the_main_process(worker: int) -> None:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request(cancel: threading.Event | None = None) -> Iterator[StopRequest]:
     """Notes the first signal instead of ending the process; another one, `ONE_REQUEST` later, ends it at once.
 
-    In a thread, where Python lets nobody handle signals, it notes none, and says so.
+    In a thread, where Python lets nobody handle signals, it notes none, and says so if there is no other way to stop.
+
+    Args:
+        cancel: another way to ask for it.
     """
-    request, before = StopRequest(), {}
+    request = StopRequest(cancel)
+    before: dict[int, Any] = {}
     if threading.current_thread() is not threading.main_thread():
-        print("Training in a thread: SIGTERM and Ctrl-C do not save a checkpoint first.", file=sys.stderr)
+        if cancel is None:
+            print("Training in a thread: SIGTERM and Ctrl-C do not save a checkpoint first.", file=sys.stderr)
         yield request
         return
 

@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
-import os
-import typing
-from collections.abc import Collection, Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ..errors import InputError
+from .rules import adapter, problems_of
 
-HEADER = "# Settings of training/train_dreambooth.py. The same run again: --config with this file.\n"
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+HEADER = (
+    "# Settings of a run of coeff_diffusers.training. The same run again: coeff-diffusers train --config this_file\n"
+)
 
 
 def write_config(values: Mapping[str, Any]) -> str:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return HEADER + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+    return HEADER + text
 
 
-def read_config(path: str | Path, hints: Mapping[str, Any], may_be_no: Collection[str] = ()) -> dict[str, Any]:
+def read_config(path: str | Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a file.
 
     Args:
         path: the file.
-        hints: setting -> type.
-        may_be_no: the settings of which "no" is a choice: it is false in YAML.
+        hints: setting -> type, with its rule.
 
     Raises:
-        InputError: if the file cannot be read, or has keys that are unknown or given twice, or values of another type;
-            all of them are listed.
+        InputError: if the file cannot be read, or has keys that are unknown or given twice, or values that cannot be
+            used; all of them are listed.
     """
     entries, problems = _entries(path)
     values = {}
     for name, value in entries:
+        if name not in hints:
+            problems.append(f"{name}: is no setting{_alike(name, hints)}")
+            continue
+        if value is False and "'no'" in str(hints[name]):
+            value = "no"  # as YAML reads the word, where it is a choice
         try:
-            values[name] = as_type("no" if value is False and name in may_be_no else value, hints[name])
-        except KeyError:
-            problems.append(f"{name}: is no setting")
-        except TypeError as error:
-            problems.append(f"{name}: {error}")
+            values[name] = adapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            problems += [f"{name}: {problem}" for _, problem in problems_of(error)]
     if problems:
         raise InputError(f"--config: {path}:\n  " + "\n  ".join(problems))
     return values
+
+
+def _alike(name: str, hints: Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(name, hints, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 @contextmanager
@@ -83,29 +93,3 @@ def _entries(path: str | Path) -> tuple[list[tuple[str, Any]], list[str]]:
             else:
                 problems.append(f"line {key.start_mark.line + 1}: what stands before the colon must be text")
         return entries, problems
-
-
-def as_type(value: Any, hint: Any) -> Any:
-    """The value as a setting's type; one that stands alone is a tuple of itself where there may be several.
-
-    Raises:
-        TypeError: if it is of another type, saying what is wanted and what is there.
-    """
-    kinds = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
-    optional, hint = type(None) in kinds, next((kind for kind in kinds if kind is not type(None)), hint)
-    if value is None and optional:
-        return None
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        return tuple(as_type(each, kind) for each in (value if isinstance(value, list | tuple) else [value]))
-    if hint is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hint is float and isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            return float(value)  # 1e-4 is text in YAML, which wants 1.0e-4
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not hint:
-        quoted = "; yes, no, on and off are text in quotes" if hint is str and isinstance(value, bool) else ""
-        raise TypeError(f"must be {KINDS[hint]}, got {value!r}{quoted}")
-    return value
