@@ -6,10 +6,26 @@
 `adapters` what is trained, `results` what is written, and `run` does it.
 """
 
-from .errors import InputError, Stopped
-from .run.dreambooth import DreamBoothRun, TrainingResult, train_dreambooth
-from .run.loop import TrainingStep
-from .settings import DreamBoothSettings, parse_settings
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import InputError, Stopped
+    from .run.dreambooth import DreamBoothRun, TrainingResult, train_dreambooth
+    from .run.loop import TrainingStep
+    from .settings import DreamBoothSettings, parse_settings
+
+# Modules are loaded by what is asked for: --help needs neither torch nor diffusers, which take seconds.
+_MODULES = {
+    "DreamBoothRun": "run.dreambooth",
+    "DreamBoothSettings": "settings",
+    "InputError": "errors",
+    "Stopped": "errors",
+    "TrainingResult": "run.dreambooth",
+    "TrainingStep": "run.loop",
+    "parse_settings": "settings",
+    "train_dreambooth": "run.dreambooth",
+}
 
 __all__ = [
     "DreamBoothRun",
@@ -21,3 +37,9 @@ __all__ = [
     "parse_settings",
     "train_dreambooth",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -17,7 +17,7 @@ from torch import nn
 
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.run.dreambooth import TrainingResult
-from coeff_diffusers.training.run.optimizers import make_optimizer, rates_in_use
+from coeff_diffusers.training.run.optimizers import check_optimizer, make_optimizer, rates_in_use
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 Train = Callable[..., TrainingResult]
@@ -100,6 +100,70 @@ def test_prodigy_trains_coefficients_and_lora(train: Train) -> None:
     assert max(value.abs().max() for value in load_file(result.coeff_file).values()) < 1e-4
 
 
+# By name
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "args"),
+    [
+        ("SGD", "torch", {"momentum": 0.9}),
+        ("adafactor", "torch", {}),
+        ("soap", "pytorch_optimizer", {"precondition_frequency": 1, "betas": (0.9, 0.99)}),
+        ("Lion", "pytorch_optimizer", {"weight_decay": 0.125}),
+        ("lion8bit", "bitsandbytes", {}),
+    ],
+)
+def test_an_optimizer_of_any_of_the_packages_minimises_with_its_rates_and_arguments(
+    name: str, package: str, args: dict[str, Any]
+) -> None:
+    texts = [f"{key}={value!r}" for key, value in args.items()]
+    chosen = settings(optimizer=name, optimizer_args=texts, learning_rate=0.01, lora_learning_rate=0.005, lora_rank=4)
+    check_optimizer(chosen)
+    optimizer = make_optimizer(parameters(), chosen)
+    assert type(optimizer).__module__.startswith(package)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.005]
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in args if key in group} == {
+            key: value for key, value in args.items() if key in group
+        }
+    losses = [step_towards(optimizer, 0.3) for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_adams_flags_are_for_adams_alone() -> None:
+    chosen = settings(optimizer="lion", adam_beta1=0.5, adam_weight_decay=0.25)
+    (group,) = make_optimizer({"coefficients": [nn.Parameter(torch.zeros(2, 2))]}, chosen).param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.25)
+
+
+def test_a_run_by_soap_resumes_to_the_same_bits(train: Train, tmp_path: Path) -> None:
+    flags = {"optimizer": "soap", "max_train_steps": 4, "optimizer_args": ["precondition_frequency=2"]}
+    whole = train(**flags, output_dir=tmp_path / "whole")
+    train(**flags | {"max_train_steps": 2}, checkpointing_steps=2)
+    resumed = train(**flags, resume_from_checkpoint="latest")
+    assert resumed.losses == whole.losses
+    found, expected = load_file(resumed.coeff_file), load_file(whole.coeff_file)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"optimizer": "sdg"}, "--optimizer: there is no sdg in torch.optim, bitsandbytes or pytorch-optimizer"),
+        ({"optimizer": "lbfgs"}, "--optimizer lbfgs: .*closure"),
+        ({"optimizer": "schedulefreeadamw"}, "--optimizer schedulefreeadamw keeps other weights for training"),
+        ({"optimizer_args": ["lr"]}, "--optimizer_args: 'lr' is not name=value"),
+        ({"optimizer_args": ["amsgrad=yes"]}, "--optimizer_args: 'amsgrad=yes' is not name=value"),
+        ({"optimizer_args": ["amsgrat=True"]}, "--optimizer_args: adamw has no amsgrat; it has lr, betas, eps"),
+        ({"optimizer": "soap", "optimizer_args": ["frequency=2"]}, "soap has no frequency; it has lr, betas"),
+        ({"optimizer_args": ["betas=(2.0, 0.9)"]}, "--optimizer adamw: Invalid beta parameter"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_refused(flags: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        check_optimizer(settings(**flags))
+
+
 # 8 bits
 
 
@@ -148,7 +212,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"optimizer": "sgd"}, "--optimizer must be of adamw, prodigy, got sgd"),
+        ({"optimizer": "soap", "use_8bit_adam": True, "lora_rank": 2}, "--use_8bit_adam is for --optimizer adamw"),
         ({"use_8bit_adam": True}, "--use_8bit_adam would save nothing"),
         ({"prodigy_beta3": 0.9}, "--prodigy_beta3 needs --optimizer prodigy"),
         ({"prodigy_decouple": False}, "--prodigy_decouple needs --optimizer prodigy"),

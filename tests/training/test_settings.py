@@ -65,8 +65,8 @@ def test_settings_have_the_same_types_from_python_as_from_a_file() -> None:
     with pytest.raises(InputError) as error:
         settings(seed="3", max_train_steps=3.5, train_batch_size=True, validation_prompt=[1], lora_rank=None)
     assert str(error.value).splitlines()[1:] == [
-        "  --seed must be a whole number, got '3'",
         "  --lora_rank must be a whole number, got None",
+        "  --seed must be a whole number, got '3'",
         "  --train_batch_size must be a whole number, got True",
         "  --max_train_steps must be a whole number, got 3.5",
         "  --validation_prompt must be text, got 1",
@@ -95,6 +95,23 @@ def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     for setting in fields(DreamBoothSettings):
         assert setting.metadata["help"].endswith(".")
         assert f"--{setting.name}" in shown
+
+
+def test_help_folds_what_few_need_and_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    shown = capsys.readouterr().out
+    assert "--learning_rate RATE" in shown
+    assert "--lora_rank RANK" not in shown
+    assert "--help-all shows --lora_rank, --lora_alpha" in shown
+
+
+def test_a_misspelled_flag_is_answered_with_the_one_that_is_like_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--learnig_rate", "1e-3", "--lora_rnk=2")
+    said = capsys.readouterr().err
+    assert "did you mean --learning_rate?" in said
+    assert "did you mean --lora_rank?" in said
 
 
 def test_a_cut_off_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,12 @@ def check_optimizer(settings: OptimizerSettings) -> None:
             f"--optimizer {settings.optimizer} keeps other weights for training than for validation and saving, which "
             "cannot be had here; --use_ema averages weights"
         )
+    parameter.grad = torch.ones_like(parameter)
     try:
-        make_optimizer({"coefficients": [parameter]}, settings)
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        make_optimizer({"coefficients": [parameter]}, settings).step()
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--optimizer {settings.optimizer}: {error}") from error
 
 
@@ -43,10 +46,9 @@ def make_optimizer(parameters: dict[str, list[nn.Parameter]], settings: Optimize
     }
     kind = optimizer_class(settings)
     taken = inspect.signature(kind).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     given = optimizer_args(s.optimizer_args)
-    if unknown := [name for name in given if name not in taken and not open_ended]:
-        names = [name for name in taken if name != "params"]
+    if unknown := [name for name in given if name not in taken or name == "params"]:
+        names = [name for name in taken if name not in ("params", "kwargs")]
         raise InputError(f"--optimizer_args: {s.optimizer} has no {', '.join(unknown)}; it has {', '.join(names)}")
     shared: dict[str, Any] = {"betas": (s.adam_beta1, s.adam_beta2), "eps": s.adam_epsilon}
     if s.optimizer == "prodigy":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from .sharding import sharded_names
+from ..families.sharding import sharded_names
 
 
 class DenoisingStep(nn.Module):
