@@ -1,28 +1,60 @@
 """Coeff-Tuning for diffusers: every attention head may use a combination of all heads' maps. Weights stay frozen."""
 
-from .adapters import (
-    add_coeff_adapter,
-    coeff_adapters,
-    coeff_disabled,
-    coeff_parameters,
-    delete_coeff_adapters,
-    disable_coeff_adapters,
-    enable_coeff_adapters,
-    get_active_coeff_adapters,
-    list_coeff_adapters,
-    set_coeff_adapters,
-    unload_coeff_weights,
-)
-from .arithmetic import merge_coeff_files, prune_coeff_file
-from .backends import get_mixing_backend, set_mixing_backend
-from .check import check_coeff_adapters
-from .checkpoint import coeff_state_dict, load_coeff_weights, read_coeff_metadata, save_coeff_weights
-from .config import CoeffConfig
-from .functional import mixed_attention
-from .per_sample import coeff_per_sample
-from .processor import CoeffAttnProcessor
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import (
+        add_coeff_adapter,
+        coeff_adapters,
+        coeff_disabled,
+        coeff_parameters,
+        delete_coeff_adapters,
+        disable_coeff_adapters,
+        enable_coeff_adapters,
+        get_active_coeff_adapters,
+        list_coeff_adapters,
+        set_coeff_adapters,
+        unload_coeff_weights,
+    )
+    from .arithmetic import merge_coeff_files, prune_coeff_file
+    from .backends import get_mixing_backend, set_mixing_backend
+    from .check import check_coeff_adapters
+    from .checkpoint import coeff_state_dict, load_coeff_weights, read_coeff_metadata, save_coeff_weights
+    from .config import CoeffConfig
+    from .functional import mixed_attention
+    from .per_sample import coeff_per_sample
+    from .processor import CoeffAttnProcessor
 
 __version__ = "0.1.0"
+
+# Modules are loaded by what is asked for: the command line's --help needs no torch, which takes seconds.
+_MODULES = {
+    "CoeffAttnProcessor": "processor",
+    "CoeffConfig": "config",
+    "add_coeff_adapter": "adapters",
+    "check_coeff_adapters": "check",
+    "coeff_adapters": "adapters",
+    "coeff_disabled": "adapters",
+    "coeff_parameters": "adapters",
+    "coeff_per_sample": "per_sample",
+    "coeff_state_dict": "checkpoint",
+    "delete_coeff_adapters": "adapters",
+    "disable_coeff_adapters": "adapters",
+    "enable_coeff_adapters": "adapters",
+    "get_active_coeff_adapters": "adapters",
+    "get_mixing_backend": "backends",
+    "list_coeff_adapters": "adapters",
+    "load_coeff_weights": "checkpoint",
+    "merge_coeff_files": "arithmetic",
+    "mixed_attention": "functional",
+    "prune_coeff_file": "arithmetic",
+    "read_coeff_metadata": "checkpoint",
+    "save_coeff_weights": "checkpoint",
+    "set_coeff_adapters": "adapters",
+    "set_mixing_backend": "backends",
+    "unload_coeff_weights": "adapters",
+}
 
 __all__ = [
     "CoeffAttnProcessor",
@@ -50,3 +82,15 @@ __all__ = [
     "set_mixing_backend",
     "unload_coeff_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,11 +17,11 @@ from typing import Any
 import demo
 import torch
 from diffusers import StableDiffusionPipeline
-from generate import generate
 from PIL import Image
-from sheet import sheet
 
 from coeff_diffusers import load_coeff_weights
+from coeff_diffusers.commands.generate import generate
+from coeff_diffusers.commands.sheet import sheet
 
 sys.path.append(str(Path(demo.__file__).parent / "emoji"))
 from scenes import Scene, render

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
-from generate import generate
 from PIL import Image
-from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, load_coeff_weights
+from coeff_diffusers.commands.generate import generate
+from coeff_diffusers.commands.sheet import sheet
 from coeff_diffusers.console import escaped_output
 
 HERE = Path(__file__).parent

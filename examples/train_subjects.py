@@ -16,9 +16,9 @@ import demo
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from sheet import sheet
 
 from coeff_diffusers import coeff_disabled, coeff_per_sample, load_coeff_weights
+from coeff_diffusers.commands.sheet import sheet
 from coeff_diffusers.console import escaped_output
 from coeff_diffusers.training import parse_settings, train_dreambooth
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from sheet import sheet  # noqa: E402
+from coeff_diffusers.commands.sheet import sheet  # noqa: E402
 
 WORDS = list(GLYPHS)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import compare_adapters
 import demo
-import generate
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from sheet import sheet
+
+from coeff_diffusers.commands import generate
+from coeff_diffusers.commands.flags import parse_generate
+from coeff_diffusers.commands.sheet import sheet
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +62,7 @@ def test_generate_shows_base_and_tuned_for_the_same_prompts_and_seeds(demo_run, 
         "--prompt", "a sks panda face", "a pig face", "--num_images_per_prompt", "1", "--num_inference_steps", "2",
         "--coeff_scale", "30", "--output_dir", str(tmp_path), "--device", "cpu",
     ]  # fmt: skip
-    generate.main(generate.parse_args(flags))
+    generate.main(parse_generate(flags))
     names = {
         f"{prompt}-seed0-{kind}.png" for prompt in ("0-a-sks-panda-face", "1-a-pig-face") for kind in ("base", "tuned")
     }

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import demo
-import generate
 import numpy as np
 import pytest
-import score
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from prompts import ImageRequest, PromptsError, read_manifest, read_prompts, write_manifest
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -29,6 +26,9 @@ from transformers import (
 from two_processes import on_two_processes
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, save_coeff_weights
+from coeff_diffusers.commands import generate, score
+from coeff_diffusers.commands.flags import parse_generate, parse_score
+from coeff_diffusers.commands.requests import ImageRequest, PromptsError, read_manifest, read_prompts, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make(weights: Path, prompts: Path, output: Path, *more: str) -> dict[str, np.ndarray]:
-    generate.main(generate.parse_args(flags(weights, prompts, output, *more)))
+    generate.main(parse_generate(flags(weights, prompts, output, *more)))
     return pixels(output)
 
 
@@ -95,7 +95,7 @@ def test_each_line_is_made_with_its_own_coefficients(weights: Path, prompts: Pat
             "--prompt", "a sks fox face", "a sks owl on a red background", "--num_images_per_prompt", "1",
             "--num_inference_steps", "2", "--output_dir", str(tmp_path / name), "--device", "cpu",
         ]  # fmt: skip
-        generate.main(generate.parse_args(sheet))
+        generate.main(parse_generate(sheet))
     alone = pixels(tmp_path / "fox")["0-a-sks-fox-face-seed0-tuned.png"]
     other = pixels(tmp_path / "owl")["0-a-sks-fox-face-seed0-tuned.png"]
     found = made["00001-a-sks-fox-face-seed0.png"].astype(int)
@@ -108,12 +108,12 @@ def test_two_processes_make_the_images_and_scores_of_one(weights: Path, prompts:
     clip, references = tiny_clip(tmp_path / "clip"), tmp_path / "one"
     scoring = ["--clip_model", str(clip), "--dino_model", str(tiny_vit(tmp_path / "vit")), "--device", "cpu"]
     scoring += ["--reference", f"fox={references}", f"owl={references}"]
-    expected = score.main(score.parse_args(["--images", str(tmp_path / "one"), *scoring]))
+    expected = score.main(parse_score(["--images", str(tmp_path / "one"), *scoring]))
     for script, arguments in (
-        (generate, flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
-        (score, ["--images", str(tmp_path / "two"), *scoring]),
+        ("generate", flags(weights, prompts, tmp_path / "two", "--batch_size", "2")),
+        ("score", ["--images", str(tmp_path / "two"), *scoring]),
     ):
-        done = on_two_processes(script.__file__, arguments, "multi_gpu.yaml")
+        done = on_two_processes(script, arguments, "multi_gpu.yaml")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote ") == 1  # or each took itself for the only one
     two = pixels(tmp_path / "two")
@@ -134,7 +134,7 @@ def test_images_leave_no_process_group(weights: Path, prompts: Path, tmp_path: P
 
 
 def test_a_sheet_is_not_made_by_two_processes_at_once(weights: Path, tmp_path: Path) -> None:
-    done = on_two_processes(generate.__file__, sheet_flags(weights, tmp_path / "sheet"), "multi_gpu.yaml")
+    done = on_two_processes("generate", sheet_flags(weights, tmp_path / "sheet"), "multi_gpu.yaml")
     assert done.returncode != 0
     assert "error: --prompt makes its images on one process, and here are 2: start" in done.stderr
     assert not list(tmp_path.rglob("*.png"))
@@ -254,7 +254,7 @@ def test_a_sheet_s_images_are_written_whole_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(Image.Image, "save", stop_halfway)
     with pytest.raises(KeyboardInterrupt):
-        generate.main(generate.parse_args(sheet_flags(weights, tmp_path)))
+        generate.main(parse_generate(sheet_flags(weights, tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,14 +283,14 @@ def test_counts_that_are_too_small_are_refused_by_flag(
     flag: str, value: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        generate.parse_args(flags(tmp_path, tmp_path / "prompts.txt", tmp_path, flag, value))
+        parse_generate(flags(tmp_path, tmp_path / "prompts.txt", tmp_path, flag, value))
     assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
 
 
 def test_a_sheet_refuses_the_flags_of_many_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "a"]
     with pytest.raises(SystemExit):
-        generate.parse_args([*sheet, "--batch_size", "2", "--overwrite"])
+        parse_generate([*sheet, "--batch_size", "2", "--overwrite"])
     assert "--batch_size, --overwrite: of --prompts_file; --prompt makes all" in capsys.readouterr().err
 
 
@@ -366,13 +366,13 @@ def test_reference_images_are_upright_and_on_white(tmp_path: Path) -> None:
 
 def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--images", str(tmp_path), "--clip_model", "none"]
-    with pytest.raises(PromptsError, match=r"there is no .*manifest.jsonl, which generate.py"):
-        score.main(score.parse_args(flags))
+    with pytest.raises(PromptsError, match=r"there is no .*manifest.jsonl, which coeff-diffusers generate"):
+        score.main(parse_score(flags))
     with pytest.raises(SystemExit):
-        score.parse_args([*flags, "--reference", "a", "b"])
+        parse_score([*flags, "--reference", "a", "b"])
     assert "--reference: each needs a name of its own (name=path), got default, default" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        score.parse_args([*flags, "--batch_size", "0"])
+        parse_score([*flags, "--batch_size", "0"])
     assert "argument --batch_size: must be 1 or more, got 0" in capsys.readouterr().err
 
 
@@ -382,19 +382,19 @@ def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) 
     models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
     given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
     with pytest.raises(PromptsError, match=f"{flag}: .*none"):
-        score.main(score.parse_args(["--images", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
+        score.main(parse_score(["--images", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
 
 
 @pytest.mark.usefixtures("one_process")
 def test_scores_leave_no_process_group(tmp_path: Path) -> None:
     write_one_image(tmp_path)
     clip = str(tiny_clip(tmp_path / "clip"))
-    score.main(score.parse_args(["--images", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
+    score.main(parse_score(["--images", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
     assert not torch.distributed.is_initialized()
 
 
 def write_one_image(folder: Path) -> None:
-    """As generate.py, with the coefficients x."""
+    """As `generate`, with the coefficients x."""
     image = ImageRequest("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
     write_manifest({"a.png": (image, {})}, folder / "manifest.jsonl")
     Image.new("RGB", (8, 8)).save(folder / "a.png")
@@ -414,7 +414,7 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     Image.new("RGB", (32, 32), "red").save(tmp_path / "x" / "1.png")
     clip = tiny_clip(tmp_path / "clip")
     flags = ["--images", str(folder), "--clip_model", str(clip), "--device", "cpu"]
-    rows = score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"]
+    rows = score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"]
     assert rows[0]["clip_i"] == pytest.approx(1.0, abs=1e-5)  # the same image
     assert rows[1]["clip_i"] < 0.999
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
@@ -423,15 +423,15 @@ def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.
     assert rows[1]["clip_t"] == pytest.approx(logits.item(), abs=1e-5)
     with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
         patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
-        assert score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"] == rows
+        assert score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"] == rows
     (tmp_path / "x" / "2.png").write_bytes(b"no image")
     (tmp_path / "x" / "3.jpg").write_bytes((tmp_path / "x" / "1.png").read_bytes()[:60])
     with pytest.raises(PromptsError, match=r"(?s)cannot be read as images:.*/2.png: .*/3.jpg: "):
-        score.main(score.parse_args([*flags, "--reference", f"x={tmp_path / 'x'}"]))
+        score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))
     (folder / "b.png").unlink()
     surplus = "(?s)b.png is in the manifest.*x has no reference.*--reference y: .* coefficients of that name, only x"
     with pytest.raises(PromptsError, match=surplus):
-        score.main(score.parse_args([*flags, "--reference", f"y={tmp_path / 'x'}"]))
+        score.main(parse_score([*flags, "--reference", f"y={tmp_path / 'x'}"]))
 
 
 def tiny_clip(folder: Path) -> Path:

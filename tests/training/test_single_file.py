@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import generate
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from ldm_file import save_single_file
-from prompts import PromptsError
 from running import main
 from safetensors.torch import load_file, save_file
 from tiny_sd import tiny_pipeline
 
 from coeff_diffusers import read_coeff_metadata
+from coeff_diffusers.commands import generate
+from coeff_diffusers.commands.requests import PromptsError, value_of
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.single_file import load_single_file, single_file_config
 from coeff_diffusers.training.run.dreambooth import TrainingResult
@@ -79,7 +79,7 @@ def test_a_file_that_is_no_base_model_is_named_with_ways_out(
         InputError, match=f"--pretrained_model_name_or_path: .*{name} cannot be loaded as a base model"
     ):
         main(argv(**single))
-    with pytest.raises(PromptsError, match="convert it once"), generate.value_of("--pretrained_model_name_or_path"):
+    with pytest.raises(PromptsError, match="convert it once"), value_of("--pretrained_model_name_or_path"):
         load_single_file(str(path), str(base))
 
 

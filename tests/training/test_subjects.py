@@ -307,7 +307,7 @@ def test_a_subject_must_not_share_a_folder_with_the_runs_own_files(
     file: Path, tmp_path: Path, name: str, logging_dir: str, use: str | None
 ) -> None:
     (entry, *_) = yaml.safe_load(file.read_text())
-    subjects = read_subjects(written(file, [entry | {"name": name}]))
+    written(file, [entry | {"name": name}])
     settings = DreamBoothSettings("base", subjects=str(file), output_dir=str(tmp_path), logging_dir=logging_dir)
     if use is None:
         assert list(ManySubjects(str(file)).read_images(settings, None)) == [name]

@@ -1,28 +1,10 @@
-"""Generates with a coefficient file on any diffusers pipeline, beside the base model, for the same prompts and seeds.
-
-    python examples/generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --coeff_weights outputs/my-dog --prompt "a sks dog in the snow" "a sks dog on a beach"
-
-Writes `sheet.png`, which shows both, and every image on its own, to `--output_dir`.
-
-Many images, of many subjects, on as many processes as there are GPUs:
-
-    accelerate launch examples/generate.py --coeff_weights dog=outputs/my-dog cat=outputs/my-cat \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
-
-A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
-Writes the images and `manifest.jsonl`, which score.py reads; those that are there already are not made again; it is
-an error if they were made of other prompts, settings or weights. The images are the same whatever the number of
-processes.
-"""
+"""`coeff-diffusers generate`: images by coefficient files, beside the base model, or many of a file of prompts."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, groupby
 from pathlib import Path
@@ -34,7 +16,14 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from prompts import (
+from tqdm import tqdm
+
+from ..adapters import coeff_adapters, coeff_disabled, set_coeff_adapters
+from ..checkpoint import find_file, load_coeff_weights, whole_file
+from ..console import escaped_output
+from ..per_sample import coeff_per_sample
+from ..training.families.single_file import is_single_file, load_single_file
+from .requests import (
     MANIFEST,
     ImageRequest,
     Manifest,
@@ -45,19 +34,14 @@ from prompts import (
     value_of,
     write_manifest,
 )
-from sheet import sheet
-from tqdm import tqdm
-
-from coeff_diffusers import coeff_adapters, coeff_disabled, coeff_per_sample, load_coeff_weights, set_coeff_adapters
-from coeff_diffusers.checkpoint import find_file, whole_file
-from coeff_diffusers.console import escaped_output
-from coeff_diffusers.training.families.single_file import is_single_file, load_single_file
+from .sheet import sheet
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width")
 
 
 @escaped_output()
 def main(args: argparse.Namespace) -> Path:
+    """Writes what the flags ask for, and returns the sheet or the manifest."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     return make_all(args, options) if args.prompts_file else make_sheet(args, options)
@@ -89,7 +73,7 @@ def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torc
 
 
 def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
-    """Makes the all_asked of the prompts' file, shared out over the processes; returns the manifest."""
+    """Makes the images of the prompts' file, shared out over the processes; returns the manifest."""
     all_asked = read_prompts(args.prompts_file, list(args.coeff_weights), args.seed, args.num_images_per_prompt)
     files = coeff_files(args.coeff_weights, args.weight_name)
     made_with = {
@@ -104,7 +88,8 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         "dtype": args.dtype,
         **options,
     }
-    state, manifest = processes(), args.output_dir / MANIFEST
+    state = processes()
+    manifest: Path = args.output_dir / MANIFEST
     known = read_manifest(manifest) if manifest.exists() else {}
     missing = still_to_make(all_asked, made_with, known, args.output_dir, args.overwrite)
     with state.split_between_processes(batches(missing, args.batch_size)) as share:
@@ -239,7 +224,7 @@ def make_sheet(args: argparse.Namespace, options: dict[str, Any]) -> Path:
         for (prompt, seed), image in images.items():
             name = f"{args.prompt.index(prompt)}-{file_name(prompt)}-seed{seed}-{kind}.png"
             write_image(image, args.output_dir / name)
-    path = args.output_dir / "sheet.png"
+    path: Path = args.output_dir / "sheet.png"
     write_image(compare([("without coefficients", base), ("with coefficients", tuned)]), path)
     print(f"wrote {path} and {len(base) + len(tuned)} single images")
     return path
@@ -263,84 +248,3 @@ def compare(kinds: Sequence[tuple[str, dict[tuple[str, int], Image.Image]]], cel
         captions = [f"{prompt} (seed {seed})" for prompt, seed in images]
         rows.append((heading, list(images.values()), captions))
     return sheet(rows, cell=cell)
-
-
-def named_paths(flag: str, values: Sequence[str]) -> dict[str, str]:
-    """Name -> path of `name=path`; a path alone is named default."""
-    alone = ["=" not in value or Path(value).exists() for value in values]
-    pairs = [("default", value) if only else value.split("=", 1) for value, only in zip(values, alone)]
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{flag}: each needs a name of its own (name=path), got {', '.join(names)}")
-    return dict(pairs)
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes whole numbers from `least` on."""
-
-    def whole_number(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {number}")
-        return number
-
-    return whole_number
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="pipeline: a folder, a name on the Hub, or a single .safetensors file",
-    )
-    parser.add_argument(
-        "--single_file_config", help="of a single file: a folder in diffusers format of its kind, for what it lacks"
-    )
-    parser.add_argument(
-        "--coeff_weights",
-        nargs="+",
-        required=True,
-        help="coefficient file: a path, a folder, or a name on the Hub; several as name=path",
-    )
-    parser.add_argument("--weight_name", help="the file in that folder, where it holds several")
-    parser.add_argument("--coeff_scale", type=float, default=1.0, help="weight of the coefficients")
-    parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
-    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
-    parser.add_argument(
-        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
-    )
-    parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
-    parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
-    parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
-    parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
-    parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
-    parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
-    args = parser.parse_args(argv)
-    try:
-        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.prompt and len(args.coeff_weights) > 1:
-        parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
-    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
-    if args.prompt and given:
-        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its images anew, one at a time")
-    args.batch_size = args.batch_size or 1
-    if args.num_images_per_prompt is None:
-        args.num_images_per_prompt = 2 if args.prompt else 1
-    return args
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except PromptsError as error:
-        sys.exit(f"error: {error}")

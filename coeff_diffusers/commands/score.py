@@ -1,20 +1,10 @@
-"""Scores images that generate.py made: do they show what the prompt says, and the subject of the reference images?
-
-    accelerate launch examples/score.py --images outputs/many --reference dog=my-dog cat=my-cat \\
-        --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
-
-CLIP-T is the cosine of image and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of a
-image with each reference image of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
-depend on the encoders: compare none that were made with others. Writes `scores.json` beside the images. Reference
-images are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
-"""
+"""`coeff-diffusers score`: how like its subject, and its prompt, each image is that `generate` wrote."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from generate import at_least, named_paths, processes
 from PIL import Image
-from prompts import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manifest, value_of, write_whole
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
-from coeff_diffusers.console import escaped_output
-from coeff_diffusers.training.images.dreambooth_dataset import upright_rgb
+from ..console import escaped_output
+from ..training.images.dreambooth_dataset import upright_rgb
+from .generate import processes
+from .requests import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manifest, value_of, write_whole
 
 Encoder = Callable[[list[Path]], Tensor]  # images to unit vectors, (B, width)
 
@@ -63,7 +53,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         path = args.images / "scores.json"
         write_whole(json.dumps(result, indent=2) + "\n", path)
         print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
-    state.destroy_process_group()  # as in generate.py
+    state.destroy_process_group()  # as in generate
     return result
 
 
@@ -181,28 +171,3 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name, group in groups.items()
     }
     return {"mean": means, "images": sorted(rows, key=lambda row: row["file_name"])}
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder that generate.py wrote")
-    parser.add_argument("--reference", nargs="+", default=[], help="folders with images of the subjects, name=folder")
-    parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
-    parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
-    parser.add_argument("--batch_size", type=at_least(1), default=16)
-    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
-    args = parser.parse_args(argv)
-    try:
-        args.reference = named_paths("--reference", args.reference)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.dino_model and not args.reference:
-        parser.error("--dino_model compares with images: give --reference")
-    return args
-
-
-if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except PromptsError as error:
-        sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from coeff_diffusers.checkpoint import whole_file
+from ..checkpoint import whole_file
 
 MANIFEST = "manifest.jsonl"
 SUFFIXES = (".png", ".jpg", ".webp")
@@ -41,7 +41,7 @@ class ImageRequest:
         seed: of its first noise.
         negative_prompt: what guidance leads away from; `None` is the pipeline's own default.
         coeff: name of the coefficients that it is made with; `None` is the base model.
-        clip_prompt: what `score.py` compares it with, in the place of `prompt`: without a subject's rare word, say.
+        clip_prompt: what `score` compares it with, in the place of `prompt`: without a subject's rare word, say.
     """
 
     file_name: str
@@ -123,7 +123,8 @@ def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"file_name must be a name without folders that ends in {', '.join(SUFFIXES)}, got {name!r}")
     if name and len(name.encode()) > NAME_BYTES:
         raise ValueError(f"file_name must have at most {NAME_BYTES} bytes, got {len(name.encode())}")
-    return entry
+    checked: dict[str, Any] = entry
+    return checked
 
 
 def _images(number: int, entry: dict[str, Any], seed: int, images_per_prompt: int) -> list[ImageRequest]:
@@ -169,6 +170,6 @@ def read_manifest(path: Path) -> Manifest:
         names = [field.name for field in fields(ImageRequest)]
         return {e["file_name"]: (ImageRequest(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
     except FileNotFoundError as error:
-        raise PromptsError(f"there is no {path}, which generate.py --prompts_file writes") from error
+        raise PromptsError(f"there is no {path}, which coeff-diffusers generate --prompts_file writes") from error
     except (ValueError, TypeError, KeyError) as error:
         raise PromptsError(f"{path} is no manifest of images: {error!r}") from error

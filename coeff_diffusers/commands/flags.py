@@ -1,0 +1,134 @@
+"""The flags of `coeff-diffusers generate` and `score`. Help needs no torch, which takes seconds to load."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+GENERATE = """Generates by a coefficient file on any diffusers pipeline, beside the base model, for the same prompts and seeds.
+
+    coeff-diffusers generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --coeff_weights outputs/my-dog --prompt "a sks dog in the snow" "a sks dog on a beach"
+
+Writes `sheet.png`, which shows both, and every image on its own, to `--output_dir`.
+
+Many images, of many subjects, on as many processes as there are GPUs:
+
+    accelerate launch -m coeff_diffusers generate --coeff_weights dog=outputs/my-dog cat=outputs/my-cat \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --prompts_file prompts.jsonl --batch_size 8 --output_dir outputs/many
+
+A line of prompts.jsonl: {"prompt": "a sks dog on a beach", "coeff": "dog", "seed": 3}; of a .txt file: the prompt.
+Writes the images and `manifest.jsonl`, which `coeff-diffusers score` reads; those that are there already are not made
+again; it is an error if they were made of other prompts, settings or weights. The images are the same whatever the
+number of processes.
+"""
+SCORE = """Scores images of `coeff-diffusers generate`: do they show what the prompt says, and the subject of the references?
+
+    accelerate launch -m coeff_diffusers score --images outputs/many --reference dog=my-dog cat=my-cat \\
+        --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
+
+CLIP-T is the cosine of image and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of an
+image with each reference image of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
+depend on the encoders: compare none that were made with others. Writes `scores.json` beside the images. Reference
+images are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
+"""
+
+
+def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "coeff-diffusers generate", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="pipeline: a folder, a name on the Hub, or a single .safetensors file",
+    )
+    parser.add_argument(
+        "--single_file_config", help="of a single file: a folder in diffusers format of its kind, for what it lacks"
+    )
+    parser.add_argument(
+        "--coeff_weights",
+        nargs="+",
+        required=True,
+        help="coefficient file: a path, a folder, or a name on the Hub; several as name=path",
+    )
+    parser.add_argument("--weight_name", help="the file in that folder, where it holds several")
+    parser.add_argument("--coeff_scale", type=float, default=1.0, help="weight of the coefficients")
+    parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
+    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
+    parser.add_argument(
+        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
+    parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
+    parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
+    parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
+    parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
+    parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
+    args = parser.parse_args(argv)
+    try:
+        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.prompt and len(args.coeff_weights) > 1:
+        parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
+    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
+    if args.prompt and given:
+        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its images anew, one at a time")
+    args.batch_size = args.batch_size or 1
+    if args.num_images_per_prompt is None:
+        args.num_images_per_prompt = 2 if args.prompt else 1
+    return args
+
+
+def parse_score(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "coeff-diffusers score", description=SCORE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", "--pictures", type=Path, required=True, help="folder that `coeff-diffusers generate` wrote"
+    )
+    parser.add_argument("--reference", nargs="+", default=[], help="folders with images of the subjects, name=folder")
+    parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
+    parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
+    parser.add_argument("--batch_size", type=at_least(1), default=16)
+    parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
+    args = parser.parse_args(argv)
+    try:
+        args.reference = named_paths("--reference", args.reference)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dino_model and not args.reference:
+        parser.error("--dino_model compares with images: give --reference")
+    return args
+
+
+def named_paths(flag: str, values: Sequence[str]) -> dict[str, str]:
+    """Name -> path of `name=path`; a path alone is named default."""
+    alone = ["=" not in value or Path(value).exists() for value in values]
+    pairs = [("default", value) if only else value.split("=", 1) for value, only in zip(values, alone)]
+    names = [pair[0] for pair in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{flag}: each needs a name of its own (name=path), got {', '.join(names)}")
+    return {pair[0]: pair[1] for pair in pairs}
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {number}")
+        return number
+
+    return whole_number
