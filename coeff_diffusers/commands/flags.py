@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-GENERATE = """Generates by a coefficient file on any diffusers pipeline, beside the base model, for the same prompts and seeds.
+GENERATE = """Generates images by a coefficient file on any diffusers pipeline, beside the base model's of like seeds.
 
     coeff-diffusers generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --coeff_weights outputs/my-dog --prompt "a sks dog in the snow" "a sks dog on a beach"
@@ -24,7 +24,7 @@ Writes the images and `manifest.jsonl`, which `coeff-diffusers score` reads; tho
 again; it is an error if they were made of other prompts, settings or weights. The images are the same whatever the
 number of processes.
 """
-SCORE = """Scores images of `coeff-diffusers generate`: do they show what the prompt says, and the subject of the references?
+SCORE = """Scores images of `coeff-diffusers generate`: do they show what the prompt says, and the subject?
 
     accelerate launch -m coeff_diffusers score --images outputs/many --reference dog=my-dog cat=my-cat \\
         --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
@@ -59,7 +59,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
-    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt a line")
+    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt per line")
     parser.add_argument(
         "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
     )

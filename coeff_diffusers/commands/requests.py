@@ -56,7 +56,7 @@ Manifest = dict[str, tuple[ImageRequest, dict[str, Any]]]  # file name -> the im
 
 
 def read_prompts(path: Path, adapters: Sequence[str], seed: int, images_per_prompt: int) -> list[ImageRequest]:
-    """The found that a file asks for: a prompt a line, or JSON objects, a line each, if it ends in `.jsonl`.
+    """The found that a file asks for: a prompt per line, or JSON objects, a line each, if it ends in `.jsonl`.
 
     A JSON line has a `prompt`, and may have `seed`, `negative_prompt`, `coeff`, `clip_prompt` and `file_name`.
 
@@ -153,7 +153,7 @@ def file_name(prompt: str) -> str:
 
 
 def write_manifest(entries: Manifest, path: Path) -> None:
-    """A line an image, with what it was made with. Whole or not at all."""
+    """A line per image, with what it was made with. Whole or not at all."""
     lines = [json.dumps(asdict(image) | {"made_with": made_with}) + "\n" for image, made_with in entries.values()]
     write_whole("".join(lines), path)
 

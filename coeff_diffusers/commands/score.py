@@ -145,7 +145,7 @@ def scores(
     kinds: dict[str, Encoder],
     wanted: dict[str, dict[str, Tensor]],
 ) -> list[dict[str, Any]]:
-    """A row an image: its file, its coefficients, and its scores."""
+    """A row per image: its file, its coefficients, and its scores."""
     files = [folder / image.file_name for image in batch]
     texts = clip.texts([image.clip_prompt for image in batch])
     rows: list[dict[str, Any]] = [

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     lines = [
         f"training/train_dreambooth.py, Stable Diffusion 1.5's size, 256 px, batch 1; {machine()}",
         "",
-        "| precision | what trains | numbers trained | seconds a step | ratio | GB at the peak |",
+        "| precision | adapter | trainable parameters | seconds per step | ratio | GB at the peak |",
         "|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     lines = [
         f"UNet of Stable Diffusion 1.5's size, float32, medians of {args.repeats}; {machine()}",
         "",
-        "| | kind | numbers trained | seconds | by the reference | MB above the start |",
+        "| | kind | trainable parameters | seconds | by the reference | MB above the start |",
         "|---|---|---|---|---|---|",
     ]
     for name, step in steps.items():
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
 def measure(
     unet: UNet2DConditionModel, step: Callable[..., None], repeats: int
 ) -> dict[str, tuple[int, float, float]]:
-    """Kind -> how many numbers are trained, median seconds, greatest MB."""
+    """Kind -> number of trainable parameters, median seconds, greatest MB."""
     kinds = KINDS if step is denoising_step else KINDS[1:]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     memory: dict[str, list[float]] = {kind: [] for kind in kinds}

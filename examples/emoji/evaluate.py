@@ -92,7 +92,7 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
 
 
 def generate(pipe: DiffusionPipeline, scenes: list[Scene], args: argparse.Namespace) -> list[Image.Image]:
-    """An image a scene; image i has seed `args.seed + i` whatever the batch size."""
+    """An image per scene; image i has seed `args.seed + i` whatever the batch size."""
     own = {"guidance_rescale": args.guidance_rescale}
     if not isinstance(pipe, StableDiffusionPipeline):
         own = {"max_sequence_length": 1}  # zeros in place of T5, which it has not

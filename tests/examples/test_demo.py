@@ -45,7 +45,7 @@ def test_demo_says_what_it_did_and_how_to_use_it(tmp_path, capsys) -> None:
     args = argparse.Namespace(subject="owl", max_train_steps=1, learning_rate=1e-2, seed=0, output_dir=tmp_path)
     demo.main(args)
     out = capsys.readouterr().out
-    assert "numbers trained" in out
+    assert "trainable parameters" in out
     assert " KB" in out
     assert f'load_coeff_weights(pipe, "{tmp_path}/pytorch_coeff_weights.safetensors")' in out
 
@@ -77,7 +77,7 @@ def test_comparison_trains_coefficients_lora_and_both(tmp_path) -> None:
         output_dir=tmp_path,
     )  # fmt: skip
     results = compare_adapters.main(args)
-    counts = [entry["numbers trained"] for entry in results.values()]
+    counts = [entry["trainable parameters"] for entry in results.values()]
     assert counts[0] == 0
     assert counts[1] + counts[2] == counts[3]
     assert len({entry["loss"] for entry in results.values()}) > 1

@@ -281,7 +281,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     assert not list((tmp_path / "out").glob(".checkpoint-*"))
     said = capsys.readouterr().err
     assert "checkpoint-2 could not be written: " in said
-    assert "checkpoint-1 is whole; --resume_from_checkpoint latest goes on from it. The run goes on." in said
+    assert "checkpoint-1 is whole; --resume_from_checkpoint latest resumes from it. The run goes on." in said
 
 
 def test_a_log_and_images_that_cannot_be_written_do_not_end_the_run(
@@ -421,7 +421,7 @@ def test_the_advice_names_a_checkpoint_that_is_not_of_this_folder(
     other = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
     monkeypatch.setattr(StableDiffusion, "errors", lambda *args: torch.full((2,), float("nan"), requires_grad=True))
     error = train_until(FloatingPointError, argv(checkpointing_steps=2, **other))
-    assert f"--resume_from_checkpoint {other['resume_from_checkpoint']} goes on from it" in str(error)
+    assert f"--resume_from_checkpoint {other['resume_from_checkpoint']} resumes from it" in str(error)
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -516,7 +516,7 @@ def test_the_script_ends_with_the_exit_code_of_the_signal(argv: Callable[..., li
     child.terminate()
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 143
-    assert "goes on from it" in said.splitlines()[-1]
+    assert "resumes from it" in said.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -535,7 +535,7 @@ def test_a_signal_to_all_processes_saves_whatever_workers_read_images(
     os.killpg(child.pid, signal.SIGTERM)
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 143, said
-    assert "goes on from it" in said.splitlines()[-1]
+    assert "resumes from it" in said.splitlines()[-1]
     assert said.count("SIGTERM: stops after this step") == 1
     [saved] = checkpoint_paths(tmp_path / "out")
     assert problem_of(saved) is None

@@ -147,10 +147,10 @@ def test_subjects_are_shared_out_over_processes_and_nothing_is_averaged(
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     for more in (["--max_train_steps", "2"], ["--resume_from_checkpoint", "latest"]):
         done = subprocess.run([*command, *more], check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    assert "Goes on from " in done.stdout
+    assert "Resumes from " in done.stdout
     assert done.stdout.count("Written:") == 3
     of_two = 2 * sum(coeff.numel() for coeff in expected["fox"].values())
-    assert f"Numbers trained: {of_two:,} " in done.stdout
+    assert f"trainable params: {of_two:,} " in done.stdout
     for name, coeff in expected.items():
         found = load_file(tmp_path / "two" / name / "pytorch_coeff_weights.safetensors")
         torch.testing.assert_close(found, coeff, rtol=1e-3, atol=1e-5)  # as above

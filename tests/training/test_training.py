@@ -201,8 +201,10 @@ def test_counts_are_printed(train: Train, capsys: pytest.CaptureFixture[str], se
     frozen = sum(value.numel() for key, value in seen["before"].items() if "position_ids" not in key)
     printed = capsys.readouterr().out
     coeffs, lora = coefficients_and_lora(seen)
+    count, share = coeffs + lora, 100 * (coeffs + lora) / (coeffs + lora + frozen)
     assert (
-        f"Numbers trained: {coeffs + lora:,} (coefficients {coeffs:,}, lora {lora:,}). Frozen: {frozen:,}." in printed
+        f"trainable params: {count:,} || all params: {count + frozen:,} || trainable%: {share:.4f} "
+        f"(coefficients {coeffs:,}, lora {lora:,})\n" in printed
     )
     assert "pytorch_lora_weights.safetensors (" in printed
 
@@ -585,7 +587,7 @@ def test_accelerate_launch_runs_it_from_another_folder(
     done = subprocess.run(
         [*command, *argv(output_dir="relative")], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert "Numbers trained: " in done.stdout
+    assert "trainable params: " in done.stdout
     # its own process may use another number of threads, and so sum in another order
     torch.testing.assert_close(
         load_file(tmp_path / "relative" / "pytorch_coeff_weights.safetensors"), expected, rtol=1e-2, atol=1e-4

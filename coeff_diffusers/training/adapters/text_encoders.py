@@ -47,7 +47,7 @@ def check_text_encoders(family: Family, settings: AdapterSettings, prompt: str) 
 
 
 def add_text_encoder_adapters(family: Family, settings: AdapterSettings, prompt: str) -> dict[str, list[nn.Parameter]]:
-    """Puts on what trains, and writes the encoders down in `family.trained_text_encoders`.
+    """Puts on the adapters, and writes the encoders down in `family.trained_text_encoders`.
 
     Returns:
         `"text_encoder_coefficients"` and `"text_encoder_lora"` -> parameters, where they are asked for.

@@ -1,7 +1,7 @@
 """What differs between families of models. The loop, the data and the files are the same for all of them.
 
-A family's file has one class, which says how prompts are encoded, how images become latents and back into what the
-denoiser is asked, and what it should answer. Two intermediate classes hold the two objectives that there are:
+A family's file has one class, which says how prompts are encoded, how images become latents and back into the
+denoiser's input and target. Two intermediate classes hold the two objectives that there are:
 [`DiffusionFamily`] (a noise schedule, as of DDPM) and [`FlowFamily`] (rectified flow).
 """
 
@@ -102,7 +102,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> list[Conditions]:
-        """What the denoiser is told of each prompt, each tensor without a dimension for the batch.
+        """What the denoiser is conditioned on for each prompt: embeddings and others, without a batch dimension.
 
         Computes gradients where they are enabled.
         """
@@ -123,7 +123,7 @@ class Family(ABC):
         return int(self.settings.max_sequence_length or default)
 
     def tokenized_text(self, prompt: str) -> str:
-        """What the tokenizer is given for a prompt, with the template or the instruction of models that have one."""
+        """What the tokenizer gets for a prompt, with the template or the instruction of models that have one."""
         return prompt
 
     def token_limits(self) -> dict[str, int]:
@@ -158,8 +158,8 @@ class Family(ABC):
 
     def encode(self, prompts: Sequence[str]) -> list[Conditions]:
         """As [`encode_prompts`], with what is unconditional for the empty prompt."""
-        told = [prompt for prompt in prompts if prompt]
-        conditions = iter(self.encode_prompts(told) if told else [])
+        texts = [prompt for prompt in prompts if prompt]
+        conditions = iter(self.encode_prompts(texts) if texts else [])
         return [next(conditions) if prompt else self.unconditional() for prompt in prompts]
 
     @torch.no_grad()
@@ -208,7 +208,7 @@ class Family(ABC):
         """Arguments of the pipeline's call, beside size, steps and generators, for images of the model as it trains.
 
         Args:
-            prompts: one an image.
+            prompts: one per image.
             guidance_scale: `None` is the pipeline's own.
         """
         arguments: dict[str, Any] = {"prompt": list(prompts)}  # a copy, for there are pipelines that write into it
@@ -236,7 +236,7 @@ class Family(ABC):
             latents: (B, ...) as of `sample_latents`.
             conditions: of the images' prompts.
             sizes: (B, 6) integers: height and width of the file, top and left of the crop, height and width of it.
-            generators: one an image, for all that is random about it.
+            generators: one per image, for all that is random about it.
         """
 
     @abstractmethod

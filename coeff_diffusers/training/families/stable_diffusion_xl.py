@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet that is told the sizes of the image, and two CLIP text encoders."""
+"""Stable Diffusion XL: a UNet conditioned on the sizes of the image, and two CLIP text encoders."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def write_image(image: Image.Image, path: Path) -> Path:
 
 
 def write_grid(rows: list[list[Image.Image]], folder: Path) -> list[Path]:
-    """Writes `grid.png`, a row a prompt, and each image of it on its own; returns the paths, the grid's first."""
+    """Writes `grid.png`, a row per prompt, and each image of it on its own; returns the paths, the grid's first."""
     images = [image for row in rows for image in row]
     paths = [write_image(make_image_grid(images, rows=len(rows), cols=len(rows[0])), folder / "grid.png")]
     for r, row in enumerate(rows):

@@ -51,7 +51,7 @@ def end_training(accelerator: Accelerator) -> None:
 
 
 def log_images(trackers: Sequence[Any], images: Mapping[str, list[Image.Image]], step: int) -> None:
-    """Logs a row of images a prompt. Trackers for which accelerate has no such call keep to numbers."""
+    """Logs a row of images per prompt. Trackers for which accelerate has no such call keep to numbers."""
     for tracker in trackers:
         for prompt, row in images.items():
             if tracker.name == "tensorboard":

@@ -1,4 +1,4 @@
-"""The state of a run, in folders `checkpoint-N` of the output folder, from which it goes on to the same bits.
+"""The state of a run, in folders `checkpoint-N` of the output folder, from which it resumes to the same bits.
 
     pytorch_coeff_weights.safetensors, pytorch_lora_weights.safetensors    what the run would have written after step N
     state.pt      trainable parameters, optimizer, schedules, averages, losses so far, and which run this is
@@ -256,7 +256,7 @@ class Checkpoints:
         facts: of [`facts_of_run`].
         subjects: how a state is shared out over the processes.
         write_weights: writes what was trained into a folder.
-        resumed: what the run goes on from.
+        resumed: what the run resumes from.
     """
 
     def __init__(
@@ -326,4 +326,4 @@ class Checkpoints:
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             return f"{self.last} is whole, but runs under DeepSpeed cannot be continued."
         own = self.last.resolve().parent == self.folder.resolve()
-        return f"{self.last} is whole; --resume_from_checkpoint {'latest' if own else self.last} goes on from it."
+        return f"{self.last} is whole; --resume_from_checkpoint {'latest' if own else self.last} resumes from it."

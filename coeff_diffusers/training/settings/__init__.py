@@ -1,4 +1,4 @@
-"""What a run is told: fields with their rules, the command line, the YAML file, the file of many subjects."""
+"""The settings of a run: fields with their rules, the command line, the YAML file, the file of many subjects."""
 
 from .command_line import parse_settings
 from .dreambooth import DreamBoothSettings

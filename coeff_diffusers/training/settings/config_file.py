@@ -1,4 +1,4 @@
-"""Settings in a YAML file: a line a setting, by the setting's name."""
+"""Settings in a YAML file: a line per setting, by the setting's name."""
 
 from __future__ import annotations
 
