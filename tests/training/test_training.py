@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -27,7 +28,6 @@ from coeff_diffusers.training.adapters import check_trainable
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.images import class_images
-from coeff_diffusers.training.results import validation
 from coeff_diffusers.training.run import dreambooth
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings import parse_settings
@@ -177,7 +177,7 @@ def test_the_card_shows_images_and_its_lines_load_the_weights(
     result = train(lora_rank=2, validation_prompt=["a fox"], num_validation_images=1, validation_num_inference_steps=2)
     card = result.model_card.read_text()
     assert (
-        f"![Images of the trained model, a row a prompt]({result.images[0].relative_to(result.model_card.parent)})"
+        f"![Images of the trained model, a row per prompt]({result.images[0].relative_to(result.model_card.parent)})"
         in card
     )
     assert "base_model: tiny-sd\n" in card
@@ -274,7 +274,7 @@ def test_a_parameter_that_trains_by_mistake_is_named(base: Path, argv: Callable[
         check_trainable(family, parameters)
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 3
-    assert "  unet.conv_in.bias trains" in lines
+    assert "  unet.conv_in.bias is trainable" in lines
     assert sum("is frozen" in line for line in lines) == sum("float16" in line for line in lines) == 1
 
 
@@ -310,9 +310,14 @@ def test_workers_change_nothing(train: Train) -> None:
 
 
 def test_validation_leaves_the_result_bit_for_bit_the_same(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = validation._images
-    # a scheduler may draw without the generator that it is given
-    monkeypatch.setattr(validation, "_images", lambda *args: (torch.rand(1), original(*args))[1])
+    original = StableDiffusionPipeline.__call__
+
+    def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        torch.rand(1)  # a scheduler may draw without the generator that it is given
+        return original(pipeline, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
     flags = {"coeff_dropout": 0.3, "mixed_precision": "bf16", "max_train_steps": 4}
     plain = coefficients(train(**flags))
     validated = train(

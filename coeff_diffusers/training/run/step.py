@@ -13,8 +13,8 @@ class DenoisingStep(nn.Module):
     """From latents and prompts to the error of each image.
 
     What wraps models for several processes synchronises gradients in the forward pass of what it wraps. So the
-    denoiser and the text encoders that are trained lie in there, and the trainable parameters by themselves, for coefficients
-    are no parameters of the models that they are on.
+    denoiser and the text encoders that are trained lie in there, and the trainable parameters by themselves, for
+    coefficients are no parameters of the models that they are on.
     """
 
     def __init__(self, family: Family, text_encoders: list[nn.Module], trained: list[nn.Parameter]) -> None:
