@@ -1,8 +1,9 @@
-"""A console that lacks a character of a path or a prompt shows it as `\\u72d0`; it does not end what was asked for."""
+"""What a command shows: what a console lacks as `\\u72d0`, and nothing that other libraries say of themselves."""
 
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,3 +22,21 @@ def escaped_output() -> Iterator[None]:
         yield
     finally:
         console.reconfigure(errors=before)
+
+
+# parts of what libraries log while they are loaded, of ways to compute that nobody here takes
+HUSHED = ("requires torchvision", "gemm_4bit_forward")
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in HUSHED)
+
+
+def hush() -> None:
+    """Keeps transformers and bitsandbytes from `HUSHED`, and transformers from a progress bar within diffusers'."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_heard)
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_is_heard)

@@ -4,12 +4,12 @@
         --instance_data_dir IMAGES --instance_prompt "a sks dog" --output_dir RESULT
 
 This is what `coeff-diffusers train` and `coeff_diffusers.training.train_dreambooth` do, step by step, to be copied and
-changed. The same names without `train_` in front lead to the code: coeff_diffusers/training/run/dreambooth.py.
+changed. What the steps do stands in coeff_diffusers/training/run/dreambooth.py.
 """
 
 from __future__ import annotations
 
-from coeff_diffusers.console import escaped_output
+from coeff_diffusers.console import escaped_output, hush
 from coeff_diffusers.training import DreamBoothRun, parse_settings
 from coeff_diffusers.training.errors import exit_on_errors
 
@@ -18,6 +18,7 @@ from coeff_diffusers.training.errors import exit_on_errors
 @escaped_output()
 def main() -> None:
     settings = parse_settings()  # the flags; --help shows them
+    hush()  # what libraries log of themselves while they are loaded
     run = DreamBoothRun(settings)  # checks them and reads the images, before anything is loaded
     run.load_model()  # the pipeline, frozen; generates class images, if asked for, where they are missing
     run.add_adapters()  # coefficients, at zero, and a LoRA if asked for

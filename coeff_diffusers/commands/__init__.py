@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..console import hush
+
 NAMES = ("train", "generate", "score")
 
 
@@ -18,6 +20,7 @@ def run(name: str, argv: Sequence[str]) -> int:
     from . import flags
 
     args = flags.parse_generate(argv) if name == "generate" else flags.parse_score(argv)
+    hush()
     from . import generate, score
     from .requests import PromptsError
 

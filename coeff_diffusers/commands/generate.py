@@ -56,11 +56,11 @@ def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torc
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
     with value_of("--pretrained_model_name_or_path"):
         if is_single_file(args.pretrained_model_name_or_path):
-            pipe = load_single_file(args.pretrained_model_name_or_path, args.single_file_config, torch_dtype=dtype)
+            pipe = load_single_file(args.pretrained_model_name_or_path, args.single_file_config, dtype=dtype)
         elif args.single_file_config:
             raise ValueError(f"--single_file_config is for a single file, not {args.pretrained_model_name_or_path}")
         else:
-            pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
     pipe.to(device)
     with value_of("--coeff_weights"):
         for name, file in files.items():
