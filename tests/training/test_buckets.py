@@ -67,7 +67,7 @@ def test_buckets_that_cannot_be_read_are_told(text: str) -> None:
         (130, 100, (768, 512)),
     ],
 )
-def test_a_image_gets_the_bucket_of_the_nearest_aspect_ratio(height: int, width: int, bucket: Size) -> None:
+def test_an_image_gets_the_bucket_of_the_nearest_aspect_ratio(height: int, width: int, bucket: Size) -> None:
     assert nearest_bucket(height, width, [(512, 512), (512, 768), (768, 512)]) == bucket
 
 

@@ -46,7 +46,7 @@ def test_another_run_in_the_process_reads_a_changed_image_anew(tmp_path: Path) -
     assert (before[0, 0, 0], after[0, 0, 0]) == (1.0, -1.0)
 
 
-def test_a_image_is_turned_as_its_exif_entry_says() -> None:
+def test_an_image_is_turned_as_its_exif_entry_says() -> None:
     image = Image.new("RGB", (2, 1), RED)
     image.putpixel((1, 0), BLUE)
     image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise: what is left goes to the top
@@ -91,17 +91,17 @@ def test_a_grey_that_is_transparent_in_sixteen_bits_shows_the_stated_colour(tmp_
 
 
 @pytest.mark.parametrize(
-    ("size", "cut", "fitted"),
+    ("size", "crop", "fitted"),
     [
         ((600, 400), (4, 4), (6, 4)),
         ((401, 400), (4, 4), (4, 4)),
         ((3, 9), (4, 4), (4, 12)),
         ((4, 4), (4, 4), (4, 4)),
-        ((600, 400), (4, 8), (8, 5)),  # height and width of the cut
+        ((600, 400), (4, 8), (8, 5)),  # height and width of the crop
         ((600, 400), (8, 4), (12, 8)),
     ],
 )
-def test_a_image_covers_what_is_cut_out_of_it(
+def test_an_image_covers_what_is_cut_out_of_it(
     size: tuple[int, int], crop: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     assert cover(size[1], size[0], crop) == (fitted[1], fitted[0])

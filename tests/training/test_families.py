@@ -97,7 +97,7 @@ def test_offset_noise_adds_one_number_a_channel() -> None:
     assert added[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.15)  # of 400 numbers, +- 3.5 %
 
 
-def test_the_loss_of_a_image_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
+def test_the_loss_of_an_image_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
     prompts, seeds = ["a", "b", "c"], [3, 4, 5]
     with torch.no_grad():

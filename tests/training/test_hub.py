@@ -126,7 +126,7 @@ def test_a_repository_that_cannot_be_made_is_an_error_before_class_images_are_ma
         main(argv(**prior, push_to_hub=True, hub_token="hf_secret", hub_model_id="you/fox"))
     assert not list((tmp_path / "class").iterdir())
     with pytest.raises(InputError, match="the repository not/a/name cannot be"):
-        hub.open_repository(settings(push_to_hub=True, hub_token="hf_secret", hub_model_id="not/a/name"))
+        hub.open_repository(settings(push_to_hub=True, hub_token="hf_secret", hub_model_id="not/a/name"), tmp_path)
 
 
 def test_a_push_that_fails_says_how_to_push_later(

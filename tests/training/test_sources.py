@@ -220,7 +220,7 @@ def test_numbers_that_cannot_be_told_as_colours_are_named(tmp_path: Path) -> Non
     ]
 
 
-def test_a_link_to_a_image_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_link_to_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "notes.txt").symlink_to(tmp_path / "gone.txt")  # no image in any case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.results import trackers
 from coeff_diffusers.training.run.dreambooth import TrainingResult
-from coeff_diffusers.training.settings.dreambooth import TRACKERS
+from coeff_diffusers.training.settings.dreambooth import Tracker
 
 
 def test_every_tracker_of_accelerate_can_be_chosen() -> None:
     """And those of newer ones, where this is an old one."""
     known = {str(kind) for kind in LoggerType if kind != LoggerType.ALL}
-    assert known <= set(TRACKERS) <= known | {"swanlab", "trackio"}
+    choices = set(get_args(Tracker)) - {"all", "none"}
+    assert known <= choices <= known | {"swanlab", "trackio"}
 
 
 @pytest.mark.parametrize(
