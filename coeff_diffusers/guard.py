@@ -6,7 +6,6 @@ They go along, or it is said: no layer loses its coefficients without a word.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from torch import nn
@@ -72,15 +71,18 @@ class Guard:
 
     def before_state_dict(self, layer: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Says so if a part of the model is copied, as other models are built from it, without the coefficients."""
-        record = self.coefficients.record
-        if f".{prefix}".endswith(f".{self.path}.") or time.monotonic() - record.told_of_copy < 1.0:
-            return  # the model as a whole, or the next part of one copy
-        record.told_of_copy = time.monotonic()
-        logger.warning(
-            "parts of a model with coefficients are copied, as other models are built of it, and the copy has none: "
-            "load_coeff_weights(copy, coeff_state_dict(model)) puts them on a copy; where the host has put its own "
-            "copies into this model, set_coeff_adapters(model, names) does"
-        )
+        copied = self.coefficients.record.copied
+        if f".{prefix}".endswith(f".{self.path}."):
+            return  # the model as a whole
+        if not copied or self.path in copied:  # the first part of a copy, or of a further one
+            copied.clear()
+            logger.warning(
+                "parts of a model with coefficients are copied, as other models are built of it, and the copy has "
+                "none: load_coeff_weights(copy, coeff_state_dict(model)) puts them on a copy (ControlNet and "
+                "ControlNet-XS name their layers otherwise: docs/compatibility.md); where the host has put its own "
+                "copies into this model, set_coeff_adapters(model, names) does"
+            )
+        copied.add(self.path)
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -39,7 +39,7 @@ class ModelRecord:
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
         self.scale = 1.0
-        self.told_of_copy = -math.inf  # when it was last said that parts of the model are copied without coefficients
+        self.copied: set[str] = set()  # layers of which the host has taken one copy, without coefficients
         self.layers: dict[str, LayerCoefficients] = {}
         self.__setstate__({})
 

@@ -123,7 +123,7 @@ def assert_each_gets_what_it_gets_alone(together: dict[str, TrainingResult], tmp
         alone = main(["--config", str(result.settings_file), "--output_dir", str(tmp_path / "alone" / name)])
         assert isinstance(alone, TrainingResult)
         # other sizes of batches, other order of summation
-        torch.testing.assert_close(expected[name], coefficients(alone), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(expected[name], coefficients(alone), rtol=1e-3, atol=2e-5)
         assert result.losses == pytest.approx(alone.losses, rel=1e-4)
     first, second, _ = expected.values()
     assert any((first[key] - second[key]).abs().max() > 0.003 for key in first)
