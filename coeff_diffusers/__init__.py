@@ -22,7 +22,7 @@ from .functional import mixed_attention
 from .per_sample import coeff_per_sample
 from .processor import CoeffAttnProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 __all__ = [
     "CoeffAttnProcessor",
