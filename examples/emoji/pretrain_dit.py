@@ -5,8 +5,8 @@
 
 Stages: a cache of latents and of prompt embeddings; the transformer; the pipeline in diffusers' format, with copies
 of what it shares with `model/`. It writes checkpoints to `--work_dir` and goes on where it was when it is started
-again, to the bit: everything random about a step follows from its number. Without a checkpoint it goes on from the weights in
-`--output_dir`, if there are any, with a fresh optimizer. `--stop_after train` leaves them as they are.
+again, to the bit: everything random about a step follows from its number. Without a checkpoint it goes on from the
+weights in `--output_dir`, if there are any, with a fresh optimizer. `--stop_after train` leaves them as they are.
 """
 
 from __future__ import annotations
