@@ -110,7 +110,7 @@ def test_links_and_images_of_the_metadata_are_absolute_and_those_of_the_readme_r
 def test_every_address_of_the_repository_is_that_of_setup_py(metadata) -> None:
     repository = urls(metadata)["Repository"]
     assert all(url.startswith(repository) for url in urls(metadata).values())
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_bytes())
     assert citation["repository-code"] == repository
     assert citation["license"] == PROJECT["license"]
 
@@ -133,7 +133,7 @@ def test_type_checkers_follow_an_editable_install() -> None:
 
 
 def test_workflows_are_valid_yaml_and_try_the_pythons_that_the_metadata_names() -> None:
-    workflows = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / ".github" / "workflows").iterdir()}
+    workflows = {file.stem: yaml.safe_load(file.read_bytes()) for file in (ROOT / ".github" / "workflows").iterdir()}
     assert set(workflows) == {"tests", "wheels"}
     named = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if re.search(r"3\.\d+$", name)]
     assert workflows["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == named
