@@ -1,4 +1,4 @@
-# Each target works as the first command in a fresh clone: Python 3.11 and make are all it needs.
+# Each target works as the first command in a fresh clone: Python 3.11 or newer and make are all it needs.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,9 +11,13 @@ install: $(STAMP)
 
 # .ci/constraints.txt pins what was tested; pyproject.toml holds the ranges that should work
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers/backends/csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "[1/3] A Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] torch, diffusers and the other packages, then the kernels for CPUs: some minutes the first time"
+	@$(PY) -m pip install --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
+	@$(PY) -c "from coeff_diffusers.backends import cpu; print('[3/3] Kernel for CPUs:', cpu.instruction_set() or \
+		'none (docs/speed.md says why); torch computes instead, in more time')"
+	@touch $@
 
 demo: $(STAMP)
 	$(PY) examples/demo.py
@@ -26,7 +30,7 @@ test: $(STAMP)
 # the lower bounds that pyproject.toml states
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable ".[test,plot]"
+	$(VENV)-oldest/bin/python -m pip install --constraint .ci/oldest.txt --editable ".[test,plot]"
 	$(VENV)-oldest/bin/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)
@@ -45,4 +49,4 @@ bench: $(STAMP)
 	$(PY) examples/benchmarks/unet.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info coeff_diffusers/backends/*.so
+	rm -rf $(VENV) $(VENV)-oldest outputs build dist *.egg-info coeff_diffusers/backends/*.so

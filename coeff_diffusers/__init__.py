@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 # Modules are loaded by what is asked for: the command line's --help needs no torch, which takes seconds.
 _MODULES = {

@@ -265,7 +265,7 @@ def file_header(description: Mapping[str, Any], *, title: str, metadata: Mapping
         "architecture": f"{'+'.join(classes)}/coeff-tuning",
         "implementation": "coeff_diffusers",
         "title": title,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if "instance_prompt" in metadata:
         spec["trigger_phrase"] = metadata["instance_prompt"]

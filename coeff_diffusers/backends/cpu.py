@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from .common import alpha_of, empty_output
 
-_LIBRARIES = {"AVX512": "_avx512", "AVX2": "_avx2"}  # by what torch says of the CPU; modules of this package
+_LIBRARIES = {"AVX512": "_avx512.so", "AVX2": "_avx2.so"}  # by what torch says of the CPU; files beside this one
 _SOURCE = Path(__file__).parent / "csrc" / "kernel.h"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -205,15 +204,15 @@ def _library() -> Any:
 
 def _load(capability: str) -> Any:
     name = _LIBRARIES.get(capability)
-    spec = importlib.util.find_spec(f"{__package__}.{name}") if name else None
-    if spec is None or spec.origin is None:
+    path = Path(__file__).with_name(name) if name else None
+    if path is None or not path.exists():
         return None
-    library = ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(str(path))
     for function in ("source", "rows_of_strip", "has_threads", "forward_scratch", "backward_scratch"):
         getattr(library, function).restype = ctypes.c_ssize_t
     if _SOURCE.exists() and library.source() != zlib.crc32(_SOURCE.read_bytes()):  # in a clone: files go by themselves
         raise ImportError(
-            f"{spec.origin} was built from another kernel.h than the one beside it: install the package once more, or "
+            f"{path} was built from another kernel.h than the one beside it: install the package once more, or "
             "delete the file, to compute attention by torch's functions"
         )
     return library

@@ -3,18 +3,18 @@
 
     OMP_NUM_THREADS=2 python examples/emoji/pretrain_dit.py
 
-Stages: a cache of latents and of prompt embeddings; the transformer; the pipeline in diffusers' format, which links to
-what it shares with `model/`. It writes checkpoints to `--work_dir` and goes on where it was when it is started again,
-to the bit: everything random about a step follows from its number. Without a checkpoint it goes on from the weights in
-`--output_dir`, if there are any, with a fresh optimizer. `--stop_after train` leaves them as they are.
+Stages: a cache of latents and of prompt embeddings; the transformer; the pipeline in diffusers' format, with copies
+of what it shares with `model/`. It writes checkpoints to `--work_dir` and goes on where it was when it is started
+again, to the bit: everything random about a step follows from its number. Without a checkpoint it goes on from the
+weights in `--output_dir`, if there are any, with a fresh optimizer. `--stop_after train` leaves them as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +283,7 @@ def load_exported(transformer: SD3Transformer2DModel, output: Path) -> int:
 
 
 def export(settings: Settings, pipe: StableDiffusion3Pipeline, work: Path) -> None:
-    """The averaged weights as a `StableDiffusion3Pipeline`, in float16; the rest of it links to `base_dir`."""
+    """The averaged weights as a `StableDiffusion3Pipeline`, in float16; the rest of it is copied from `base_dir`."""
     transformer, output = pipe.transformer, Path(settings.output_dir)
     ema = EMAModel(transformer.parameters())
     step = load_checkpoint(work / "dit.pt", ema=ema)
@@ -291,20 +291,19 @@ def export(settings: Settings, pipe: StableDiffusion3Pipeline, work: Path) -> No
     transformer.half().save_pretrained(output / "transformer")
     pipe.scheduler.save_pretrained(output / "scheduler")
     pipe.save_config(output)
-    link_text_encoder(pipe.text_encoder, Path(settings.base_dir), output)
-    base = os.path.relpath(settings.base_dir, output)
-    for name, target in {"vae": f"{base}/vae", "tokenizer": f"{base}/tokenizer", "tokenizer_2": "tokenizer"}.items():
-        link(output / name, target)
-    link(output / "text_encoder_2", "text_encoder")
+    base = Path(settings.base_dir)
+    export_text_encoder(pipe.text_encoder, base, output / "text_encoder")
+    copies = {"vae": base / "vae", "tokenizer": base / "tokenizer", "tokenizer_2": base / "tokenizer"}
+    for name, source in (copies | {"text_encoder_2": output / "text_encoder"}).items():
+        shutil.copytree(source, output / name, dirs_exist_ok=True)
     (output / "training.json").write_text(json.dumps({"step": step}, indent=2) + "\n")
 
 
-def link_text_encoder(encoder: CLIPTextModelWithProjection, base: Path, output: Path) -> None:
+def export_text_encoder(encoder: CLIPTextModelWithProjection, base: Path, folder: Path) -> None:
     """Of two shards: the file in `base`, and the projection that the class of the pipeline's encoders has besides."""
-    folder = output / "text_encoder"
     encoder.config.save_pretrained(folder)
     load_as_float32(folder / "config.json")
-    link(folder / "encoder.safetensors", os.path.relpath(base / "text_encoder" / "model.safetensors", folder))
+    shutil.copyfile(base / "text_encoder" / "model.safetensors", folder / "encoder.safetensors")
     projection = {"text_projection.weight": encoder.text_projection.weight.detach().half()}
     save_file(projection, folder / "projection.safetensors", {"format": "pt"})
     keys = dict.fromkeys(load_file(folder / "encoder.safetensors"), "encoder.safetensors")
@@ -312,12 +311,6 @@ def link_text_encoder(encoder: CLIPTextModelWithProjection, base: Path, output: 
     size = sum((folder / file).stat().st_size for file in set(keys.values()))
     index = {"metadata": {"total_size": size}, "weight_map": keys}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def link(path: Path, target: str) -> None:
-    """A symbolic link to a relative path, in place of one that is there."""
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
 
 
 if __name__ == "__main__":
