@@ -66,7 +66,9 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
     parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
     parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
-    parser.add_argument("--guidance_scale", type=float, help="the pipeline's own default if not given")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="the model's own (generation_config.json), or the pipeline's default"
+    )
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
     parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
     parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")

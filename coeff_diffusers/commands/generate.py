@@ -22,6 +22,7 @@ from ..adapters import coeff_adapters, coeff_disabled, set_coeff_adapters
 from ..checkpoint import find_file, load_coeff_weights, whole_file
 from ..console import escaped_output
 from ..per_sample import coeff_per_sample
+from ..sampling import sampling_defaults
 from ..training.families.single_file import is_single_file, load_single_file
 from .requests import (
     MANIFEST,
@@ -183,6 +184,7 @@ def make_batch(
     pipe: Any, batch: Sequence[ImageRequest], coeff_scale: float, options: dict[str, Any]
 ) -> Sequence[Image.Image]:
     """Makes these images in one call, each with its own coefficients."""
+    options = sampling_defaults(pipe) | options
     if batch[0].negative_prompt is not None:
         options = options | {"negative_prompt": [image.negative_prompt for image in batch]}
     with coefficients_of(pipe, [image.coeff for image in batch], coeff_scale):
@@ -234,6 +236,7 @@ def generate(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
 ) -> dict[tuple[str, int], Image.Image]:
     """(prompt, seed) -> image, one at a time, so that an image depends on its own prompt and seed alone."""
+    options = sampling_defaults(pipe) | options
     return {
         (prompt, seed): pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
         for prompt in prompts

@@ -238,4 +238,4 @@ def test_how_many_images_each_bucket_has_is_printed(
     train: Callable[..., TrainingResult], files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(instance_data_dir=files[0].parent, aspect_ratio_buckets="8,16;16,8;32,2", max_train_steps=1, repeats=2)
-    assert "Images by bucket (height x width): 8 x 16: 4, 16 x 8: 1, 32 x 2: 0." in capsys.readouterr().out
+    assert "Images by bucket (width x height): 16 x 8: 4, 8 x 16: 1, 2 x 32: 0." in capsys.readouterr().out

@@ -29,7 +29,7 @@ from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.sharding import blocks, shard_frozen_weights, sharded_names
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.processes import check_processes, start_accelerator
-from coeff_diffusers.training.settings import parse_settings
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 Argv = Callable[..., list[str]]
 Train = Callable[..., TrainingResult]
@@ -131,24 +131,28 @@ def accelerator(kind: DistributedType, processes: int = 2, stage: int = 0, preci
     return SimpleNamespace(distributed_type=kind, num_processes=processes, state=state, mixed_precision=precision)
 
 
+def check(settings: DreamBoothSettings, started: Any) -> None:
+    check_processes(settings, settings, settings.subjects is not None, started)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "changes", "message"),
     [
-        ("FSDP", {}, {}, "accelerate was started with FSDP, which would divide what trains as well"),
-        ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would divide the frozen model; use --fsdp"),
-        ("DEEPSPEED", {"stage": 2, "precision": "bf16"}, {}, "would cast what trains to bf16 as well"),
+        ("FSDP", {}, {}, "accelerate was started with FSDP, which would shard the trainable parameters as well"),
+        ("DEEPSPEED", {"stage": 3}, {}, "ZeRO stage 3 would shard the frozen model; use --fsdp"),
+        ("DEEPSPEED", {"stage": 2, "precision": "bf16"}, {}, "would cast trainable parameters to bf16 as well"),
         ("DEEPSPEED", {"stage": 2}, {"use_ema": True}, "--use_ema and --subjects cannot be had under"),
         ("DEEPSPEED", {"stage": 2}, SUBJECTS, "--subjects cannot be had under DeepSpeed"),
         ("DEEPSPEED", {"stage": 2}, {"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint, --use_ema"),
-        ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
-        ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shares the frozen model out over several processes"),
+        ("DEEPSPEED", {"stage": 2}, {"fsdp": True}, "--fsdp shards the frozen model over several processes"),
+        ("NO", {"processes": 1}, {"fsdp": True}, "--fsdp shards the frozen model over several processes"),
     ],
 )
 def test_a_way_that_the_script_does_not_know_is_refused(
     argv: Argv, kind: str, options: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        check_processes(parse_settings(argv(**changes)), accelerator(DistributedType[kind], **options))
+        check(parse_settings(argv(**changes)), accelerator(DistributedType[kind], **options))
 
 
 def test_processes_wait_for_images_longer_than_ten_minutes(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +173,11 @@ def test_processes_wait_for_images_longer_than_ten_minutes(argv: Argv, monkeypat
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "DEEPSPEED"])
 def test_the_ways_of_the_configs_are_known(argv: Argv, kind: str) -> None:
-    check_processes(parse_settings(argv()), accelerator(DistributedType[kind], stage=2))
+    check(parse_settings(argv()), accelerator(DistributedType[kind], stage=2))
 
 
 def test_one_process_cannot_share_out(argv: Argv) -> None:
-    with pytest.raises(InputError, match="--fsdp shares the frozen model out over several processes"):
+    with pytest.raises(InputError, match="--fsdp shards the frozen model over several processes"):
         main(argv(fsdp=True))
 
 
@@ -201,7 +205,7 @@ def test_a_denoiser_of_each_family_can_be_shared_out(name: str) -> None:
     assert sharded_names(shared.denoiser)
     gradients = []
     for family in (whole, shared):
-        add_adapters(family, family.settings)
+        add_adapters(family, family.settings, PROMPTS[0])
         latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
         conditions = family.conditions(PROMPTS)
         errors = family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(0, 1))

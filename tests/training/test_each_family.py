@@ -264,7 +264,7 @@ def test_all_that_trains_has_a_gradient(name: str) -> None:
     trained_text = name not in CAPPED and not (name in ON_T5 and T5_IS_OLD)
     lora = 2 if not trained_text or TRAINABLE_TEXT.get(name, ((), False))[1] else 0
     family = make_family(make_pipeline(name), train_text_encoder=trained_text, lora_rank=lora)
-    parameters = add_adapters(family, family.settings)
+    parameters = add_adapters(family, family.settings, PROMPTS[0])
     latents = family.sample_latents(family.encode_images(pixels()), generators(0, 1))
     conditions = family.conditions(PROMPTS)
     family.errors(family.denoiser, latents, conditions, sizes_of(SIDE, SIDE), generators(0, 1)).sum().backward()

@@ -199,12 +199,12 @@ def two_layers(argv: Argv, kind: type[StableDiffusion], **changes: Any) -> Stabl
 
 def test_layers_that_the_prompt_does_not_depend_on_get_nothing(argv: Argv) -> None:
     family = two_layers(argv, StableDiffusion)
-    both = layers_in_use(family, "text_encoder")
+    both = layers_in_use(family, "text_encoder", "a fox")
     assert len(both) == 2
     family = two_layers(argv, ReadsTheLayerBefore, lora_rank=2)
-    assert layers_in_use(family, "text_encoder") == both[:1]
+    assert layers_in_use(family, "text_encoder", "a fox") == both[:1]
     assert not any(p.requires_grad for p in family.pipeline.text_encoder.parameters())
-    added = add_text_encoder_adapters(family, family.settings)
+    added = add_text_encoder_adapters(family, family.settings, "a fox")
     assert {what: len(parameters) for what, parameters in added.items()} == {
         "text_encoder_coefficients": 1,
         "text_encoder_lora": 2 * 4,

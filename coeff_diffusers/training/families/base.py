@@ -23,6 +23,7 @@ from diffusers.training_utils import (
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ...sampling import sampling_defaults
 from ..errors import InputError
 from ..settings.dreambooth import ObjectiveSettings
 from .losses import squared_errors
@@ -209,9 +210,10 @@ class Family(ABC):
 
         Args:
             prompts: one per image.
-            guidance_scale: `None` is the pipeline's own.
+            guidance_scale: `None` is the model's own.
         """
-        arguments: dict[str, Any] = {"prompt": list(prompts)}  # a copy, for there are pipelines that write into it
+        arguments = sampling_defaults(self.pipeline)
+        arguments["prompt"] = list(prompts)  # a copy, for there are pipelines that write into it
         if "use_resolution_binning" in call_parameters(self.pipeline):
             arguments["use_resolution_binning"] = False  # which makes images of other sizes and scales them
         if self.settings.max_sequence_length is not None:

@@ -67,5 +67,5 @@ def shuffled(items: tuple[T, ...], seed: int | str) -> list[T]:
 
 def buckets_text(chosen: Sequence[Size], buckets: Sequence[Size]) -> str:
     """How many images have chosen each bucket, for people."""
-    counts = [f"{height} x {width}: {chosen.count((height, width))}" for height, width in buckets]
-    return f"Images by bucket (height x width): {', '.join(counts)}."
+    counts = [f"{width} x {height}: {chosen.count((height, width))}" for height, width in buckets]
+    return f"Images by bucket (width x height): {', '.join(counts)}."

@@ -27,7 +27,7 @@ def check_cacheable(images: Sequence[TrainingImage], settings: ImageSettings) ->
     """Raises InputError, naming them, if images are cut at random: then there is no end of latents."""
     if not settings.cache_latents or settings.center_crop or settings.aspect_ratio_buckets:
         return
-    problems = dict.fromkeys(f"{p.name} has {p.height} x {p.width}" for p in images if p.height != p.width)
+    problems = dict.fromkeys(f"{p.name} is {p.width} x {p.height}" for p in images if p.height != p.width)
     if problems:
         raise InputError(
             "--cache_latents: these images are not square and would be cropped at random, differently each time; "

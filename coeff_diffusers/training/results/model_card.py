@@ -21,6 +21,7 @@ NAMES = {
     "text_encoder_coefficients": "attention coefficients of the text encoders",
     "text_encoder_lora": "parameters of a LoRA on the text encoders",
 }
+THIS_FOLDER = "path/to/this/folder"
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 
 
@@ -62,13 +63,14 @@ def write_card(
         instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
     )
+    use = how_to_use(base, pipeline_class, instance_prompt, weights, THIS_FOLDER, is_single_file(base_model))
     what = " and ".join(f"{count:,} {NAMES[kind]}" for kind, count in sorted(trained.items()))
     parts = [
         f"# {folder.resolve().name}\n\nTrained on images of one subject with coeff_diffusers: {what} beside the "
         f"frozen base model `{base}`, in {steps} steps. The subject is called for by `{instance_prompt}`. All "
         "settings are in `config.yaml`.",
         _images(folder, validation_prompts, images),
-        _how_to_load(base_model, instance_prompt, pipeline_class, base, weights),
+        f"## Use\n\n```python\n{use}\n```\n",
     ]
     text = "\n\n".join(parts)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -84,20 +86,38 @@ def _images(folder: Path, prompts: Sequence[str], images: list[Path]) -> str:
     return f"![Images of the trained model, a row per prompt]({grid})\n\nThe prompts of the rows:\n\n{rows}"
 
 
-def _how_to_load(
-    base_model: str, instance_prompt: str, pipeline_class: str, base: str, weights: dict[str, Path]
+def how_to_use(
+    base_model: str,
+    pipeline_class: str,
+    instance_prompt: str,
+    weights: dict[str, Path],
+    folder: str,
+    single_file: bool,
 ) -> str:
+    """Lines of Python that load what was trained, and generate.
+
+    Args:
+        base_model: its folder, file, or name on the Hub.
+        pipeline_class: of the base model.
+        instance_prompt: that calls for the subject.
+        weights: `"coefficients"` or `"lora"` or both -> the file.
+        folder: that the files are in.
+        single_file: whether the base model is one.
+    """
     imports, loads = [f"from diffusers import {pipeline_class}"], []
     if "coefficients" in weights:
         imports.insert(0, "from coeff_diffusers import load_coeff_weights")
-        loads.append('load_coeff_weights(pipe, "path/to/this/folder")')
+        loads.append(f"load_coeff_weights(pipe, {_text(folder)})")
     if "lora" in weights:
         if weights["lora"].name == LORA_WEIGHT_NAME_SAFE:
-            loads.append(f'pipe.load_lora_weights("path/to/this/folder", weight_name="{weights["lora"].name}")')
+            loads.append(f"pipe.load_lora_weights({_text(folder)}, weight_name={_text(weights['lora'].name)})")
         else:
             imports.append("from peft import PeftModel")
-            loads.append('PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")')
-    load = "from_single_file" if is_single_file(base_model) else "from_pretrained"
-    create = f"pipe = {pipeline_class}.{load}({json.dumps(base, ensure_ascii=False)})"
-    use = f"image = pipe({json.dumps(instance_prompt, ensure_ascii=False)}).images[0]"
-    return "## Use\n\n```python\n" + "\n".join([*imports, "", create, *loads, use]) + "\n```\n"
+            loads.append(f"PeftModel.from_pretrained(pipe.transformer, {_text(folder)})")
+    load = "from_single_file" if single_file else "from_pretrained"
+    create = f"pipe = {pipeline_class}.{load}({_text(base_model)})"
+    return "\n".join([*imports, "", create, *loads, f"image = pipe({_text(instance_prompt)}).images[0]"])
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -41,6 +41,7 @@ from ..adapters import (
     trainable_parameters_text,
 )
 from ..families import Family, find_family, load_family
+from ..families.single_file import is_single_file
 from ..images.buckets import buckets_text, nearest_bucket, parse_buckets
 from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
@@ -48,7 +49,7 @@ from ..images.latents import encode_crops, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
 from ..results.files import check_output_folder, size_text, write_grid, write_text
 from ..results.hub import check_hub, open_repository, push
-from ..results.model_card import write_card
+from ..results.model_card import how_to_use, write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
 from ..results.validation import all_prompts, final_prompts, run_calls, validation_calls
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
@@ -431,6 +432,9 @@ class DreamBoothRun:
         print("Written:")
         for file in [*weights.values(), *images[:1], model_card, settings_file]:
             print(f"  {file} ({size_text(file)})")
+        name, kind = alone.pretrained_model_name_or_path, type(self.family.pipeline).__name__
+        lines = how_to_use(name, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(name))
+        print("To use it:\n  " + lines.replace("\n\n", "\n").replace("\n", "\n  "))
         return TrainingResult(
             settings=alone,
             trained=self.trained[name],
