@@ -567,12 +567,18 @@ def test_denoisers_distilled_to_take_the_guidance_scale_are_refused(name: str, c
         ("EDM epsilon", "offset_noise", True, "one of EDM"),
         ("PixArtSigmaPipeline", "precondition_outputs", True, "this model is not trained by flow matching"),
         ("StableDiffusion3Pipeline", "guidance_scale", 3.5, "does not take it as a condition"),
-        ("SanaPipeline", "mixed_precision", "fp16", "linear attention in float16"),
     ],
 )
 def test_settings_of_other_families_are_refused(name: str, setting: str, value: object, why: str) -> None:
     with pytest.raises(InputError, match=f"--{setting}.*: .*{why}"):
         make_family(make_pipeline(name), **{setting: value})
+
+
+def test_sana_is_not_trained_in_float16() -> None:
+    pipeline = make_pipeline("SanaPipeline")
+    pipeline.transformer.half()
+    with pytest.raises(InputError, match="--mixed_precision fp16: .* linear attention in float16"):
+        make_family(pipeline)
 
 
 def test_a_guidance_scale_for_a_flux_that_takes_none_is_refused() -> None:

@@ -20,7 +20,7 @@ from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset
 from coeff_diffusers.training.images.files import find_images, folder_images, read_captions, read_sidecars
 from coeff_diffusers.training.images.hub_datasets import dataset_images
 from coeff_diffusers.training.run.dreambooth import TrainingResult
-from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
 # Folders
 
@@ -542,7 +542,8 @@ def test_an_epoch_shows_each_image_as_often_as_repeats_say(train: Callable[..., 
     ],
 )
 def test_flags_of_sources_that_do_not_go_together_are_told(changes: dict[str, Any], problem: str) -> None:
+    given = {"pretrained_model_name_or_path": "base", "instance_prompt": "a sks fox", **changes}
     with pytest.raises(InputError) as error:
-        DreamBoothSettings(pretrained_model_name_or_path="base", instance_prompt="a sks fox", **changes)
+        parse_settings([f"--{name}={value}" for name, value in given.items()])
     (line,) = str(error.value).splitlines()[1:]
     assert line.startswith(f"  {problem}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..settings.dreambooth import DreamBoothSettings, SubjectSettings
-from ..settings.subjects import reserved_names
+from ..settings.subjects import Subject, reserved_names
 from .class_images import check_class_folder
 from .files import TrainingImage, folder_images, open_images
 from .hub_datasets import dataset_images
@@ -77,23 +77,25 @@ def check_images(images: Sequence[TrainingImage], settings: DreamBoothSettings) 
         check_cacheable(check_class_folder(settings), settings)
 
 
-def read_each(alone: Mapping[str, DreamBoothSettings], output: DreamBoothSettings) -> dict[str, list[TrainingImage]]:
+def read_each(subjects: Sequence[Subject], settings: DreamBoothSettings) -> dict[str, list[TrainingImage]]:
     """The images of each of many subjects.
 
     Args:
-        alone: subject -> the settings of the run that trains it alone.
-        output: the settings of the whole run.
+        subjects: of the file of `--subjects`.
+        settings: of the whole run.
 
     Raises:
         InputError: with what is wrong with each, or with its name.
     """
-    images, problems, reserved = {}, [], reserved_names(output)
-    for name, settings in alone.items():
+    images, problems, reserved = {}, [], reserved_names(settings)
+    for subject in subjects:
+        name = subject.name
         if use := reserved.get(name.lower()):
             problems.append(f"{name}: this folder of the output folder is for {use}; choose another name")
         try:
-            images[name] = read_images(settings)
-            check_images(images[name], settings)
+            alone = subject.alone(settings)
+            images[name] = read_images(alone)
+            check_images(images[name], alone)
         except InputError as error:
             problems.append(f"{name}: {error}")
     if problems:

@@ -432,8 +432,8 @@ class DreamBoothRun:
         print("Written:")
         for file in [*weights.values(), *images[:1], model_card, settings_file]:
             print(f"  {file} ({size_text(file)})")
-        name, kind = alone.pretrained_model_name_or_path, type(self.family.pipeline).__name__
-        lines = how_to_use(name, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(name))
+        base, kind = alone.pretrained_model_name_or_path, type(self.family.pipeline).__name__
+        lines = how_to_use(base, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(base))
         print("To use it:\n  " + lines.replace("\n\n", "\n").replace("\n", "\n  "))
         return TrainingResult(
             settings=alone,

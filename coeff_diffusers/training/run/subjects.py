@@ -129,7 +129,7 @@ class ManySubjects(Subjects):
     def read_images(self, settings: DreamBoothSettings, given: GivenImages | None) -> dict[str, list[TrainingImage]]:
         if given is not None:
             raise InputError("give either images or --subjects, whose file names the images of each")
-        return read_each(self.settings(settings), settings)
+        return read_each(self.subjects, settings)
 
     def own(self, accelerator: Accelerator) -> list[str]:
         names = [subject.name for subject in self.subjects]
