@@ -138,14 +138,16 @@ def base_differences(
     """What two headers say otherwise of their base models, a line each."""
     bases = [_facts(header["coeff_diffusers"]["base"], ignore_base_name) for header in (one, other)]
     return [
-        printable(f"{fact}: {bases[0].get(fact, 'absent')} in {names[0]}, {bases[1].get(fact, 'absent')} in {names[1]}")
+        printable(
+            f"{fact}: {bases[0].get(fact, 'absent')} in {names[0]}, {bases[1].get(fact, 'absent')} in {names[1]}"
+        )
         for fact in sorted(bases[0].keys() | bases[1].keys())
         if bases[0].get(fact) != bases[1].get(fact)
     ]
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Values, in the order of the layers' numbers, and header of a file whose values are what its header says.
+    """Values, float32 in the order of the layers' numbers, and header of a file whose values are what its header says.
 
     Raises:
         ValueError: if they are not, every offender listed.
@@ -165,7 +167,8 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             problems.append(f"{key}: {problem}")
     if problems or not tensors:
         raise ValueError(f"{printable(path)} is damaged:\n  " + "\n  ".join(problems or ["it holds no coefficients"]))
-    return dict(sorted(tensors.items(), key=lambda item: _by_number(item[0]))), header
+    ordered = sorted(tensors.items(), key=lambda item: _by_number(item[0]))
+    return {key: delta.to(torch.float32) for key, delta in ordered}, header
 
 
 def _by_number(key: str) -> list[tuple[int, str]]:

@@ -83,7 +83,7 @@ def save_coeff_weights(
     if large and not allow_large_values:
         key, reason = next(iter(large.items()))
         raise ValueError(
-            f"adapter {adapter_name!r} was not written, for {len(large)} of its layers have values that loading refuses "
+            f"adapter {adapter_name!r} was not written, for loading refuses the values of {len(large)} of its layers "
             f"(allow_large_values=True writes, and loads, them): {key} {reason}"
         )
     path = Path(save_directory) / weight_name
@@ -320,8 +320,8 @@ def save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -
     if size > most:
         longest = max(header, key=lambda name: len(header[name]))
         raise ValueError(
-            f"{printable(path)} was not written: its metadata would have {size:,} bytes, at most {most:,} are read; the "
-            f"longest entry is {longest!r}"
+            f"{printable(path)} was not written: its metadata would have {size:,} bytes, and at most {most:,} are "
+            f"read; the longest entry is {longest!r}"
         )
     data = save(tensors, header)
     with whole_file(path) as temporary:

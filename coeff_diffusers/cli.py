@@ -105,8 +105,8 @@ def prune(args: argparse.Namespace) -> Answer:
     return (
         DONE,
         result,
-        f"wrote {printable(path)}: {counts[1][1]:,} of {counts[0][1]:,} entries, {counts[1][0]} of {counts[0][0]} layers, "
-        f"{share:.1%} of the squared norm",
+        f"wrote {printable(path)}: {counts[1][1]:,} of {counts[0][1]:,} entries, "
+        f"{counts[1][0]} of {counts[0][0]} layers, {share:.1%} of the squared norm",
     )
 
 
@@ -143,11 +143,11 @@ def check(args: argparse.Namespace) -> Answer:
     tensors, header = read_file(path)
     try:
         model = skeleton(args.model)
-    except (ValueError, OSError, ImportError):
+    except ImportError:
         raise
     except Exception as error:  # whatever comes of a config that is none
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{args.model} cannot be built from its config: {reason}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{printable(args.model)} cannot be built from its config: {printable(reason)}") from error
     problems = differences(model, tensors, header["coeff_diffusers"])
     made_for = {component: said.get("name") for component, said in header["coeff_diffusers"]["base"].items()}
     result: dict[str, Any] = {"fits": not problems, "differences": problems, "made_for": made_for}

@@ -97,7 +97,7 @@ def _open(path: Path) -> BinaryIO:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     _check_regular(path, os.stat(path).st_mode)
-    file: BinaryIO = open(path, "rb", opener=opener)
+    file: BinaryIO = open(path, "rb", opener=opener)  # noqa: SIM115
     try:
         _check_regular(path, os.fstat(file.fileno()).st_mode)  # it may be another by now
     except BaseException:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import secrets
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +26,10 @@ def printable(text: object) -> str:
 
 def check_text(text: str, what: str) -> None:
     """Raises ValueError if `text` has a half of a surrogate pair, which no file's header can hold."""
-    if any(unicodedata.category(c) == "Cs" for c in text):
-        raise ValueError(f"{what} must be text that UTF-8 can write, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} must be text that UTF-8 can write, got {text!r}") from error
 
 
 def check_file_name(name: str, what: str) -> None:
@@ -86,7 +87,7 @@ def whole_file(path: Path) -> Iterator[str]:
 def _temporary_file(folder: Path, prefix: str) -> BinaryIO:
     """A new file, open and locked until its process ends, with the permissions that the process gives its files."""
     while True:
-        file: BinaryIO = open(folder / f"{prefix}{secrets.token_hex(4)}.tmp", "xb")
+        file: BinaryIO = open(folder / f"{prefix}{secrets.token_hex(4)}.tmp", "xb")  # noqa: SIM115
         if _lock(file) is not False and os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # before it was locked another process took it for one that was left behind

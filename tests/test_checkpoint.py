@@ -217,7 +217,8 @@ def test_every_offending_tensor_is_listed_at_once(trained, file, fresh) -> None:
     with pytest.raises(ValueError, match="the state dict does not fit") as error:
         load_coeff_weights(fresh, tensors)
     assert f"{FIRST}: has 4 values that are not finite" in str(error.value)
-    assert f"{second}: must be floating point (torch.float64, torch.float32, torch.float16, torch.bfloat16), got torch.int64" in str(error.value)
+    types = "(torch.float64, torch.float32, torch.float16, torch.bfloat16)"
+    assert f"{second}: must be floating point {types}, got torch.int64" in str(error.value)
     assert "unet.nowhere.coeff: there is no such attention layer" in str(error.value)
     assert list_coeff_adapters(fresh) == []
 
@@ -246,7 +247,10 @@ def _rewrite(file, tensors=None, **header):
         ("{", "the header's 'coeff_diffusers' entry cannot be read"),
         ("[]", "cannot be read: it must be an object, got "),
         ('{"format_version": 1}', "cannot be read: base must be an object with a component, got None"),
-        ('{"format_version": 1, "base": {"unet": {"class": "X", "heads": 3}}}', "'unet'.heads must be an object, got 3"),
+        (
+            '{"format_version": 1, "base": {"unet": {"class": "X", "heads": 3}}}',
+            "'unet'.heads must be an object, got 3",
+        ),
         ('{"format_version": 99, "base": {}}', "has format version 99, this release reads 1: update"),
     ],
 )

@@ -106,7 +106,22 @@ def other_shapes(rng: random.Random, good: Good, path: Path) -> bytes:
 def other_types(rng: random.Random, good: Good, path: Path) -> bytes:
     header = good.header()
     keys = [key for key in header if key != "__metadata__"]
-    types: list[Any] = ["F8_E4M3", "F8_E5M2", "I32", "U8", "BOOL", "C64", "F16", "BF16", "F64", "f32", "", 4, None, ["F32"]]
+    types: list[Any] = [
+        "F8_E4M3",
+        "F8_E5M2",
+        "I32",
+        "U8",
+        "BOOL",
+        "C64",
+        "F16",
+        "BF16",
+        "F64",
+        "f32",
+        "",
+        4,
+        None,
+        ["F32"],
+    ]
     dtype = rng.choice(types)
     for key in rng.sample(keys, rng.choice([1, len(keys)])):
         header[key]["dtype"] = dtype
@@ -121,13 +136,29 @@ def other_values(rng: random.Random, good: Good, path: Path) -> bytes:
     for key in rng.sample(sorted(tensors), rng.choice([1, 3, len(tensors)])):
         dtype = rng.choice([torch.float64, torch.float32, torch.float16, torch.bfloat16])
         tensors[key] = tensors[key].to(dtype)
-        value = rng.choice([None, None, 0.0, -0.0, 1e-45, 9999.0, 10001.0, 65504.0, 1e18, 3e38, 1e300, 1e999, float("nan")])
+        value = rng.choice(
+            [None, None, 0.0, -0.0, 1e-45, 9999.0, 10001.0, 65504.0, 1e18, 3e38, 1e300, 1e999, float("nan")]
+        )
         if value is not None:
             tensors[key][0, rng.randrange(2)] = value if abs(value) < torch.finfo(dtype).max else float("inf")
     return save(tensors, good.header()["__metadata__"])
 
 
-TEXTS = ["", ".", "..", "../../x", "\x1b[2J\x1b[31m", "a\nok: it fits", "\r", "\x00", "\u202e", "\ud800", "狐", "x" * 90_000, "$\\frac{$"]
+TEXTS = [
+    "",
+    ".",
+    "..",
+    "../../x",
+    "\x1b[2J\x1b[31m",
+    "a\nok: it fits",
+    "\r",
+    "\x00",
+    "\u202e",
+    "\ud800",
+    "狐",
+    "x" * 90_000,
+    "$\\frac{$",
+]
 
 
 def other_names(rng: random.Random, good: Good, path: Path) -> bytes:
@@ -200,8 +231,8 @@ def other_json(rng: random.Random, good: Good, path: Path) -> bytes:
     """Deep, huge, or no JSON, as the header or as the description in it."""
     header = good.header()
     deep = rng.choice(["[", '{"a":']) * rng.choice([500, 100_000])
-    text = rng.choice([deep, deep + "0", "[" * 900 + "]" * 900, "[" + "{}," * 300_000 + "{}]", "1" * 5000, "NaN", "null", "5",
-                       '"x"', "[]", "{}", "\ufeff{}", '{"format_version": NaN}', '{"format_version": 1e999}',
+    text = rng.choice([deep, deep + "0", "[" * 900 + "]" * 900, "[" + "{}," * 300_000 + "{}]", "1" * 5000, "NaN", "5",
+                       "null", '"x"', "[]", "{}", "\ufeff{}", '{"format_version": NaN}', '{"format_version": 1e999}',
                        '{"format_version": true, "base": {}}', '{"format_version": "1", "base": {}}',
                        '{"format_version": 1.0, "base": {}}', '{"format_version": 2}', " " * 2_000_000])  # fmt: skip
     if rng.random() < 0.3:
