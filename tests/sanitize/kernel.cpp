@@ -3,8 +3,8 @@
 //     kernel_sanitized SECONDS SEED
 //
 // Each case has random shapes, strides, mask and threads. Every array is an allocation of its own, of exactly the size
-// that it must have, so that a byte read or written beyond it is reported. Output and gradients are compared with plain
-// loops in double.
+// that it must have, so that a byte read or written beyond it is reported. Output and gradients are compared with
+// plain loops in double.
 
 #include <cstdio>
 #include <cstdlib>
@@ -44,9 +44,7 @@ struct Tensor {
         for (ptrdiff_t i = 0; i < size; i++) data[i] = normal(generator);
         array.p = data.get();
     }
-    float &operator()(ptrdiff_t b, ptrdiff_t h, ptrdiff_t row, ptrdiff_t d) const {
-        return array.at(b, h, row)[d];
-    }
+    float &operator()(ptrdiff_t b, ptrdiff_t h, ptrdiff_t row, ptrdiff_t d) const { return array.at(b, h, row)[d]; }
 };
 
 // What the loops give, laid out as (B, H, rows, width) in double.
@@ -61,7 +59,8 @@ struct Exact {
 };
 
 void compare(const char *what, const Call &c, double got, double expected, double scale) {
-    if (std::abs(got - expected) <= 1e-3 * (1.0 + scale)) return;  // of some hundred float32 terms, the largest `scale`
+    if (std::abs(got - expected) <= 1e-3 * (1.0 + scale))
+        return;  // of some hundred float32 terms, the largest `scale`
     fprintf(stderr, "%s: %g, expected %g (B %td H %td T %td S %td D %td E %td rows %td keys %td threads %td)\n", what,
             got, expected, c.B, c.H, c.T, c.S, c.D, c.E, c.rows, c.keys, c.threads);
     exit(1);
@@ -127,7 +126,7 @@ void one_case() {
     c.statistics = statistics.data.get();
     auto run = [&](ptrdiff_t size, void (*pass)(Call *)) {
         std::unique_ptr<float[]> scratch(new float[size]);  // of any bytes: nothing may be read before it is written
-        memset(scratch.get(), 0xff, size * sizeof(float));   // which are not numbers
+        memset(scratch.get(), 0xff, size * sizeof(float));  // which are not numbers
         c.scratch = scratch.get(), c.next = 0;
         pass(&c);
     };
@@ -138,7 +137,8 @@ void one_case() {
     if (with_query) c.grad_query = grad_query.array;
     if (with_key) c.grad_key = grad_key.array;
     if (with_value) c.grad_value = grad_value.array;
-    std::vector<double> grad_alpha(c.threads * B * H * H, 0.0);  // as torch.zeros: there may be fewer threads than asked
+    std::vector<double> grad_alpha(c.threads * B * H * H,
+                                   0.0);  // as torch.zeros: there may be fewer threads than asked
     if (with_alpha) c.grad_alpha = grad_alpha.data();
     c.by_rows = one_in(2);
     run(backward_scratch(&c), backward);
