@@ -30,7 +30,7 @@ from .adapters import (
     set_coeff_adapters,
     wrap_layers,
 )
-from .coeff_file import FORMAT_VERSION, MAX_HEADER_BYTES, read_file, too_large, value_problem
+from .coeff_file import FORMAT_VERSION, MAX_HEADER_BYTES, all_usable, read_file, too_large, value_problem
 from .config import CoeffConfig
 from .files import check_file_name, check_subfolder, check_text, printable, whole_file
 from .layers import attention_layers, check_softmax, head_count, reason_left_out
@@ -418,6 +418,7 @@ def _tensor_differences(
 ) -> dict[str, str]:
     found = {} if state_dict else {"file": "it holds no coefficients"}
     tied: dict[int, str] = {}
+    usable = all_usable(state_dict)
     for key, delta in sorted(state_dict.items()):
         if key not in layers:
             found[key] = "there is no such attention layer"
@@ -427,11 +428,11 @@ def _tensor_differences(
             found[key] = f"is {reason}"
             continue
         heads = head_count(layers[key])
-        if problem := value_problem(delta):
+        if not usable and (problem := value_problem(delta)):
             found[key] = problem
         elif delta.shape != (heads, heads):
             found[key] = f"must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}"
-        elif not allow_large_values and (problem := too_large(delta)):
+        elif not (usable or allow_large_values) and (problem := too_large(delta)):
             found[key] = f"{problem} (allow_large_values=True takes them)"
         elif isinstance(getattr(layers[key], "processor", None), CoeffAttnProcessor):
             first = tied.setdefault(id(layers[key].processor.coefficients), key)

@@ -71,17 +71,31 @@ def read_file(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[
     return tensors, {**metadata, "coeff_diffusers": description}
 
 
+def all_usable(state_dict: Mapping[str, Any]) -> bool:
+    """Whether [`value_problem`] and [`too_large`] find nothing in any value, by one look at all."""
+    values = list(state_dict.values())
+    if not values or any(_kind_problem(delta) for delta in values) or len({delta.device for delta in values}) > 1:
+        return False
+    return bool((torch.cat([delta.detach().flatten() for delta in values]).abs() <= MAX_VALUE).all())
+
+
 def value_problem(delta: Any) -> str | None:
     """Why a state dict's value cannot be coefficients, whatever layer they are for; `None` if it can."""
+    if problem := _kind_problem(delta):
+        return problem
+    # as it is used: a finite float64 may be none in float32
+    not_finite = int((~torch.isfinite(delta.detach().to(torch.float32))).sum())
+    return f"has {not_finite} values that are not finite" if not_finite else None
+
+
+def _kind_problem(delta: Any) -> str | None:
     if not isinstance(delta, Tensor):
         return f"must be a tensor, got {type(delta).__name__}"
     if delta.is_meta or delta.is_nested or delta.layout != torch.strided:
         return f"must be a dense tensor with values, got {'meta' if delta.is_meta else delta.layout}"
     if delta.dtype not in DTYPES.values():
         return f"must be floating point ({', '.join(map(str, DTYPES.values()))}), got {delta.dtype}"
-    # as it is used: a finite float64 may be none in float32
-    not_finite = int((~torch.isfinite(delta.detach().to(torch.float32))).sum())
-    return f"has {not_finite} values that are not finite" if not_finite else None
+    return None
 
 
 def too_large(delta: Tensor) -> str | None:
