@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test test-oldest lint format bench clean
+.PHONY: install demo test test-oldest lint format sanitize fuzz bench clean
 
 install: $(STAMP)
 
@@ -36,13 +36,30 @@ test-oldest:
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror coeff_diffusers/backends/csrc/*
+	$(VENV)/bin/clang-format --dry-run --Werror coeff_diffusers/backends/csrc/* tests/sanitize/*.cpp
 	$(VENV)/bin/mypy
+	$(PY) .ci/audit.py
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i coeff_diffusers/backends/csrc/*
+	$(VENV)/bin/clang-format -i coeff_diffusers/backends/csrc/* tests/sanitize/*.cpp
+
+# the CPU kernel, for the instructions of this CPU, under the address and undefined-behaviour sanitizers: a minute
+SECONDS ?= 15
+sanitize: build/sanitize/kernel
+	$< $(SECONDS)
+
+build/sanitize/kernel: tests/sanitize/kernel.cpp coeff_diffusers/backends/csrc/kernel.h
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all \
+		-I coeff_diffusers/backends/csrc $< -o $@ -Wl,--no-as-needed -lgomp
+
+# hostile coefficient files; goes on where it was stopped
+SEED ?= 0
+MUTANTS ?= 10000
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/fuzz.py --seed $(SEED) --mutants $(MUTANTS)
 
 bench: $(STAMP)
 	$(PY) examples/benchmarks/attention.py

@@ -16,6 +16,7 @@ from torch import nn
 
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
+from .files import check_text
 from .guard import put_on, take_off
 from .layers import accelerator_of, check_softmax, head_count, matches, processor_name, select_layers
 from .processor import CoeffAttnProcessor
@@ -396,6 +397,7 @@ def check_new_adapter_name(model: Any, adapter_name: str) -> None:
     """Raises ValueError if the name is in use on `model` or cannot be used."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must not be empty or hold a full stop, got {adapter_name!r}")
+    check_text(adapter_name, "adapter_name")
     known = layer_coefficients(model)
     if not all(layer.enabled for layer in known):
         raise ValueError(

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT_VERSION, KEY_SUFFIX, file_header, find_file, read_file, save_whole
+from .checkpoint import KEY_SUFFIX, file_header, find_file, save_whole
+from .coeff_file import FORMAT_VERSION, read_file, too_large, value_problem
+from .files import printable
 
 Source = str | os.PathLike[str]
 
@@ -93,8 +95,8 @@ def merge_coeff_files(
 
     Raises:
         ValueError: if the files are for different models, each difference listed, or one is damaged, or there is not
-            one finite weight for each.
-        OSError: if a file is not there.
+            one finite weight for each, or the sum has values that loading would refuse.
+        OSError: if a file is not there, or the new one cannot be written.
     """
     paths = [find_file(file) for file in files]
     weights = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
@@ -136,14 +138,16 @@ def base_differences(
     """What two headers say otherwise of their base models, a line each."""
     bases = [_facts(header["coeff_diffusers"]["base"], ignore_base_name) for header in (one, other)]
     return [
-        f"{fact}: {bases[0].get(fact, 'absent')} in {names[0]}, {bases[1].get(fact, 'absent')} in {names[1]}"
+        printable(
+            f"{fact}: {bases[0].get(fact, 'absent')} in {names[0]}, {bases[1].get(fact, 'absent')} in {names[1]}"
+        )
         for fact in sorted(bases[0].keys() | bases[1].keys())
         if bases[0].get(fact) != bases[1].get(fact)
     ]
 
 
 def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Values, in the order of the layers' numbers, and header of a file whose values are what its header says.
+    """Values, float32 in the order of the layers' numbers, and header of a file whose values are what its header says.
 
     Raises:
         ValueError: if they are not, every offender listed.
@@ -157,17 +161,18 @@ def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     problems = [f"{key}: no layer of the model the file is for" for key in tensors if key not in heads]
     for key, delta in tensors.items():
         expected = (heads.get(key),) * 2
-        if key in heads and (delta.shape != expected or not delta.is_floating_point()):
-            problems.append(f"{key}: must be {expected} and floating point, got {tuple(delta.shape)}, {delta.dtype}")
-        elif not torch.isfinite(delta).all():
-            problems.append(f"{key}: has values that are not finite")
+        if key in heads and delta.shape != expected:
+            problems.append(f"{key}: must have shape {expected}, got {tuple(delta.shape)}")
+        elif problem := value_problem(delta) or too_large(delta):
+            problems.append(f"{key}: {problem}")
     if problems or not tensors:
-        raise ValueError(f"{path} is damaged:\n  " + "\n  ".join(problems or ["it holds no coefficients"]))
-    return dict(sorted(tensors.items(), key=lambda item: _by_number(item[0]))), header
+        raise ValueError(f"{printable(path)} is damaged:\n  " + "\n  ".join(problems or ["it holds no coefficients"]))
+    ordered = sorted(tensors.items(), key=lambda item: _by_number(item[0]))
+    return {key: delta.to(torch.float32) for key, delta in ordered}, header
 
 
 def _by_number(key: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+    return [(len(part) if part.isdecimal() else 0, part) for part in key.split(".")]
 
 
 def _facts(base: Mapping[str, Any], ignore_name: bool) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def _source(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     """A source as the new header names it: what it was made for and from, without its base model."""
     own = {key: value for key, value in header.items() if key not in ("format", "coeff_diffusers")}
     made = header["coeff_diffusers"].get("made_from")
-    return {"file": path.name, "metadata": own} | ({"made_from": made} if made else {})
+    return {"file": printable(path.name), "metadata": own} | ({"made_from": made} if made else {})
 
 
 def _write(
@@ -194,7 +199,10 @@ def _write(
     if path.suffix != ".safetensors":
         raise ValueError(f"output must end in .safetensors, got {str(path)!r}")
     if not tensors:
-        raise ValueError(f"nothing is left to write to {path}: every entry is 0")
+        raise ValueError(f"nothing is left to write to {printable(path)}: every entry is 0")
+    if problems := {key: why for key, delta in tensors.items() if (why := value_problem(delta) or too_large(delta))}:
+        lines = (f"\n  {key}: {why}" for key, why in problems.items())
+        raise ValueError(f"{printable(path)} was not written, for loading would refuse it:" + "".join(lines))
     descriptions = [header["coeff_diffusers"] for header in headers]
     description = {
         "format_version": FORMAT_VERSION,
@@ -204,7 +212,7 @@ def _write(
     }
     formats = ("format", "coeff_diffusers", "modelspec.")
     kept = {key: value for key, value in _common(headers).items() if not key.startswith(formats)}
-    save_whole(tensors, file_header(description, title=path.stem, metadata=kept), path)
+    save_whole(tensors, file_header(description, title=printable(path.stem), metadata=kept), path)
     return path
 
 

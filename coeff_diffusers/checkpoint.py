@@ -11,16 +11,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .adapters import (
@@ -33,13 +30,14 @@ from .adapters import (
     set_coeff_adapters,
     wrap_layers,
 )
+from .coeff_file import FORMAT_VERSION, MAX_HEADER_BYTES, all_usable, read_file, too_large, value_problem
 from .config import CoeffConfig
+from .files import check_file_name, check_subfolder, check_text, printable, whole_file
 from .layers import attention_layers, check_softmax, head_count, reason_left_out
 from .processor import CoeffAttnProcessor
 from .text import check_text_encoder, is_text_encoder
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
-FORMAT_VERSION = 1
 KEY_SUFFIX = ".coeff"
 
 
@@ -50,6 +48,7 @@ def save_coeff_weights(
     weight_name: str = COEFF_WEIGHT_NAME,
     adapter_name: str = DEFAULT_ADAPTER,
     metadata: Mapping[str, str] | None = None,
+    allow_large_values: bool = False,
 ) -> Path:
     """Writes one adapter to `save_directory / weight_name`, whole or not at all.
 
@@ -60,16 +59,19 @@ def save_coeff_weights(
         adapter_name: which adapter to write, active or not.
         metadata: further entries of the file's header, strings to strings. `instance_prompt` is also written as
             `modelspec.trigger_phrase`; entries named `modelspec.*` replace those that are written by default.
+        allow_large_values: also writes values beyond 10,000, which loading refuses unless it is told the same.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if there is no such adapter, a value is not finite, or the file name or a metadata key cannot be
-            used.
+        ValueError: if there is no such adapter, a value is not finite or too large, or the file name or the metadata
+            cannot be used.
+        OSError: if the file cannot be written; one that was there is as it was.
     """
     if adapter_name not in list_coeff_adapters(model):
         raise ValueError(f"there is no adapter {adapter_name!r} to save; there are {list_coeff_adapters(model)}")
+    check_file_name(weight_name, "weight_name")
     if not weight_name.endswith(".safetensors"):
         raise ValueError(f"weight_name must end in .safetensors, got {weight_name!r}")
     header = file_header(_description(model, adapter_name), title=adapter_name, metadata=metadata or {})
@@ -77,6 +79,13 @@ def save_coeff_weights(
     broken = [key for key, delta in tensors.items() if not torch.isfinite(delta).all()]
     if broken:
         raise ValueError(f"adapter {adapter_name!r} has values that are not finite, and was not written: {broken}")
+    large = {key: reason for key, delta in tensors.items() if (reason := too_large(delta))}
+    if large and not allow_large_values:
+        key, reason = next(iter(large.items()))
+        raise ValueError(
+            f"adapter {adapter_name!r} was not written, for loading refuses the values of {len(large)} of its layers "
+            f"(allow_large_values=True writes, and loads, them): {key} {reason}"
+        )
     path = Path(save_directory) / weight_name
     save_whole(tensors, header, path)
     return path
@@ -90,6 +99,7 @@ def load_coeff_weights(
     adapter_name: str = DEFAULT_ADAPTER,
     strict: bool = True,
     hotswap: bool = False,
+    allow_large_values: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -112,6 +122,7 @@ def load_coeff_weights(
         strict: `False` loads the layers that fit, and returns what did not.
         hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Parameters
             stay the same objects, so that a compiled model is not compiled again; what is active stays so.
+        allow_large_values: takes values beyond 10,000, too, which no training gives, and with which images are noise.
         subfolder: of the folder or repository.
         revision, token, cache_dir, local_files_only, force_download: of a repository, as
             `huggingface_hub.hf_hub_download` takes them.
@@ -140,13 +151,15 @@ def load_coeff_weights(
         _check_not_given("a state dict", weight_name=weight_name, subfolder=subfolder)
         state_dict, description = dict(source), None
         origin = "the state dict"
+        if not_text := [key for key in state_dict if not isinstance(key, str)]:
+            raise ValueError(f"the keys of a state dict must be strings, as 'unet....attn1.coeff', got {not_text}")
     else:
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
         hub |= {"local_files_only": local_files_only, "force_download": force_download}
         path = find_file(source, weight_name, subfolder, **hub)
         state_dict, header = read_file(path)
-        description, origin = header["coeff_diffusers"], str(path)
-    problems = differences(model, state_dict, description)
+        description, origin = header["coeff_diffusers"], printable(path)
+    problems = differences(model, state_dict, description, allow_large_values)
     if hotswap:
         problems |= _other_layers(model, adapter_name, state_dict)
     layers = _keyed_layers(model)
@@ -154,7 +167,7 @@ def load_coeff_weights(
     if problems and (strict or not chosen):
         raise ValueError(
             f"{origin} does not fit {type(model).__name__}, which was left as it is:\n  "
-            + "\n  ".join(f"{what}: {why}" for what, why in problems.items())
+            + "\n  ".join(f"{printable(what)}: {why}" for what, why in problems.items())
         )
     check_softmax(chosen)
     for component, part in components(model).items():
@@ -258,6 +271,8 @@ def file_header(description: Mapping[str, Any], *, title: str, metadata: Mapping
     not_text = [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]
     if not_text:
         raise ValueError(f"metadata must be strings, but {not_text} are not: a file's header holds nothing else")
+    for key, value in metadata.items():
+        check_text(key + value, f"metadata {key!r}")
     versions = {"coeff_diffusers": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
     classes = sorted({base["class"] for base in description["base"].values()})
     spec = {
@@ -296,36 +311,21 @@ def public_name(name_or_path: str) -> str:
         path = path.parent
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return path.name
+    return printable(path.name)
 
 
 def save_whole(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
     """Writes a coefficient file, whole or not at all."""
+    size, most = len(json.dumps(header, ensure_ascii=False).encode()), MAX_HEADER_BYTES // 2  # the rest is for keys
+    if size > most:
+        longest = max(header, key=lambda name: len(header[name]))
+        raise ValueError(
+            f"{printable(path)} was not written: its metadata would have {size:,} bytes, and at most {most:,} are "
+            f"read; the longest entry is {longest!r}"
+        )
+    data = save(tensors, header)
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[str]:
-    """A temporary path, whose file takes the place of `path` once the block is through."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        Path(temporary).write_bytes(data)
 
 
 def find_file(
@@ -333,16 +333,19 @@ def find_file(
 ) -> Path:
     """The path of a coefficient file that is given as a file, a folder or a repository of the Hub."""
     path = Path(source)
+    if weight_name is not None:
+        check_file_name(weight_name, "weight_name")
+    if subfolder is not None:
+        check_subfolder(subfolder)
     if path.is_dir():
         return _find_in_folder(path / (subfolder or ""), weight_name)
-    if path.is_file():
-        _check_not_given(f"the file {path}", weight_name=weight_name, subfolder=subfolder)
-    if path.suffix and path.suffix != ".safetensors" and path.is_file():
-        raise ValueError(f"{path} is no .safetensors file; coefficients are read from nothing else")
-    if path.is_file():
+    if os.path.lexists(path):
+        _check_not_given(f"the file {printable(path)}", weight_name=weight_name, subfolder=subfolder)
+        if path.suffix not in ("", ".safetensors"):
+            raise ValueError(f"{printable(path)} is no .safetensors file; coefficients are read from nothing else")
         return path
     if path.suffix == ".safetensors" or path.is_absolute():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise FileNotFoundError(f"there is no file or folder {printable(path)}")
     return _download(str(source), weight_name or COEFF_WEIGHT_NAME, subfolder=subfolder, **hub)
 
 
@@ -358,9 +361,9 @@ def _find_in_folder(folder: Path, weight_name: str | None) -> Path:
     if name is None and len(found) == 1:
         name = found[0]
     if name is None and found:
-        raise ValueError(f"{folder} holds several files, choose one with weight_name: {found}")
+        raise ValueError(f"{printable(folder)} holds several files, choose one with weight_name: {found}")
     if name not in found:
-        raise FileNotFoundError(f"there is no {name or COEFF_WEIGHT_NAME} in {folder}; it holds {found}")
+        raise FileNotFoundError(f"there is no {name or COEFF_WEIGHT_NAME} in {printable(folder)}; it holds {found}")
     return folder / str(name)
 
 
@@ -370,40 +373,22 @@ def _download(repository: str, filename: str, **hub: Any) -> Path:
 
     try:
         return Path(hf_hub_download(repository, filename, **hub))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, UnicodeError, OSError) as error:
         raise OSError(
             f"{repository!r} is no file or folder here, and {filename!r} could not be had from a repository of that "
             f"name: {error}"
         ) from error
 
 
-def read_file(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The values (none with `values=False`) and the header of a coefficient file, its JSON entry read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in (file.keys() if values else ())}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable .safetensors file: {error}") from error
-    if "coeff_diffusers" not in header:
-        raise ValueError(f"{path} is no coefficient file: its header has no 'coeff_diffusers' entry")
-    try:
-        description = json.loads(header["coeff_diffusers"])
-        version = description["format_version"]
-        if version == FORMAT_VERSION:
-            all(isinstance(base["class"], str) and base["heads"].keys() for base in description["base"].values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: the header's 'coeff_diffusers' entry cannot be read: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: update the package"
-        )
-    return tensors, {**header, "coeff_diffusers": description}
-
-
-def differences(model: Any, state_dict: Mapping[str, Tensor], description: Mapping[str, Any] | None) -> dict[str, str]:
+def differences(
+    model: Any,
+    state_dict: Mapping[str, Tensor],
+    description: Mapping[str, Any] | None,
+    allow_large_values: bool = False,
+) -> dict[str, str]:
     """What does not fit `model`: key of the file, or part of the model -> why. Empty if everything does."""
-    return _base_differences(model, description) | _tensor_differences(state_dict, _keyed_layers(model))
+    layers = _keyed_layers(model)
+    return _base_differences(model, description) | _tensor_differences(state_dict, layers, allow_large_values)
 
 
 def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict[str, str]:
@@ -428,9 +413,12 @@ def _heads(count: int | None) -> str:
     return "no such attention layer" if count is None else f"{count} heads"
 
 
-def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
+def _tensor_differences(
+    state_dict: Mapping[str, Tensor], layers: Mapping[str, Any], allow_large_values: bool
+) -> dict[str, str]:
     found = {} if state_dict else {"file": "it holds no coefficients"}
     tied: dict[int, str] = {}
+    usable = all_usable(state_dict)
     for key, delta in sorted(state_dict.items()):
         if key not in layers:
             found[key] = "there is no such attention layer"
@@ -440,15 +428,15 @@ def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, A
             found[key] = f"is {reason}"
             continue
         heads = head_count(layers[key])
-        if delta.shape != (heads, heads):
+        if not usable and (problem := value_problem(delta)):
+            found[key] = problem
+        elif delta.shape != (heads, heads):
             found[key] = f"must have shape {(heads, heads)} for {heads} heads, got {tuple(delta.shape)}"
-        elif not delta.is_floating_point():
-            found[key] = f"must be floating point, got {delta.dtype}"
-        elif not torch.isfinite(delta).all():
-            found[key] = f"has {int((~torch.isfinite(delta)).sum())} values that are not finite"
+        elif not (usable or allow_large_values) and (problem := too_large(delta)):
+            found[key] = f"{problem} (allow_large_values=True takes them)"
         elif isinstance(getattr(layers[key], "processor", None), CoeffAttnProcessor):
             first = tied.setdefault(id(layers[key].processor.coefficients), key)
-            if not torch.equal(delta, state_dict[first]):
+            if not torch.equal(*(x.detach().to("cpu", torch.float32) for x in (delta, state_dict[first]))):
                 found[key] = f"differs from {first}, to which this layer is tied"
     return found
 

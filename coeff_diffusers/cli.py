@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from .arithmetic import base_differences, merge_coeff_files, prune_coeff_file, read_checked, relative_norm
-from .checkpoint import KEY_SUFFIX, differences, find_file, read_file
+from .checkpoint import KEY_SUFFIX, differences, find_file
+from .coeff_file import read_file
 from .console import escaped_output
+from .files import printable
 
 DONE, DIFFERS, UNUSABLE = 0, 1, 2
 
@@ -33,11 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         code, result, text = args.run(args)
+        text = json.dumps(result, indent=2, allow_nan=False) if args.json else text
     except (ValueError, OSError, ImportError) as error:
-        print(f"coeff-diffusers {args.command}: {error}", file=sys.stderr)
+        lines = map(printable, f"coeff-diffusers {args.command}: {error}".split("\n"))
+        print("\n".join(lines), file=sys.stderr)
+        return UNUSABLE
+    except Exception:  # a fault of the program's own, which must not end with 1: that is an answer
+        traceback.print_exc()
         return UNUSABLE
     try:
-        print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        print(text, flush=True)
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing more is to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
@@ -62,7 +70,7 @@ def info(args: argparse.Namespace) -> Answer:
     if args.plot:
         from .plot import plot_layers
 
-        plot_layers(tensors, args.plot, f"{path.name}: {result['coefficients']:,} coefficients")
+        plot_layers(tensors, args.plot, f"{printable(path.name)}: {result['coefficients']:,} coefficients")
         result["plot"] = str(args.plot)
     return DONE, result, _info_text(result)
 
@@ -79,7 +87,7 @@ def merge(args: argparse.Namespace) -> Answer:
     path = merge_coeff_files(args.files, args.output, weights, ignore_base_name=args.ignore_base_name)
     used = weights or [1.0] * count
     terms = " + ".join(f"{weight:g} * {Path(file).name}" for weight, file in zip(used, args.files))
-    return DONE, {"file": str(path), "weights": used}, f"wrote {path} = {terms}"
+    return DONE, {"file": str(path), "weights": used}, printable(f"wrote {path} = {terms}")
 
 
 def prune(args: argparse.Namespace) -> Answer:
@@ -97,8 +105,8 @@ def prune(args: argparse.Namespace) -> Answer:
     return (
         DONE,
         result,
-        f"wrote {path}: {counts[1][1]:,} of {counts[0][1]:,} entries, {counts[1][0]} of {counts[0][0]} layers, "
-        f"{share:.1%} of the squared norm",
+        f"wrote {printable(path)}: {counts[1][1]:,} of {counts[0][1]:,} entries, "
+        f"{counts[1][0]} of {counts[0][0]} layers, {share:.1%} of the squared norm",
     )
 
 
@@ -125,7 +133,7 @@ def diff(args: argparse.Namespace) -> Answer:
 
         if not deltas:
             raise ValueError("the files have no layer in common that could be drawn")
-        plot_layers(deltas, args.plot, f"{paths[1].name} - {paths[0].name}")
+        plot_layers(deltas, args.plot, printable(f"{paths[1].name} - {paths[0].name}"))
         result["plot"] = str(args.plot)
     return DONE if result["equal"] else DIFFERS, result, _diff_text(result, len(one.keys() | other.keys()))
 
@@ -133,15 +141,22 @@ def diff(args: argparse.Namespace) -> Answer:
 def check(args: argparse.Namespace) -> Answer:
     path = find_file(args.file)
     tensors, header = read_file(path)
-    model = skeleton(args.model)
+    try:
+        model = skeleton(args.model)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever comes of a config that is none
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{printable(args.model)} cannot be built from its config: {printable(reason)}") from error
     problems = differences(model, tensors, header["coeff_diffusers"])
     made_for = {component: said.get("name") for component, said in header["coeff_diffusers"]["base"].items()}
     result: dict[str, Any] = {"fits": not problems, "differences": problems, "made_for": made_for}
     if problems:
-        text = f"{path} does not fit {args.model}:\n" + "\n".join(f"  {what}: {why}" for what, why in problems.items())
+        lines = [f"{path} does not fit {args.model}:", *(f"  {what}: {why}" for what, why in problems.items())]
+        text = "\n".join(map(printable, lines))
         return DIFFERS, result, text
     names = ", ".join(filter(None, made_for.values())) or "a model without a name"
-    return DONE, result, f"{path} fits {args.model}: {len(tensors)} layers. It was made for {names}."
+    return DONE, result, printable(f"{path} fits {args.model}: {len(tensors)} layers. It was made for {names}.")
 
 
 def skeleton(name_or_path: str) -> Any:
@@ -265,12 +280,14 @@ def _square(state_dict: Mapping[str, Tensor]) -> float:
 
 def _info_text(result: dict[str, Any]) -> str:
     header, own = result["header"], result["header"]["coeff_diffusers"]
-    lines = [f"{result['file']}: {result['coefficients']:,} coefficients, {result['bytes']:,} bytes", "", "made for"]
+    size = f"{result['coefficients']:,} coefficients, {result['bytes']:,} bytes"
+    lines = [f"{printable(result['file'])}: {size}", "", "made for"]
     for component, said in own["base"].items():
-        lines.append(f"  {component}: {said['class']} {said.get('name') or '(no name)'}, {len(said['heads'])} layers")
+        name = printable(said.get("name") or "(no name)")
+        lines.append(f"  {component}: {said['class']} {name}, {len(said['heads'])} layers")
     told = {key: value for key, value in header.items() if key not in ("format", "coeff_diffusers")}
     told |= {key: json.dumps(own[key]) for key in ("versions", "made_from") if key in own}
-    lines += ["", "said by its writer", *(f"  {key}: {value}" for key, value in sorted(told.items()))]
+    lines += ["", "said by its writer", *(printable(f"  {key}: {value}") for key, value in sorted(told.items()))]
     wide = max(len(layer["layer"]) for layer in result["layers"])
     lines += ["", f"{'layer':{wide}}  heads   ||Delta||   ||Delta||/||I||"]
     for layer in result["layers"]:
@@ -282,7 +299,7 @@ def _info_text(result: dict[str, Any]) -> str:
         lines.append(
             f"  {head['norm']:6.3f}  {head['layer']} head {head['head']}: {head['entry']:+.3f} of map {head['source']}"
         )
-    return "\n".join(lines + ([f"\nwrote {result['plot']}"] if "plot" in result else []))
+    return "\n".join(lines + (["", f"wrote {printable(result['plot'])}"] if "plot" in result else []))
 
 
 def _diff_text(result: dict[str, Any], count: int) -> str:
@@ -290,14 +307,14 @@ def _diff_text(result: dict[str, Any], count: int) -> str:
     lines += [f"  {line}" for line in result["base"]]
     for layer in result["layers"]:
         if "only_in" in layer:
-            lines.append(f"  {layer['layer']}: only in {layer['only_in']}")
+            lines.append(f"  {layer['layer']}: only in {printable(layer['only_in'])}")
         elif "shapes" in layer:
             lines.append(f"  {layer['layer']}: shapes {layer['shapes'][0]} and {layer['shapes'][1]}")
         else:
             lines.append(f"  {layer['layer']}: norm {layer['norm']:.3g}, largest {layer['largest']:.3g}")
     if result["equal"]:
         lines = [f"equal: {count} layers"]
-    return "\n".join(lines + ([f"wrote {result['plot']}"] if "plot" in result else []))
+    return "\n".join(lines + ([f"wrote {printable(result['plot'])}"] if "plot" in result else []))
 
 
 if __name__ == "__main__":

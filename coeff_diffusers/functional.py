@@ -85,7 +85,7 @@ def mixed_attention(
             key, value = (_repeat_groups(x, query.shape[1]) for x in (key, value))
         if attn_mask is not None:
             attn_mask = _to_four_dims(attn_mask)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = _default_scale(query) if scale is None else scale
         output: Tensor = _blockwise(query, key, value, coeff, attn_mask, is_causal, scale)[0]
         return output
 
@@ -110,7 +110,7 @@ def mixed_attention_reference(
     query, key, value, coeff = (x.to(wide) for x in (query, key, value, coeff))
     if enable_gqa:
         key, value = (_repeat_groups(x, query.shape[1]) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = _default_scale(query) if scale is None else scale
     scores = torch.einsum("bjtd, bjsd -> bjts", query, key) * scale
     maps = F.dropout(softmax(masked(scores, attn_mask, is_causal), attn_mask is not None), dropout_p)
     alpha = torch.eye(coeff.shape[-1], dtype=wide, device=coeff.device) + coeff
@@ -119,6 +119,12 @@ def mixed_attention_reference(
     else:
         mixed = torch.einsum("bij, bjts -> bits", alpha, maps)
     return torch.einsum("bits, bise -> bite", mixed, value).to(dtype)
+
+
+def _default_scale(query: Tensor) -> float:
+    """1 / sqrt(D). Without width every score is 0, whatever it is multiplied by."""
+    width = query.shape[-1]
+    return width**-0.5 if width else 1.0
 
 
 # One opaque operator, so that torch.compile takes it into a whole graph without unrolling the loop over blocks, and

@@ -1,4 +1,4 @@
-"""Coefficients as a picture: a heatmap of Delta for each layer."""
+"""Coefficients as an image: a heatmap of Delta for each layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .arithmetic import relative_norm
-from .checkpoint import KEY_SUFFIX, whole_file
+from .checkpoint import KEY_SUFFIX
+from .files import whole_file
 
 _CELL = 1.55  # inches, of a layer with its caption
 
 
 def plot_layers(state_dict: Mapping[str, Tensor], path: Path, title: str) -> None:
-    """Writes a picture with Delta of each layer, rows output heads, columns source maps, on one colour scale.
+    """Writes an image with Delta of each layer, rows output heads, columns source maps, on one colour scale.
 
     The scale ends at the 99.5th percentile of the magnitudes, lest one large entry blanch all others.
 
@@ -28,19 +29,19 @@ def plot_layers(state_dict: Mapping[str, Tensor], path: Path, title: str) -> Non
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError(
-            "pictures are drawn by matplotlib, which is not installed: pip install 'coeff_diffusers[plot]'"
+            "images are drawn by matplotlib, which is not installed: pip install 'coeff_diffusers[plot]'"
         ) from error
 
     columns = min(len(state_dict), max(4, math.ceil(math.sqrt(1.3 * len(state_dict)))))
     rows = math.ceil(len(state_dict) / columns)
     width, height = max(6.0, columns * _CELL + 1.2), rows * (_CELL + 0.35) + 0.9
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title}\nDelta: rows output heads i, columns source maps j", fontsize=10)
+    figure.suptitle(f"{title}\nDelta: rows output heads i, columns source maps j", fontsize=10, parse_math=False)
     limit = float(torch.cat([delta.flatten() for delta in state_dict.values()]).abs().quantile(0.995)) or 1.0
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, (key, delta) in zip(axes, state_dict.items()):
         image = ax.imshow(delta, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        ax.set_title(caption(key), fontsize=6)
+        ax.set_title(caption(key), fontsize=6, parse_math=False)
         ax.set_xlabel(f"{len(delta)} heads, norm {relative_norm(delta):.2f}", fontsize=6)
         ax.set_xticks([])
         ax.set_yticks([])

@@ -144,8 +144,8 @@ def test_a_damaged_file_is_refused_with_every_offender(files, tmp_path) -> None:
     save_file(tensors, files[1], header)
     with pytest.raises(ValueError, match="cat.safetensors is damaged") as error:
         merge_coeff_files(files, tmp_path / "out.safetensors")
-    assert f"{first}: has values that are not finite" in str(error.value)
-    assert f"{second}: must be (4, 4) and floating point, got (5, 5), torch.float32" in str(error.value)
+    assert f"{first}: has 4 values that are not finite" in str(error.value)
+    assert f"{second}: must have shape (4, 4), got (5, 5)" in str(error.value)
     assert "unet.nowhere.coeff: no layer of the model" in str(error.value)
 
 

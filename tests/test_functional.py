@@ -482,6 +482,37 @@ def test_empty_batch_no_queries_and_no_keys(samples, tokens, keys) -> None:
     assert coeff.grad.eq(0).all()
 
 
+def test_heads_without_width_have_even_maps(way) -> None:
+    """As in SDPA: every score is a sum of nothing."""
+    args = [torch.randn(B, H, T, 0, requires_grad=True), torch.randn(B, H, S, 0), torch.randn(B, H, S, E)]
+    out = mixed_attention(*args, torch.zeros(H, H))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*args))
+    torch.testing.assert_close(out, mixed_attention_reference(*args, torch.zeros(H, H)))
+    out.sum().backward()
+    assert args[0].grad is not None
+
+
+@ways({"AVX2": Way("AVX2"), "AVX-512": Way("AVX512")})
+def test_views_that_begin_between_two_numbers_are_copied_for_the_kernel(way, monkeypatch) -> None:
+    if cpu.instruction_set() is None:
+        pytest.skip("the kernel was not built")
+
+    def odd(x: Tensor) -> Tensor:
+        data = bytearray(b"x" + x.detach().numpy().tobytes())
+        return torch.frombuffer(data, dtype=x.dtype, offset=1).view(x.shape)
+
+    given = [*inputs(torch.float32, requires_grad=False), torch.randn(1, 1, T, S)]
+    expected = mixed_attention(*given)
+    pointer, addresses = cpu._Inputs.pointer, []
+    monkeypatch.setattr(cpu._Inputs, "pointer", lambda self, x: addresses.append(x.data_ptr()) or pointer(self, x))
+    query, *others = map(odd, given)
+    out = mixed_attention(query.requires_grad_(), *others)
+    torch.testing.assert_close(out.detach(), expected, rtol=0, atol=0)
+    out.backward(odd(torch.ones_like(out)))
+    assert len(addresses) > 10
+    assert not any(address % 4 for address in addresses)
+
+
 @ways(BY_KERNEL)
 def test_a_library_that_was_built_before_its_source_was_changed_is_not_called(monkeypatch, way, tmp_path) -> None:
     changed = tmp_path / "kernel.h"

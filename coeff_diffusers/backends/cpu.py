@@ -136,12 +136,12 @@ class _Inputs:
         self.c = _Call(scale=scale, is_causal=is_causal)
         self.c.B, self.c.H, self.c.T, self.c.D = query.shape
         self.c.S, self.c.E = value.shape[2:]
-        key, value = (x.to(torch.float32).contiguous() for x in (key, value))
+        key, value, alpha = (_aligned(x.to(torch.float32).contiguous()) for x in (key, value, alpha))
         self.arrays(query=_to_read(query), key=key, value=value)
         self.c.alpha, self.c.alpha_transposed = (self.pointer(x.contiguous()) for x in (alpha, alpha.mT))
         if attn_mask is not None:
             if attn_mask.dtype != torch.bool:
-                attn_mask = attn_mask.to(torch.float32)
+                attn_mask = _aligned(attn_mask.to(torch.float32))
             strides = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride()))
             self.c.mask = _Mask(self.pointer(attn_mask), *strides, attn_mask.dtype == torch.bool)
 
@@ -180,13 +180,18 @@ class _Inputs:
 
 
 def _is_addressable(x: Tensor) -> bool:
-    """Whether the library can read and write `x`: float32, the last dimension without gaps."""
-    return x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() == 0)
+    """Whether the library can read and write `x`: float32, the last dimension without gaps, at a number's address."""
+    return x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() == 0) and x.data_ptr() % 4 == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of a view of bytes that begins between two numbers."""
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
 def _to_read(x: Tensor) -> Tensor:
     """`x`, or a copy of it that the library can read."""
-    return x if _is_addressable(x) else x.float().contiguous()
+    return x if _is_addressable(x) else _aligned(x.float().contiguous())
 
 
 def _to_write(x: Tensor) -> Tensor:
