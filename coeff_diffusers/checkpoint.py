@@ -30,8 +30,8 @@ from .adapters import (
     known_coefficients,
     layer_coefficients,
     list_coeff_adapters,
-    set_coeff_adapters,
-    wrap_layers,
+    put_adapter,
+    replace_values,
 )
 from .config import CoeffConfig
 from .layers import attention_layers, check_softmax, head_count, reason_left_out
@@ -160,14 +160,12 @@ def load_coeff_weights(
     for component, part in components(model).items():
         if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
             check_text_encoder(part)
-    if not hotswap:
-        paths = {key.removesuffix(KEY_SUFFIX): layer for key, layer in chosen.items()}
-        wrap_layers(model, paths, adapter_name, CoeffConfig())
-    with torch.inference_mode(False), torch.no_grad():
-        for key, layer in chosen.items():
-            layer.processor.coeff[adapter_name].copy_(state_dict[key])
-    if not hotswap:
-        set_coeff_adapters(model, adapter_name)
+    paths = {key.removesuffix(KEY_SUFFIX): layer for key, layer in chosen.items()}
+    values = {path: state_dict[f"{path}{KEY_SUFFIX}"] for path in paths}
+    if hotswap:
+        replace_values(model, adapter_name, values)
+    else:
+        put_adapter(model, paths, adapter_name, CoeffConfig(), values)
     return problems
 
 
@@ -207,15 +205,18 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
         load_coeff_weights(pipe, coeff_state_dict(tuned))
     """
     return {
-        key: layer.processor.coeff[adapter_name].detach().cpu().clone()
+        key: values.clone()
         for key, layer in _keyed_layers(model).items()
-        if adapter_name in _coeff_of(layer)
+        if (values := _values_of(layer, adapter_name)) is not None
     }
 
 
-def _coeff_of(layer: Any) -> Mapping[str, Tensor]:
+def _values_of(layer: Any, adapter_name: str) -> Tensor | None:
     processor = getattr(layer, "processor", None)
-    return processor.coefficients.coeff if isinstance(processor, CoeffAttnProcessor) else {}
+    if not isinstance(processor, CoeffAttnProcessor) or not processor.coefficients.has(adapter_name):
+        return None
+    coefficients = processor.coefficients
+    return coefficients.record.state.adapters[adapter_name].delta(coefficients.number).detach().cpu()
 
 
 def _keyed_layers(model: Any) -> dict[str, Any]:
