@@ -21,7 +21,7 @@ from .choice import BASE, Choice, Mixture, Weight, entered, entry_of
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
 from .guard import Guard, put_on, set_processor, take_off
-from .layers import accelerator_of, check_softmax, head_count, matches, processor_name, select_layers
+from .layers import accelerator_of, attention_layers, check_softmax, head_count, matches, processor_name, select_layers
 from .processor import CoeffAttnProcessor
 from .record import (
     GUARD,
@@ -415,11 +415,9 @@ def _intact(model: nn.Module, record: ModelRecord) -> dict[str, Any] | None:
     """Path -> layer, of all that the record knows; `None` if one has lost its coefficients."""
     found: dict[str, Any] = {}
     for path, coefficients in record.layers.items():
-        layer: Any = model
-        for name in path.split("."):
-            layer = layer._modules.get(name)
-            if layer is None:
-                return None
+        layer = _at(model, path)
+        if layer is None:
+            return None
         own = vars(layer)
         guard, processor = own.get(GUARD), own["_modules"].get("processor") or own.get("processor")
         held = isinstance(processor, CoeffAttnProcessor) and processor.coefficients is coefficients
@@ -427,6 +425,31 @@ def _intact(model: nn.Module, record: ModelRecord) -> dict[str, Any] | None:
             return None
         found[path] = layer
     return found
+
+
+def known_attention_layers(model: nn.Module) -> dict[str, Any]:
+    """As [`attention_layers`], without a walk where the record knows them and they are where they were."""
+    record = known_record(model)
+    if record is None:
+        return attention_layers(model)
+    children = [id(child) for child in model._modules.values()]
+    if record.attention is not None and record.attention[0] == children:
+        layers = record.attention[1]
+        if all(_at(model, path) is layer for path, layer in layers.items()):
+            return layers
+    layers = attention_layers(model)
+    record.attention = children, layers
+    return layers
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    """The module at this very path; `None` if there is none."""
+    module: Any = model
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
 
 
 def walk_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerCoefficients]]]:

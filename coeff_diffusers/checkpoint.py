@@ -27,6 +27,7 @@ from .adapters import (
     DEFAULT_ADAPTER,
     check_new_adapter_name,
     components,
+    known_attention_layers,
     known_coefficients,
     layer_coefficients,
     list_coeff_adapters,
@@ -224,7 +225,7 @@ def _keyed_layers(model: Any) -> dict[str, Any]:
     return {
         f"{component}.{path}{KEY_SUFFIX}": layer
         for component, part in components(model).items()
-        for path, layer in attention_layers(part).items()
+        for path, layer in known_attention_layers(part).items()
     }
 
 
@@ -415,7 +416,8 @@ def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict
         if component not in parts:
             found[component] = f"the file is for a model with this component, here are {sorted(parts)}"
             continue
-        part, here = parts[component], {path: head_count(m) for path, m in attention_layers(parts[component]).items()}
+        part = parts[component]
+        here = {path: head_count(layer) for path, layer in known_attention_layers(part).items()}
         if base["class"] != type(part).__name__:
             found[component] = f"the file is for a {base['class']}, this is a {type(part).__name__}"
         for path in sorted(base["heads"].keys() | here.keys()):

@@ -107,15 +107,16 @@ class ModelRecord:
         self.state = State()
         self.entered = False  # whether a thread or a task has ever made a choice of its own
         self.noted = False  # whether running calls were ever told to go on with an older state
+        self.attention: tuple[list[int], dict[str, Any]] | None  # the model's children, and its layers then
         self.store: Any = None
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("key", "steps")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("key", "steps", "attention")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = _Steps()
+        self.steps, self.attention = _Steps(), None
         self.key = f"{next(_numbers)}"  # of each copy its own
         _records[self.key] = self
 
