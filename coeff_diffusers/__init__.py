@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .functional import mixed_attention
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
+from .store import AdapterStore
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
@@ -57,6 +58,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AdapterStore",
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",

@@ -17,7 +17,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from . import running
-from .choice import BASE, Choice, Mixture, Weight, entered, entry_of
+from .choice import BASE, Choice, Weight, entered, entry_of
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
 from .guard import Guard, put_on, set_processor, take_off
@@ -39,7 +39,7 @@ from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
 WeightBy = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
-_CHANGES = threading.RLock()  # held by what adds, replaces or removes adapters, from its checks to its end
+CHANGES = threading.RLock()  # held by what adds, replaces or removes adapters, from its checks to its end
 
 
 def add_coeff_adapter(
@@ -66,7 +66,7 @@ def add_coeff_adapter(
             selected layer is tied to one that is not; the model is as it was.
     """
     config = config or CoeffConfig()
-    with _CHANGES:
+    with CHANGES:
         check_new_adapter_name(model, adapter_name)
         parts = denoisers(model) if components is None else _chosen_parts(model, components)
         selected = {name: select_layers(part, config) for name, part in parts.items()}
@@ -117,7 +117,7 @@ def set_coeff_adapters(
         ValueError: for an unknown name, one named twice, weights that do not fit, a pattern that matches no layer of
             the adapter, a new processor that computes its own softmax, or a layer that is gone; nothing is changed.
     """
-    with _CHANGES:
+    with CHANGES:
         choices = _choices(model, adapter_names, adapter_weights)
         put_states({record: record.having(record.state.adapters, choice) for record, choice in choices.items()})
 
@@ -134,7 +134,7 @@ def coeff_adapters(
         ValueError: as [`set_coeff_adapters`], and if coefficients are disabled.
     """
     check_enabled(model)
-    with _CHANGES:
+    with CHANGES:
         choices = _choices(model, adapter_names, adapter_weights)
     with ExitStack() as leave:
         for record, choice in choices.items():
@@ -148,6 +148,7 @@ def _choices(
 ) -> dict[ModelRecord, Choice]:
     """What they come to for each of the model's records. Coefficients that layers have lost are put back."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    out_of_store(model, names)
     held, lost = find_layers(model)
     paths = _coefficients(held) | {path: coefficients for path, (_, coefficients) in lost.items()}
     _check_names(model, names, paths.values())
@@ -205,7 +206,7 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    with _CHANGES:
+    with CHANGES:
         known_coefficients(model, names)
         records = records_of(model)
         held = find_layers(model)[0]
@@ -252,7 +253,7 @@ def enable_coeff_adapters(model: Any) -> None:
 
 
 def _enable(model: Any, enabled: bool) -> None:
-    with _CHANGES:
+    with CHANGES:
         records = records_of(model)
         put_states({record: record.having(record.state.adapters, enabled=enabled) for record in records})
         if enabled:
@@ -281,12 +282,12 @@ def unload_coeff_weights(model: Any) -> None:
         ValueError: if `model` has no coefficients.
         RuntimeError: if other threads are calling the model, which would lose its coefficients half way.
     """
-    with _CHANGES:
+    with CHANGES:
         held, lost = find_layers(model)
         if not held and not lost:
             known_coefficients(model)
         layers = held | {path: layer for path, (layer, _) in lost.items()}
-        with all_or_nothing(model, layers.values()):
+        with all_or_nothing(model, [layer for layer in layers.values() if layer is not None]):
             records = _take_records(model)
             put_states({record: record.having({}) for record in records})
             if any(running.other_calls(record.model) for record in records if record.model is not None):
@@ -488,8 +489,9 @@ def put_adapter(
     adapter_name: str,
     config: CoeffConfig,
     values: Mapping[str, Tensor] | None = None,
+    active: bool = True,
 ) -> None:
-    """Gives layers of `model` an adapter of a new name, and makes it the active one. All or nothing.
+    """Gives layers of `model` an adapter of a new name. All or nothing.
 
     Args:
         model: a diffusers model or a pipeline.
@@ -497,9 +499,10 @@ def put_adapter(
         adapter_name: new on these layers.
         config: of the adapter.
         values: `component.path` -> Delta; without them it is 0, and has parameters.
+        active: whether it becomes the active one.
     """
     parts = components(model)
-    with _CHANGES, all_or_nothing(model, [layer for layer in layers.values() if not _is_wrapped(layer)]):
+    with CHANGES, all_or_nothing(model, [layer for layer in layers.values() if not _is_wrapped(layer)]):
         by_part: dict[str, dict[str, Any]] = {}
         for path, layer in layers.items():
             component, _, inner = path.partition(".")
@@ -515,7 +518,7 @@ def put_adapter(
             for record, adapter in _adapters_of(component, found, config, values).items():
                 adapter.elsewhere = () if component in others else others
                 adapters[record][adapter_name] = adapter
-        choice = Choice((((adapter_name, 1.0),),))
+        choice = Choice((((adapter_name, 1.0),),)) if active else None
         put_states({record: record.having(having, choice) for record, having in adapters.items()})
 
 
@@ -572,7 +575,7 @@ def replace_values(model: Any, adapter_name: str, values: Mapping[str, Tensor]) 
     One that has no parameters is replaced as a whole: calls that are running go on with the old one. Parameters get
     the new values themselves.
     """
-    with _CHANGES, torch.inference_mode(False), torch.no_grad():
+    with CHANGES, torch.inference_mode(False), torch.no_grad():
         by_record: dict[ModelRecord, dict[int, Tensor]] = {}
         for path, coefficients in _coefficients(find_layers(model)[0]).items():
             if path in values:
@@ -684,9 +687,9 @@ def _unwrap(model: Any, layers: Mapping[str, Any]) -> None:
         if record is not None:
             record.layers = {path: c for path, c in record.layers.items() if path != inner}  # others may be reading it
     _choose_attention_functions(model)
-    held = find_layers(model)[0]
-    for component, part in parts.items():
-        if not any(path.startswith(f"{component}.") for path in held):
+    for part in parts.values():
+        record = known_record(part)
+        if record is not None and record.store is None and not record.layers:
             remove_record(part)
 
 
@@ -704,12 +707,12 @@ def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module
     return {name: parts[name] for name in chosen}
 
 
-def check_new_adapter_name(model: Any, adapter_name: str) -> None:
+def check_new_adapter_name(model: Any, adapter_name: str, active: bool = True) -> None:
     """Raises ValueError if the name is in use on `model` or cannot be used."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must not be empty or hold a full stop, got {adapter_name!r}")
     known = layer_coefficients(model)
-    if not all(layer.enabled for layer in known):
+    if active and not all(layer.enabled for layer in known):
         raise ValueError(
             "coefficients are disabled, and a new adapter would be too: enable_coeff_adapters(model) first"
         )
@@ -754,6 +757,13 @@ def _by_layer(
         if chosen.setdefault(coefficients, weight) != weight:
             raise ValueError(f"{path} is tied to layers of weight {chosen[coefficients]}, and cannot have {weight}")
     return chosen
+
+
+def out_of_store(model: Any, names: Sequence[str | None]) -> None:
+    """Has the model's store, if it has one, load what of these names is not loaded."""
+    stores = {record.store for part in components(model).values() if (record := known_record(part))}
+    for store in stores - {None}:
+        store.load([name for name in dict.fromkeys(names) if name is not None])
 
 
 def known_coefficients(model: Any, names: Sequence[str] = ()) -> list[LayerCoefficients]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapters import components, now, walk_layers
+from .choice import BASE, entry_of
 from .coefficients import LayerCoefficients
 from .layers import attention_layers
 from .processor import NATIVE_BACKENDS
@@ -33,7 +34,8 @@ def check_coeff_adapters(model: Any) -> list[str]:
     lines = [f"ok: {len(held)} of {layers} attention layers have coefficients"]
     for name in dict.fromkeys(name for layer in coefficients for name in layer.adapters()):
         lines += _adapter(name, [layer for layer in coefficients if layer.has(name)])
-    if not all(layer.enabled for layer in coefficients):
+    entries = [entry_of(layer.record) for layer in coefficients]
+    if not all(layer.enabled for layer in coefficients) or any(entry and entry.choice is BASE for entry in entries):
         lines.append("problem: coefficients are switched off (coeff_disabled)")
     lines += [
         f"problem: {path} lost its coefficients, its processor is {now(layer)}" for path, (layer, _) in lost.items()

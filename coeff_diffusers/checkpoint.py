@@ -91,6 +91,7 @@ def load_coeff_weights(
     adapter_name: str = DEFAULT_ADAPTER,
     strict: bool = True,
     hotswap: bool = False,
+    activate: bool = True,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -99,6 +100,8 @@ def load_coeff_weights(
     force_download: bool = False,
 ) -> dict[str, str]:
     """Loads an adapter and makes it the active one, with weight 1.
+
+    It takes its bytes and no more, until `coeff_parameters` is asked for what of it trains.
 
     All or nothing: every key, shape, value and fact about the base model that does not fit is listed in one error,
     and the model is as it was.
@@ -111,8 +114,10 @@ def load_coeff_weights(
             `.safetensors` file of a folder.
         adapter_name: the name to load it under, not in use yet.
         strict: `False` loads the layers that fit, and returns what did not.
-        hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Parameters
-            stay the same objects, so that a compiled model is not compiled again; what is active stays so.
+        hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Nothing is
+            compiled again, what is active stays so, and calls that run in other threads end with the old values. If
+            `coeff_parameters` was asked for the adapter, its parameters stay the same objects.
+        activate: `False` leaves active what is.
         subfolder: of the folder or repository.
         revision, token, cache_dir, local_files_only, force_download: of a repository, as
             `huggingface_hub.hf_hub_download` takes them.
@@ -134,7 +139,7 @@ def load_coeff_weights(
     if hotswap:
         known_coefficients(model, [adapter_name])
     else:
-        check_new_adapter_name(model, adapter_name)
+        check_new_adapter_name(model, adapter_name, activate)
     source = pretrained_model_name_or_path_or_dict
     description: dict[str, Any] | None
     if isinstance(source, Mapping):
@@ -166,7 +171,7 @@ def load_coeff_weights(
     if hotswap:
         replace_values(model, adapter_name, values)
     else:
-        put_adapter(model, paths, adapter_name, CoeffConfig(), values)
+        put_adapter(model, paths, adapter_name, CoeffConfig(), values, activate)
     return problems
 
 

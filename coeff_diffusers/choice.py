@@ -50,7 +50,9 @@ def read_choice(given: Any) -> Choice:
     if not isinstance(given, list):
         return Choice((_mixture(given),))
     if not given:
-        raise ValueError(f"{KEY} must have an entry for each prompt or image, got an empty list; None is the base model")
+        raise ValueError(
+            f"{KEY} must have an entry for each prompt or image, got an empty list; None is the base model"
+        )
     return Choice(tuple(_mixture(entry) for entry in given), per_image=True)
 
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import check_enabled, components, denoisers, known_coefficients, layer_coefficients, records_of
+from .adapters import (
+    check_enabled,
+    components,
+    denoisers,
+    known_coefficients,
+    layer_coefficients,
+    out_of_store,
+    records_of,
+)
 from .choice import Choice, Entry, entered, entry_of, is_entered
 from .images import images_of_call
 
@@ -54,6 +62,7 @@ def coeff_per_sample(
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each image, got {adapter_names!r}")
     names = list(adapter_names)
+    out_of_store(model, names)
     known_coefficients(model, [name for name in dict.fromkeys(names) if name is not None])
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):

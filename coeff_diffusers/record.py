@@ -148,8 +148,11 @@ class ModelRecord:
             return kwargs
         stated, scale, kwargs = without_choice(kwargs)
         factor = 1.0 if scale is None else checked_scale(scale)
+        choice = read_choice(stated[0]) if stated else None
+        if self.store is not None:
+            self._load(choice)
         with SWAP:
-            resolved = self._resolve(stated, factor, args, kwargs)
+            resolved = self._resolve(choice, factor, args, kwargs)
         if self.steps.laid_out is not resolved:
             self.steps.laid_out = None
             for coefficients in self.numbered:
@@ -196,21 +199,32 @@ class ModelRecord:
                 "not its forward or its layers"
             )
         with SWAP:
-            return self._resolve([], 1.0, (), {})
+            return self._resolve(None, 1.0, (), {})
 
     # Choices
 
-    def _resolve(self, stated: list[Any], scale: float, args: Any, kwargs: dict[str, Any]) -> Resolved:
-        state = (running.noted(self.key) if self.noted else None) or self.state
-        entry = None if stated else entry_of(self)
-        if stated:
-            choice = read_choice(stated[0])
-            state = self._known(state, choice)
+    def _load(self, choice: Choice | None) -> None:
+        """Has the store load what a call names; of a pipeline's call, before its first step."""
+        entry = entry_of(self)
+        names = choice.names if choice is not None else [] if entry is None else entry.choice.names
+        asked = running.asked(self.key)
+        new = [name for name in names if name not in asked]
+        if new:
+            self.store.load(new)
+            asked.update(new)
+
+    def _resolve(self, stated: Choice | None, scale: float, args: Any, kwargs: dict[str, Any]) -> Resolved:
+        state = self._state_of_call()
+        entry = None if stated is not None else entry_of(self)
+        choice = stated or (state.choice if entry is None else entry.choice)
+        missing = [name for name in choice.names if name not in state.adapters]
+        if missing and state is not self.state and all(name in self.state.adapters for name in missing):
+            state = replace(state, adapters={**self.state.adapters, **state.adapters})
+            running.note_again(self.key, state)  # so that the next step finds it, too
+        if stated is not None:
+            self._check_known(state, stated)
         elif entry is not None:
-            choice = entry.choice
             self._check_not_deleted(state, choice, entry.records)
-        else:
-            choice = state.choice
         if scale == 0.0:
             return NOTHING
         images: Sequence[Mixture] = choice.mixtures
@@ -241,20 +255,21 @@ class ModelRecord:
             )
         return batch // images
 
-    def _known(self, state: State, choice: Choice) -> State:
-        """The state that has the adapters which a call names: out of the store, where there is one."""
-        if self.store is not None:
-            state = self.store.loaded(self, state, choice.names)
+    def _state_of_call(self) -> State:
+        """The state that the running call began with, if another has been put in its place since."""
+        noted = running.noted(self.key) if self.noted else None
+        return self.state if noted is None else noted
+
+    def _check_known(self, state: State, choice: Choice) -> None:
         unknown = [name for name in choice.names if name not in state.adapters]
         if unknown:
             raise ValueError(f"{type(self.model).__name__} has no adapter {unknown}; it has {list(state.adapters)}")
         for name in choice.names:
             if state.adapters[name].elsewhere:
                 raise ValueError(
-                    f"adapter {name!r} is on {', '.join(state.adapters[name].elsewhere)}, too, which a call's attention "
-                    "kwargs do not reach: choose it by coeff_adapters or set_coeff_adapters"
+                    f"adapter {name!r} is on {', '.join(state.adapters[name].elsewhere)}, too, which a call's "
+                    "attention kwargs do not reach: choose it by coeff_adapters or set_coeff_adapters"
                 )
-        return state
 
     def _check_not_deleted(self, state: State, choice: Choice, records: Sequence[ModelRecord]) -> None:
         gone = [

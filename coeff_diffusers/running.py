@@ -1,9 +1,9 @@
 """The calls of pipelines and models that are running, as the threads' stacks tell them.
 
-Three things are written nowhere else. A denoiser gets a batch of which it cannot be told whether guidance doubled it or
-each prompt has two images; a pipeline keeps that in local variables of its `__call__`. Which pipeline calls a model is
-known to the pipeline alone. And a call that runs while adapters change must go on with those that it began with: they
-are noted in its frame, and gone with it.
+Three things are written nowhere else. A denoiser gets a batch of which it cannot be told whether guidance doubled it
+or each prompt has two images; a pipeline keeps that in local variables of its `__call__`. Which pipeline calls a model
+is known to the pipeline alone. And a call that runs while adapters change must go on with those that it began with:
+they are noted in its frame, and gone with it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,23 @@ def noted(key: str) -> Any:
         if frame.f_code.co_name in ("__call__", "_call_impl"):
             found = frame.f_locals.get(_NOTES, {}).get(key, found)
     return found
+
+
+def note_again(key: str, value: Any) -> None:
+    """Replaces what is noted in this thread."""
+    for frame in _up(sys._getframe(1)):
+        if frame.f_code.co_name in ("__call__", "_call_impl") and key in frame.f_locals.get(_NOTES, {}):
+            frame.f_locals[_NOTES][key] = value
+
+
+def asked(key: str) -> set[str]:
+    """What the pipeline's call that is running here has asked the store for, to be added to; empty without one."""
+    frames = [frame for frame in _up(sys._getframe(1)) if frame.f_code.co_name == "__call__"]
+    outermost = next((frame for frame in reversed(frames) if _is_pipeline(frame.f_locals.get("self"))), None)
+    if outermost is None:
+        return set()
+    names: set[str] = outermost.f_locals.setdefault(_NOTES, {}).setdefault(f"{key} asked", set())
+    return names
 
 
 def _up(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,4 +1,4 @@
-"""The choice of adapters belongs to the call, its thread or its task: calls that run at once get what each gets alone."""
+"""The choice of adapters belongs to the call, its thread or its task: calls at once get what each gets alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from hosts import HOSTS, randomise, visible
+from hosts import HOSTS, visible
 from test_per_sample import pictures, same, tiny_pipeline, with_adapters
 
 from coeff_diffusers import (
-    add_coeff_adapter,
     coeff_adapters,
     coeff_disabled,
     coeff_parameters,
@@ -32,7 +31,6 @@ from coeff_diffusers import (
     set_coeff_adapters,
     unload_coeff_weights,
 )
-from coeff_diffusers.layers import attention_layers
 
 Image = Any
 
@@ -398,7 +396,11 @@ def test_a_choice_that_was_entered_for_the_model_within_breaks_the_graph_and_is_
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
-        for context in (coeff_adapters(model, "dog", 0.5), coeff_disabled(model), coeff_per_sample(model, ["dog", None])):
+        for context in (
+            coeff_adapters(model, "dog", 0.5),
+            coeff_disabled(model),
+            coeff_per_sample(model, ["dog", None]),
+        ):
             before = host.run(compiled)
             with context:
                 torch.testing.assert_close(host.run(compiled), host.run(model), rtol=1e-4, atol=1e-4)  # other sums
