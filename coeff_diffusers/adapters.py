@@ -545,7 +545,7 @@ def _wrap(model: nn.Module, layers: Mapping[str, Any]) -> None:
 def _adapters_of(
     component: str, layers: Mapping[str, Any], config: CoeffConfig, values: Mapping[str, Tensor] | None
 ) -> dict[ModelRecord, Adapter]:
-    """An adapter of these values on layers, path -> layer, for each record that has some; 0, by parameters, without."""
+    """For each record an adapter of these values on its layers, path -> layer; without, of 0 by parameters."""
     paths: dict[LayerCoefficients, str] = {}
     for path, layer in layers.items():
         paths.setdefault(layer.processor.coefficients, path)  # of tied layers the first

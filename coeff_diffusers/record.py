@@ -71,7 +71,7 @@ class Call:
 
 
 class _Slots(threading.local):
-    """What torch.compile reads in the thread that calls; attributes of its own, so that it notes whether they change."""
+    """What torch.compile reads in the thread that calls, as an attribute of the object, whose changes it notes."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
@@ -419,7 +419,7 @@ def _before_trace(key: str) -> bool:
     return True
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin_untraced(key: str, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Begins a call whose choice is known to its thread alone, with a break in the graph."""
     return _records[key].begin(args, kwargs)
@@ -450,9 +450,7 @@ def remove_record(model: nn.Module) -> None:
             del held[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
-    run = model._compiled_call_impl
-    if hasattr(run, "record"):
-        model._compiled_call_impl = run.call
+    model._compiled_call_impl = getattr(model._compiled_call_impl, "call", model._compiled_call_impl)
 
 
 def begin_outside(model: Any, part: nn.Module) -> None:

@@ -39,7 +39,8 @@ class Layout:
     def at(self, flat: Tensor, number: int) -> Tensor:
         """One of them."""
         side, offset = self.sides[number], self.offsets[number]
-        return flat[..., offset : offset + side * side].unflatten(-1, (side, side))
+        matrix: Tensor = flat[..., offset : offset + side * side].unflatten(-1, (side, side))
+        return matrix
 
 
 class Adapter:
