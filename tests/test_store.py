@@ -143,8 +143,8 @@ def test_an_adapter_that_is_not_in_use_is_one_tensor(unet, source) -> None:
     before = objects()
     for n in range(50):
         load_coeff_weights(unet, state, adapter_name=f"a{n}")
-        set_coeff_adapters(unet, f"a{n}")
-        run(unet)
+        if n % 10 == 0:
+            run(unet, f"a{n}")
     after = objects()
     assert after[1] == before[1]
     assert after[0] - before[0] < 50 * 4  # far fewer than its 8 layers each
