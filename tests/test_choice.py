@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import functools
+import inspect
 import itertools
 import threading
 from collections.abc import Callable
@@ -12,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
 from hosts import HOSTS, visible
 from test_per_sample import pictures, same, tiny_pipeline, with_adapters
+from tiny_models import FAMILIES
+from torch.utils.checkpoint import checkpoint
 
 from coeff_diffusers import (
     coeff_adapters,
@@ -333,13 +338,43 @@ def test_gradient_checkpointing_runs_again_what_was_run(unet, per_image, reentra
     expected = [gradients(lambda loss: loss.backward(), *names) for names in cases]
     unet.enable_gradient_checkpointing()
     if reentrant:
-        import functools
-
-        from torch.utils.checkpoint import checkpoint
-
         unet._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=True))
     for names, wanted in zip(cases, expected, strict=True):
         torch.testing.assert_close(gradients(elsewhere, *names), wanted, rtol=1e-4, atol=1e-4)  # sums of two passes
+
+
+# The layout of a denoiser's batch, of every family: guidance outside, then prompts, then the images of each.
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_image_of_each_family_has_its_prompt_s_adapter(family) -> None:
+    pipe = with_adapters(tiny_models.tiny_pipeline(family), ["dog"])
+    pipe.set_progress_bar_config(disable=True)
+    steps = 2 if family == "QwenImagePipeline" else 1  # its schedule has no single one
+    settings = tiny_models.call_settings(family, num_inference_steps=steps)
+    settings["output_type"] = "pt" if family == "PixArtAlphaPipeline" else "latent"  # which this one cannot return
+    parameters = inspect.signature(pipe.__call__).parameters
+    given = next((name for name in parameters if name.endswith("attention_kwargs")), None)
+
+    def run(prompts: int, each: int, **more: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(n) for n in range(prompts * each)]
+        call = settings | {"prompt": ["a sks fox"] * prompts, "num_images_per_prompt": each}
+        return pipe(**call, generator=generators, **more).images
+
+    with coeff_disabled(pipe):
+        base = run(2, 2)
+    dog = run(2, 2)
+    apart = (dog - base).abs().flatten(1).amax(1)
+    assert apart.min() > 1e-3
+    for names in (["dog", None], [None, "dog", "dog", None]):
+        wanted = [name for name in names for _ in range(4 // len(names))]
+        with coeff_per_sample(pipe, names):
+            found = [run(2, 2)]
+        if given is not None:
+            found.append(run(2, 2, **{given: {"coeff": names}}))
+            torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+        for n, name in enumerate(wanted):
+            difference = (found[0][n] - (base if name is None else dog)[n]).abs().max()
+            assert difference < 0.1 * apart[n]  # large random weights make much of a matrix that is applied otherwise
 
 
 # torch.compile
