@@ -155,14 +155,24 @@ def test_the_hub_s_names(monkeypatch, source, folder) -> None:
     from huggingface_hub import HfApi
 
     def download(repository: str, file: str, **_: object) -> str:
-        return str(folder / file if repository == "user/pets" else folder / f"{repository.rpartition('/')[2]}.safetensors")
+        return str(
+            folder / file if repository == "user/pets" else folder / f"{repository.rpartition('/')[2]}.safetensors"
+        )
 
     class Item:
         item_type, item_id = "model", "user/cat"
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["README.md", "dog.safetensors", "x/y/z.safetensors",
-                                                                    "fox/pytorch_coeff_weights.safetensors"])
+    monkeypatch.setattr(
+        HfApi,
+        "list_repo_files",
+        lambda *_, **__: [
+            "README.md",
+            "dog.safetensors",
+            "x/y/z.safetensors",
+            "fox/pytorch_coeff_weights.safetensors",
+        ],
+    )
     monkeypatch.setattr(HfApi, "get_collection", lambda *_: type("", (), {"items": [Item]}))
     torch.manual_seed(0)
     unet = visible(HOSTS["unet"].build().eval())
