@@ -439,8 +439,15 @@ def known_attention_layers(model: nn.Module) -> dict[str, Any]:
         if all(_at(model, path) is layer for path, layer in layers.items()):
             return layers
     layers = attention_layers(model)
-    record.attention = children, layers
+    record.attention = children, layers, {path: head_count(layer) for path, layer in layers.items()}
     return layers
+
+
+def known_heads(model: nn.Module) -> dict[str, int]:
+    """Path -> heads, of the same layers."""
+    layers, record = known_attention_layers(model), known_record(model)
+    known = None if record is None else record.attention
+    return {path: head_count(layer) for path, layer in layers.items()} if known is None else known[2]
 
 
 def _at(model: nn.Module, path: str) -> Any:

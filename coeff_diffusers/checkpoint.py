@@ -29,6 +29,7 @@ from .adapters import (
     components,
     known_attention_layers,
     known_coefficients,
+    known_heads,
     layer_coefficients,
     list_coeff_adapters,
     put_adapter,
@@ -422,10 +423,10 @@ def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict
             found[component] = f"the file is for a model with this component, here are {sorted(parts)}"
             continue
         part = parts[component]
-        here = {path: head_count(layer) for path, layer in known_attention_layers(part).items()}
+        here = known_heads(part)
         if base["class"] != type(part).__name__:
             found[component] = f"the file is for a {base['class']}, this is a {type(part).__name__}"
-        for path in sorted(base["heads"].keys() | here.keys()):
+        for path in sorted(base["heads"].keys() | here.keys()) if base["heads"] != here else ():
             there_heads, here_heads = base["heads"].get(path), here.get(path)
             if there_heads != here_heads:
                 found[f"{component}.{path}"] = f"{_heads(there_heads)} in the file's model, {_heads(here_heads)} here"
@@ -437,6 +438,8 @@ def _heads(count: int | None) -> str:
 
 
 def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
+    if _all_fit(state_dict, layers):
+        return {}
     found = {} if state_dict else {"file": "it holds no coefficients"}
     tied: dict[int, str] = {}
     for key, delta in sorted(state_dict.items()):
@@ -459,6 +462,23 @@ def _tensor_differences(state_dict: Mapping[str, Tensor], layers: Mapping[str, A
             if not torch.equal(delta, state_dict[first]):
                 found[key] = f"differs from {first}, to which this layer is tied"
     return found
+
+
+def _all_fit(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> bool:
+    """Whether they are of ordinary values, for layers that have coefficients and are not tied: all there is to ask.
+
+    One look at all values, where a look at each takes longer than all else that loading does.
+    """
+    processors = [getattr(layers.get(key), "processor", None) for key in state_dict]
+    held = [p.coefficients for p in processors if isinstance(p, CoeffAttnProcessor)]
+    if not held or len(set(held)) < len(state_dict):
+        return False
+    for coefficients, delta in zip(held, state_dict.values()):
+        if type(delta) is not Tensor or delta.dtype != torch.float32 or delta.device.type != "cpu":
+            return False
+        if delta.layout != torch.strided or delta.shape != (coefficients.num_heads, coefficients.num_heads):
+            return False
+    return bool(torch.cat([delta.reshape(-1) for delta in state_dict.values()]).abs().max() <= 1e4)
 
 
 def _other_layers(model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, str]:

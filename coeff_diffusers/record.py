@@ -107,7 +107,7 @@ class ModelRecord:
         self.state = State()
         self.entered = False  # whether a thread or a task has ever made a choice of its own
         self.noted = False  # whether running calls were ever told to go on with an older state
-        self.attention: tuple[list[int], dict[str, Any]] | None  # the model's children, and its layers then
+        self.attention: tuple[list[int], dict[str, Any], dict[str, int]] | None  # children, layers, heads when walked
         self.store: Any = None
         self.__setstate__({})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -131,13 +132,13 @@ CASES = [("attach", "bare"), ("load", "bare"), *((name, kind) for name in CHANGE
 def test_an_interruption_leaves_all_or_nothing(name, kind, state) -> None:
     unet = model(kind)
     change = CHANGES[name]
-    _, lines = interrupted(lambda: change(unet, state), -1, KeyboardInterrupt)
+    _, lines = interrupted(partial(change, unet, state), -1, KeyboardInterrupt)
     through = facts(unet)
     unet = model(kind)
     before = facts(unet)
     for point in range(POINTS):
         at = 1 + lines * point // POINTS
-        stopped, _ = interrupted(lambda: change(unet, state), at, KeyboardInterrupt)
+        stopped, _ = interrupted(partial(change, unet, state), at, KeyboardInterrupt)
         assert stopped, at
         after = facts(unet)
         same = {fact for fact in before if after[fact] == before[fact]}
