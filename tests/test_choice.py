@@ -74,7 +74,11 @@ def equal(one: Image, other: Image) -> bool:
 def together(pipe, *calls: Callable[[Any], Image]) -> list[Image]:
     """The calls, each in a thread and on a pipeline of its own, which meet in the middle of every forward pass."""
     meet = threading.Barrier(len(calls), timeout=60)
-    hook = pipe.unet.mid_block.register_forward_pre_hook(lambda *_: meet.wait() and None)
+
+    def wait(*_: Any) -> None:
+        meet.wait()
+
+    hook = pipe.unet.mid_block.register_forward_pre_hook(wait)
     try:
         with ThreadPoolExecutor(len(calls)) as threads:
             found = [threads.submit(call, twin(pipe)) for call in calls]
