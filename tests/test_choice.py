@@ -425,7 +425,8 @@ def test_compiled_calls_in_threads_and_no_adapter_compiles_again(way) -> None:
         set_coeff_adapters(called, "cat", 0.3)
         load_coeff_weights(called, states["dog"], adapter_name="cat", hotswap=True)
         with torch.no_grad():
-            close(host.run(called), run(plain, "dog", 0.3))
+            out = called(**host.inputs(), return_dict=False, joint_attention_kwargs=None)[0]
+        close(out, run(plain, "dog", 0.3))
 
 
 @pytest.mark.slow
