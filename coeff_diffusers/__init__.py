@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from .functional import mixed_attention
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
+from .store import AdapterStore
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 # Modules are loaded by what is asked for: the command line's --help needs no torch, which takes seconds.
 _MODULES = {
+    "AdapterStore": "store",
     "CoeffAttnProcessor": "processor",
     "CoeffConfig": "config",
     "add_coeff_adapter": "adapters",
@@ -57,6 +59,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AdapterStore",
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",

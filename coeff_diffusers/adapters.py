@@ -7,24 +7,40 @@ coefficients, its text encoders and ControlNets where they are asked for. A text
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 
+from . import running
+from .choice import BASE, Choice, Weight, entered, entry_of
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
 from .files import check_text
-from .guard import put_on, take_off
-from .layers import accelerator_of, check_softmax, head_count, matches, processor_name, select_layers
+from .guard import Guard, put_on, set_processor, take_off
+from .layers import accelerator_of, attention_layers, check_softmax, head_count, matches, processor_name, select_layers
 from .processor import CoeffAttnProcessor
-from .record import GUARD, known_record, model_record, module_at, remove_record
+from .record import (
+    GUARD,
+    ModelRecord,
+    begin_outside,
+    hook_record,
+    known_record,
+    model_record,
+    module_at,
+    put_states,
+    remove_record,
+)
+from .resolved import SWAP, Adapter
 from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
-Weight = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
+WeightBy = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
+CHANGES = threading.RLock()  # held by what adds, replaces or removes adapters, from its checks to its end
 
 
 def add_coeff_adapter(
@@ -51,14 +67,13 @@ def add_coeff_adapter(
             selected layer is tied to one that is not; the model is as it was.
     """
     config = config or CoeffConfig()
-    check_new_adapter_name(model, adapter_name)
-    parts = denoisers(model) if components is None else _chosen_parts(model, components)
-    layers = {
-        f"{name}.{path}": layer for name, part in parts.items() for path, layer in select_layers(part, config).items()
-    }
-    _check_ties(model, layers.values())
-    wrap_layers(model, layers, adapter_name, config)
-    _activate(model, find_layers(model)[0], {adapter_name: 1.0})
+    with CHANGES:
+        check_new_adapter_name(model, adapter_name)
+        parts = denoisers(model) if components is None else _chosen_parts(model, components)
+        selected = {name: select_layers(part, config) for name, part in parts.items()}
+        layers = {f"{name}.{path}": layer for name, found in selected.items() for path, layer in found.items()}
+        _check_ties(model, layers.values())
+        put_adapter(model, layers, adapter_name, config)
 
 
 def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Parameter]:
@@ -73,16 +88,17 @@ def coeff_parameters(model: Any, adapter_name: str | None = None) -> list[nn.Par
     """
     names = list_coeff_adapters(model) if adapter_name is None else [adapter_name]
     known = known_coefficients(model, names)
+    found = [layer.coeff[name] for layer in known for name in names if layer.has(name)]
     for part in components(model).values():
         if record := known_record(part):
             record.move(part)
-    return [layer.coeff[name] for layer in known for name in names if name in layer.coeff]
+    return found
 
 
 def set_coeff_adapters(
     model: Any,
     adapter_names: str | Sequence[str],
-    adapter_weights: Weight | Sequence[Weight] = 1.0,
+    adapter_weights: WeightBy | Sequence[WeightBy] = 1.0,
 ) -> None:
     """Makes these adapters the active ones: `alpha = I + sum_k weight_k Delta_k`.
 
@@ -102,7 +118,38 @@ def set_coeff_adapters(
         ValueError: for an unknown name, one named twice, weights that do not fit, a pattern that matches no layer of
             the adapter, a new processor that computes its own softmax, or a layer that is gone; nothing is changed.
     """
+    with CHANGES:
+        choices = _choices(model, adapter_names, adapter_weights)
+        put_states({record: record.having(record.state.adapters, choice) for record, choice in choices.items()})
+
+
+@contextmanager
+def coeff_adapters(
+    model: Any, adapter_names: str | Sequence[str], adapter_weights: WeightBy | Sequence[WeightBy] = 1.0
+) -> Iterator[None]:
+    """Inside, these adapters are the active ones of this thread or asyncio task, as [`set_coeff_adapters`] says.
+
+    Others do not see it. Contexts may be left in any order: each leaves the others as they are.
+
+    Raises:
+        ValueError: as [`set_coeff_adapters`], and if coefficients are disabled.
+    """
+    check_enabled(model)
+    with CHANGES:
+        choices = _choices(model, adapter_names, adapter_weights)
+    with ExitStack() as leave:
+        for record, choice in choices.items():
+            record.entered = True
+            leave.enter_context(entered(model, (record,), choice))
+        yield
+
+
+def _choices(
+    model: Any, adapter_names: str | Sequence[str], adapter_weights: WeightBy | Sequence[WeightBy]
+) -> dict[ModelRecord, Choice]:
+    """What they come to for each of the model's records. Coefficients that layers have lost are put back."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    out_of_store(model, names)
     held, lost = find_layers(model)
     paths = _coefficients(held) | {path: coefficients for path, (_, coefficients) in lost.items()}
     _check_names(model, names, paths.values())
@@ -118,30 +165,25 @@ def set_coeff_adapters(
     by_layer = {name: _by_layer(paths, name, w) for name, w in zip(names, weights) if isinstance(w, Mapping)}
     if lost:
         _put_back(model, lost)
-        held, _ = find_layers(model)
-    _activate(model, held, {name: by_layer.get(name, weight) for name, weight in zip(names, weights)})
-
-
-@contextmanager
-def coeff_adapters(
-    model: Any, adapter_names: str | Sequence[str], adapter_weights: Weight | Sequence[Weight] = 1.0
-) -> Iterator[None]:
-    """Inside, these adapters are the active ones, as [`set_coeff_adapters`] says; afterwards those from before."""
-    before = [(layer, layer.adapter_weights) for layer in layer_coefficients(model)]
-    set_coeff_adapters(model, adapter_names, adapter_weights)
-    try:
-        yield
-    finally:
-        for layer, weights in before:
-            layer.adapter_weights = {name: weights[name] for name in weights if name in layer.coeff}
+    choices = {}
+    for record in records_of(model):
+        mixture: list[tuple[str, Weight]] = []
+        for name, weight in zip(names, weights):
+            if name in by_layer:
+                mixture.append((name, tuple(by_layer[name].get(layer, 1.0) for layer in record.numbered)))
+            else:
+                mixture.append((name, float(weight)))
+        choices[record] = Choice((tuple(pair for pair in mixture if pair[0] in record.state.adapters),))
+    return choices
 
 
 def list_coeff_adapters(model: Any) -> list[str]:
     """The names of all adapters on `model`, in the order they were added; empty if there are none."""
-    return list(dict.fromkeys(name for layer in layer_coefficients(model) for name in layer.coeff))
+    layers = layer_coefficients(model)
+    return list(dict.fromkeys(name for record in _records(layers) for name in record.state.adapters))
 
 
-def get_active_coeff_adapters(model: Any) -> dict[str, Weight]:
+def get_active_coeff_adapters(model: Any) -> dict[str, WeightBy]:
     """Name -> weight of the active adapters, in the form that [`set_coeff_adapters`] takes.
 
     Where layers differ, the weight is a dict from each layer's path to its own.
@@ -165,38 +207,41 @@ def delete_coeff_adapters(model: Any, adapter_names: str | Sequence[str]) -> Non
         ValueError: for an unknown name; nothing is changed.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    for layer in known_coefficients(model, names):
-        for name in names:
-            if name in layer.coeff:
-                layer.delete_adapter(name)
-    _unwrap(model, {path: layer for path, layer in find_layers(model)[0].items() if not layer.processor.coeff})
+    with CHANGES:
+        known_coefficients(model, names)
+        records = records_of(model)
+        held = find_layers(model)[0]
+        with all_or_nothing(model, held.values()):
+            left = [
+                {name: adapter for name, adapter in record.state.adapters.items() if name not in names}
+                for record in records
+            ]
+            put_states({record: record.having(adapters) for record, adapters in zip(records, left)})
+            empty = {path: layer for path, layer in held.items() if not layer.processor.coeff}
+            _unwrap(model, {path: layer for path, layer in empty.items() if not _is_running(layer)})
 
 
 @contextmanager
 def coeff_disabled(model: Any) -> Iterator[None]:
-    """Inside, `model` is the base model, bit for bit; afterwards as before.
+    """Inside, `model` is the base model, bit for bit, for this thread or asyncio task; afterwards as before.
 
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    before = [(layer, layer.enabled) for layer in _held_or_lost(model)]
-    try:
-        for layer, _ in before:
-            layer.enabled = False
+    records = tuple(records_of(model))
+    for record in records:
+        record.entered = True
+    with entered(model, records, BASE):
         yield
-    finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
 
 
 def disable_coeff_adapters(model: Any) -> None:
-    """Makes `model` the base model, bit for bit, until [`enable_coeff_adapters`].
+    """Makes `model` the base model, bit for bit, until [`enable_coeff_adapters`]. Contexts and calls may choose still.
 
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for layer in _held_or_lost(model):
-        layer.enabled = False
+    _enable(model, False)
 
 
 def enable_coeff_adapters(model: Any) -> None:
@@ -205,8 +250,28 @@ def enable_coeff_adapters(model: Any) -> None:
     Raises:
         ValueError: if `model` has no coefficients.
     """
-    for layer in _held_or_lost(model):
-        layer.enabled = True
+    _enable(model, True)
+
+
+def _enable(model: Any, enabled: bool) -> None:
+    with CHANGES:
+        records = records_of(model)
+        put_states({record: record.having(record.state.adapters, enabled=enabled) for record in records})
+        if enabled:
+            for record in records:
+                for layer in record.numbered:
+                    layer.enabled = True
+
+
+def check_enabled(model: Any) -> None:
+    """Raises ValueError if coefficients are disabled, so that no choice among them would count."""
+    for record in records_of(model):
+        entry = entry_of(record)
+        if not record.state.enabled or (entry is not None and entry.choice is BASE):
+            raise ValueError(
+                "coefficients are disabled, so that no name would count: enable_coeff_adapters(model) first, or leave "
+                "coeff_disabled"
+            )
 
 
 def unload_coeff_weights(model: Any) -> None:
@@ -216,11 +281,19 @@ def unload_coeff_weights(model: Any) -> None:
 
     Raises:
         ValueError: if `model` has no coefficients.
+        RuntimeError: if other threads are calling the model, which would lose its coefficients half way.
     """
-    held, lost = find_layers(model)
-    if not held and not lost:
-        known_coefficients(model)
-    _unwrap(model, held | {path: layer for path, (layer, _) in lost.items()})
+    with CHANGES:
+        held, lost = find_layers(model)
+        if not held and not lost:
+            known_coefficients(model)
+        layers = held | {path: layer for path, (layer, _) in lost.items()}
+        with all_or_nothing(model, [layer for layer in layers.values() if layer is not None]):
+            records = _take_records(model)
+            put_states({record: record.having({}) for record in records})
+            if any(running.other_calls(record.model) for record in records if record.model is not None):
+                raise RuntimeError("other threads are calling this model: unload_coeff_weights when they have ended")
+            _unwrap(model, layers)
 
 
 def components(model: Any) -> dict[str, nn.Module]:
@@ -286,11 +359,40 @@ def layer_coefficients(model: Any) -> list[LayerCoefficients]:
     return list(dict.fromkeys(_coefficients(held).values()))
 
 
-def _held_or_lost(model: Any) -> list[LayerCoefficients]:
+def records_of(model: Any) -> list[ModelRecord]:
+    """The records of a model's or a pipeline's components that have coefficients, held or lost.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    records = _take_records(model)
+    if not any(record.state.adapters for record in records):
+        raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
+    return records
+
+
+def _take_records(model: Any) -> list[ModelRecord]:
+    """The records; coefficients of processors that were set by hand belong to their model's from now on."""
     held, lost = find_layers(model)
-    layers = [*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())]
-    _check_names(model, (), layers)
-    return layers
+    parts = components(model)
+    for path, layer in held.items():
+        if layer.processor.coefficients.record.model is None:
+            model_record(parts[path.partition(".")[0]]).take(layer.processor.coefficients)
+    for called, part in _called_objects(model):
+        begin_outside(called, part)
+    return _records([*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())])
+
+
+def _records(layers: Iterable[LayerCoefficients]) -> list[ModelRecord]:
+    return list(dict.fromkeys(layer.record for layer in layers))
+
+
+def _called_objects(model: Any) -> list[tuple[Any, nn.Module]]:
+    """What is called, which may be compiled or wrapped, and the component in it."""
+    parts = components(model)
+    if isinstance(model, nn.Module):
+        return [(model, part) for part in parts.values()]
+    return [(model.components[name], part) for name, part in parts.items()]
 
 
 def now(layer: Any) -> str:
@@ -301,7 +403,68 @@ def now(layer: Any) -> str:
 def find_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerCoefficients]]]:
     """`component.path` -> layer, of those with coefficients; and of those that lost them, with what they lost.
 
-    A walk of its own, for `named_modules` takes longer than a switch of adapters should.
+    Where records know the layers, and all are as they were left, without a walk.
+    """
+    parts = components(model)
+    records = {name: record for name, part in parts.items() if (record := known_record(part)) and record.layers}
+    known = {name: _intact(parts[name], record) for name, record in records.items()}
+    if known and all(layers is not None for layers in known.values()):
+        return {f"{name}.{path}": layer for name, layers in known.items() for path, layer in layers.items()}, {}  # type: ignore[union-attr]
+    return walk_layers(model)
+
+
+def _intact(model: nn.Module, record: ModelRecord) -> dict[str, Any] | None:
+    """Path -> layer, of all that the record knows; `None` if one has lost its coefficients."""
+    found: dict[str, Any] = {}
+    for path, coefficients in record.layers.items():
+        layer = _at(model, path)
+        if layer is None:
+            return None
+        own = vars(layer)
+        guard, processor = own.get(GUARD), own["_modules"].get("processor") or own.get("processor")
+        held = isinstance(processor, CoeffAttnProcessor) and processor.coefficients is coefficients
+        if guard is None or guard.coefficients is not coefficients or not held:
+            return None
+        found[path] = layer
+    return found
+
+
+def known_attention_layers(model: nn.Module) -> dict[str, Any]:
+    """As [`attention_layers`], without a walk where the record knows them and they are where they were."""
+    record = known_record(model)
+    if record is None:
+        return attention_layers(model)
+    children = [id(child) for child in model._modules.values()]
+    if record.attention is not None and record.attention[0] == children:
+        layers = record.attention[1]
+        if all(_at(model, path) is layer for path, layer in layers.items()):
+            return layers
+    layers = attention_layers(model)
+    record.attention = children, layers, {path: head_count(layer) for path, layer in layers.items()}
+    return layers
+
+
+def known_heads(model: nn.Module) -> dict[str, int]:
+    """Path -> heads, of the same layers."""
+    layers, record = known_attention_layers(model), known_record(model)
+    known = None if record is None else record.attention
+    return {path: head_count(layer) for path, layer in layers.items()} if known is None else known[2]
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    """The module at this very path; `None` if there is none."""
+    module: Any = model
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def walk_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerCoefficients]]]:
+    """As [`find_layers`], of all modules.
+
+    A walk of its own, for `named_modules` takes longer.
     """
     held: dict[str, Any] = {}
     lost: dict[str, tuple[Any, LayerCoefficients]] = {}
@@ -328,23 +491,181 @@ def find_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerC
     return held, lost
 
 
-def wrap_layers(model: Any, layers: Mapping[str, Any], adapter_name: str, config: CoeffConfig) -> None:
-    """Gives each layer of `model`, `component.path` -> layer, Delta = 0 under a name that is new on it."""
-    parts, chosen = components(model), {}
-    for path, layer in layers.items():
-        processor = getattr(layer, "processor", None)
+def put_adapter(
+    model: Any,
+    layers: Mapping[str, Any],
+    adapter_name: str,
+    config: CoeffConfig,
+    values: Mapping[str, Tensor] | None = None,
+    active: bool = True,
+) -> None:
+    """Gives layers of `model` an adapter of a new name. All or nothing.
+
+    Args:
+        model: a diffusers model or a pipeline.
+        layers: `component.path` -> layer.
+        adapter_name: new on these layers.
+        config: of the adapter.
+        values: `component.path` -> Delta; without them it is 0, and has parameters.
+        active: whether it becomes the active one.
+    """
+    parts = components(model)
+    with CHANGES, all_or_nothing(model, [layer for layer in layers.values() if not _is_wrapped(layer)]):
+        by_part: dict[str, dict[str, Any]] = {}
+        for path, layer in layers.items():
+            component, _, inner = path.partition(".")
+            by_part.setdefault(component, {})[inner] = layer
+        for component, found in by_part.items():
+            _wrap(parts[component], found)
+            known = model_record(parts[component]).layers
+            by_part[component] = {path: found[path] for path in known if path in found}  # in the model's order
+        _choose_attention_functions(model)
+        adapters = {record: dict(record.state.adapters) for record in _take_records(model)}
+        others = tuple(name for name in by_part if name not in denoisers(model))
+        for component, found in by_part.items():
+            for record, adapter in _adapters_of(component, found, config, values).items():
+                adapter.elsewhere = () if component in others else others
+                adapters[record][adapter_name] = adapter
+        choice = Choice((((adapter_name, 1.0),),)) if active else None
+        put_states({record: record.having(having, choice) for record, having in adapters.items()})
+
+
+def _is_wrapped(layer: Any) -> bool:
+    return GUARD in vars(layer) and isinstance(getattr(layer, "processor", None), CoeffAttnProcessor)
+
+
+def _wrap(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Gives layers, path -> layer, coefficients without any adapter, where they have none."""
+    record, new = model_record(model), {path: layer for path, layer in layers.items() if not _is_wrapped(layer)}
+    for path, layer in new.items():
+        processor, known = getattr(layer, "processor", None), record.paths.get(path)
         if isinstance(processor, CoeffAttnProcessor):
             coefficients = processor.coefficients
+        elif known is not None and known.num_heads == head_count(layer):
+            coefficients = known
         else:
             coefficients = LayerCoefficients(head_count(layer))
-        component, _, inner = path.partition(".")
-        put_on(parts[component], inner, layer, coefficients)
-        chosen[coefficients] = accelerator_of(layer)
-    for coefficients, device in chosen.items():
-        coefficients.add_adapter(adapter_name, config)
-        if device is not None:
-            coefficients.move(device)
-    _choose_attention_functions(model)
+        put_on(model, path, layer, coefficients)
+    if new:
+        record.layers = {path: record.layers[path] for path, _ in model.named_modules() if path in record.layers}
+
+
+def _adapters_of(
+    component: str, layers: Mapping[str, Any], config: CoeffConfig, values: Mapping[str, Tensor] | None
+) -> dict[ModelRecord, Adapter]:
+    """For each record an adapter of these values on its layers, path -> layer; without, of 0 by parameters."""
+    paths: dict[LayerCoefficients, str] = {}
+    for path, layer in layers.items():
+        paths.setdefault(layer.processor.coefficients, path)  # of tied layers the first
+    found = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for record in _records(paths):
+            own = [coefficients for coefficients in paths if coefficients.record is record]
+            layout = record.layout([coefficients.number for coefficients in own])
+            if values is None:
+                devices = [accelerator_of(layers[paths[coefficients]]) for coefficients in own]
+                zeros = [torch.zeros(c.num_heads, c.num_heads, device=device) for c, device in zip(own, devices)]
+                coeff = {c.number: nn.Parameter(delta) for c, delta in zip(own, zeros)}
+                found[record] = Adapter(config, layout, coeff=coeff)
+            else:
+                flat = _flat([values[f"{component}.{paths[coefficients]}"] for coefficients in own])
+                found[record] = Adapter(config, layout, flat)
+    return found
+
+
+def _flat(deltas: Sequence[Tensor]) -> Tensor:
+    return torch.cat([delta.detach().to("cpu", torch.float32).flatten() for delta in deltas])
+
+
+def replace_values(model: Any, adapter_name: str, values: Mapping[str, Tensor]) -> None:
+    """Puts values, `component.path` -> Delta, in the place of an adapter's. All or nothing.
+
+    One that has no parameters is replaced as a whole: calls that are running go on with the old one. Parameters get
+    the new values themselves.
+    """
+    with CHANGES, torch.inference_mode(False), torch.no_grad():
+        by_record: dict[ModelRecord, dict[int, Tensor]] = {}
+        for path, coefficients in _coefficients(find_layers(model)[0]).items():
+            if path in values:
+                by_record.setdefault(coefficients.record, {})[coefficients.number] = values[path]
+        states, changed = {}, []
+        for record, deltas in by_record.items():
+            before = record.state.adapters[adapter_name]
+            flat = _flat([deltas[number] for number in before.layout.sides])
+            if before.coeff is None:
+                adapter = Adapter(before.config, before.layout, flat, elsewhere=before.elsewhere)
+                states[record] = record.having({**record.state.adapters, adapter_name: adapter})
+            else:
+                states[record] = record.state
+                new = before.layout.split(flat)
+                changed += [(parameter, new[n], parameter.detach().clone()) for n, parameter in before.coeff.items()]
+        with SWAP:
+            try:
+                put_states(states)
+                for parameter, delta, _ in changed:
+                    parameter.copy_(delta)
+            except BaseException:
+                for parameter, _, old in changed:
+                    parameter.copy_(old)
+                raise
+
+
+@contextmanager
+def all_or_nothing(model: Any, layers: Iterable[Any]) -> Iterator[None]:
+    """Has an error inside, or an interruption, leave the model as it was, and these layers of it."""
+    before = [_Before(part, known_record(part)) for part in components(model).values()]
+    held = [(layer, getattr(layer, "processor", None), vars(layer).get(GUARD)) for layer in layers]
+    alone = [(p.coefficients, p.coefficients.record) for _, p, _ in held if isinstance(p, CoeffAttnProcessor)]
+    try:
+        yield
+    except BaseException:
+        for layer, processor, guard in held:
+            _restore(layer, processor, guard)
+        for coefficients, record in alone:
+            if coefficients.record is not record:
+                coefficients.record, coefficients.number = record, record.numbered.index(coefficients)
+        for part in before:
+            part.restore()
+        raise
+
+
+def _restore(layer: Any, processor: Any, guard: Guard | None) -> None:
+    now = vars(layer).pop(GUARD, None)
+    if now is not None and now is not guard:
+        now.remove()
+    if guard is not None:
+        guard.attach(layer)
+    if getattr(layer, "processor", None) is not processor:
+        set_processor(layer, processor)
+        if processor is None:
+            del layer.processor
+
+
+class _Before:
+    """A component as it was."""
+
+    def __init__(self, part: Any, record: ModelRecord | None) -> None:
+        self.part, self.record = part, record
+        if record is not None:
+            self.kept = record.state, dict(record.layers), dict(record.paths), record.numbered
+        self.function = part.config._attn_implementation if is_text_encoder(part) else None
+
+    def restore(self) -> None:
+        if known_record(self.part) is not self.record:
+            remove_record(self.part)
+            if self.record is not None:
+                hook_record(self.part, self.record)
+        if self.record is not None:
+            with SWAP:
+                self.record.state, self.record.layers, self.record.paths, self.record.numbered = self.kept
+        if self.function is not None and self.part.config._attn_implementation != self.function:
+            self.part.set_attn_implementation(self.function)
+
+
+def _is_running(layer: Any) -> bool:
+    """Whether other threads are calling the model that the layer is of."""
+    model = layer.processor.coefficients.record.model
+    return model is not None and bool(running.other_calls(model))
 
 
 def _put_back(model: Any, lost: Mapping[str, tuple[Any, LayerCoefficients]]) -> None:
@@ -357,9 +678,10 @@ def _put_back(model: Any, lost: Mapping[str, tuple[Any, LayerCoefficients]]) -> 
         )
     check_softmax({path: layer for path, (layer, _) in lost.items()})
     parts = components(model)
-    for path, (layer, coefficients) in lost.items():
-        component, _, inner = path.partition(".")
-        put_on(parts[component], inner, layer, coefficients)
+    with all_or_nothing(model, [layer for layer, _ in lost.values()]):
+        for path, (layer, coefficients) in lost.items():
+            component, _, inner = path.partition(".")
+            put_on(parts[component], inner, layer, coefficients)
 
 
 def _unwrap(model: Any, layers: Mapping[str, Any]) -> None:
@@ -371,11 +693,11 @@ def _unwrap(model: Any, layers: Mapping[str, Any]) -> None:
         component, _, inner = path.partition(".")
         record = known_record(parts[component])
         if record is not None:
-            record.layers.pop(inner, None)
+            record.layers = {path: c for path, c in record.layers.items() if path != inner}  # others may be reading it
     _choose_attention_functions(model)
-    held = find_layers(model)[0]
-    for component, part in parts.items():
-        if not any(path.startswith(f"{component}.") for path in held):
+    for part in parts.values():
+        record = known_record(part)
+        if record is not None and record.store is None and not record.layers:
             remove_record(part)
 
 
@@ -393,17 +715,17 @@ def _chosen_parts(model: Any, names: str | Sequence[str]) -> dict[str, nn.Module
     return {name: parts[name] for name in chosen}
 
 
-def check_new_adapter_name(model: Any, adapter_name: str) -> None:
+def check_new_adapter_name(model: Any, adapter_name: str, active: bool = True) -> None:
     """Raises ValueError if the name is in use on `model` or cannot be used."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name must not be empty or hold a full stop, got {adapter_name!r}")
     check_text(adapter_name, "adapter_name")
     known = layer_coefficients(model)
-    if not all(layer.enabled for layer in known):
+    if active and not all(layer.enabled for layer in known):
         raise ValueError(
             "coefficients are disabled, and a new adapter would be too: enable_coeff_adapters(model) first"
         )
-    if any(adapter_name in layer.coeff for layer in known):
+    if any(layer.has(adapter_name) for layer in known):
         raise ValueError(
             f"adapter {adapter_name!r} is in use (there are {list_coeff_adapters(model)}): choose another "
             f"adapter_name, or delete_coeff_adapters(model, {adapter_name!r}) first; "
@@ -431,7 +753,7 @@ def _by_layer(
     paths: Mapping[str, LayerCoefficients], name: str, patterns: Mapping[str, float]
 ) -> dict[LayerCoefficients, float]:
     """Coefficients -> the weight that the last pattern matching their path says, 1 where none matches."""
-    paths = {path: coefficients for path, coefficients in paths.items() if name in coefficients.coeff}
+    paths = {path: coefficients for path, coefficients in paths.items() if coefficients.has(name)}
     idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
     if idle:
         raise ValueError(
@@ -446,18 +768,11 @@ def _by_layer(
     return chosen
 
 
-def _activate(
-    model: Any, held: Mapping[str, Any], weights: Mapping[str, float | Mapping[LayerCoefficients, float]]
-) -> None:
-    components_held = {path.partition(".")[0] for path in held}
-    records = {name: model_record(part) for name, part in components(model).items() if name in components_held}
-    for path, coefficients in _coefficients(held).items():
-        coefficients.record = records[path.partition(".")[0]]
-        coefficients.adapter_weights = {
-            name: float(weight[coefficients] if isinstance(weight, Mapping) else weight)
-            for name, weight in weights.items()
-            if name in coefficients.coeff
-        }
+def out_of_store(model: Any, names: Sequence[str | None]) -> None:
+    """Has the model's store, if it has one, load what of these names is not loaded."""
+    stores = {record.store for part in components(model).values() if (record := known_record(part))}
+    for store in stores - {None}:
+        store.load([name for name in dict.fromkeys(names) if name is not None])
 
 
 def known_coefficients(model: Any, names: Sequence[str] = ()) -> list[LayerCoefficients]:
@@ -472,8 +787,9 @@ def known_coefficients(model: Any, names: Sequence[str] = ()) -> list[LayerCoeff
 
 
 def _check_names(model: Any, names: Sequence[str], layers: Iterable[LayerCoefficients]) -> None:
-    known = dict.fromkeys(name for layer in layers for name in layer.configs)
-    if not known:
+    layers = list(layers)
+    known = dict.fromkeys(name for record in _records(layers) for name in record.state.adapters)
+    if not layers or not known:
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     unknown = [name for name in names if name not in known]
     if unknown:

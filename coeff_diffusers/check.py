@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .adapters import components, find_layers, now
+from .adapters import components, now, walk_layers
+from .choice import BASE, entry_of
 from .coefficients import LayerCoefficients
 from .layers import attention_layers
 from .processor import NATIVE_BACKENDS
@@ -24,16 +25,17 @@ def check_coeff_adapters(model: Any) -> list[str]:
         One line per finding. Lines that begin with `"problem: "` name what keeps coefficients from taking part in the
         next forward pass, or from being trained in it; the others begin with `"ok: "`.
     """
-    held, lost = find_layers(model)
+    held, lost = walk_layers(model)
     if not held and not lost:
         return [f"problem: {type(model).__name__} has no coefficients"]
     chosen = {path.partition(".")[0] for path in (*held, *lost)}  # of the components, those that have some
     layers = sum(len(attention_layers(part)) for name, part in components(model).items() if name in chosen)
     coefficients = list(dict.fromkeys(layer.processor.coefficients for layer in held.values()))
     lines = [f"ok: {len(held)} of {layers} attention layers have coefficients"]
-    for name in dict.fromkeys(name for layer in coefficients for name in layer.coeff):
-        lines += _adapter(name, [layer for layer in coefficients if name in layer.coeff])
-    if not all(layer.enabled for layer in coefficients):
+    for name in dict.fromkeys(name for layer in coefficients for name in layer.adapters()):
+        lines += _adapter(name, [layer for layer in coefficients if layer.has(name)])
+    entries = [entry_of(layer.record) for layer in coefficients]
+    if not all(layer.enabled for layer in coefficients) or any(entry and entry.choice is BASE for entry in entries):
         lines.append("problem: coefficients are switched off (coeff_disabled)")
     lines += [
         f"problem: {path} lost its coefficients, its processor is {now(layer)}" for path, (layer, _) in lost.items()
@@ -42,9 +44,10 @@ def check_coeff_adapters(model: Any) -> list[str]:
 
 
 def _adapter(name: str, layers: Sequence[LayerCoefficients]) -> list[str]:
-    deltas = [layer.coeff[name] for layer in layers]
+    adapters = [layer.record.state.adapters[name] for layer in layers]
+    deltas = [adapter.delta(layer.number) for adapter, layer in zip(adapters, layers)]
     weights = {layer.adapter_weights.get(name, 0.0) for layer in layers}
-    frozen = sum(not delta.requires_grad for delta in deltas)
+    frozen = sum(adapter.coeff is not None and not delta.requires_grad for adapter, delta in zip(adapters, deltas))
     lines = []
     if weights == {0.0}:
         lines.append(f"problem: adapter {name!r} is not active, or active with weight 0: see set_coeff_adapters")

@@ -24,11 +24,13 @@ from .adapters import (
     DEFAULT_ADAPTER,
     check_new_adapter_name,
     components,
+    known_attention_layers,
     known_coefficients,
+    known_heads,
     layer_coefficients,
     list_coeff_adapters,
-    set_coeff_adapters,
-    wrap_layers,
+    put_adapter,
+    replace_values,
 )
 from .coeff_file import FORMAT_VERSION, MAX_HEADER_BYTES, all_usable, read_file, too_large, value_problem
 from .config import CoeffConfig
@@ -100,6 +102,7 @@ def load_coeff_weights(
     strict: bool = True,
     hotswap: bool = False,
     allow_large_values: bool = False,
+    activate: bool = True,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -108,6 +111,8 @@ def load_coeff_weights(
     force_download: bool = False,
 ) -> dict[str, str]:
     """Loads an adapter and makes it the active one, with weight 1.
+
+    It takes its bytes and no more, until `coeff_parameters` is asked for what of it trains.
 
     All or nothing: every key, shape, value and fact about the base model that does not fit is listed in one error,
     and the model is as it was.
@@ -120,9 +125,11 @@ def load_coeff_weights(
             `.safetensors` file of a folder.
         adapter_name: the name to load it under, not in use yet.
         strict: `False` loads the layers that fit, and returns what did not.
-        hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Parameters
-            stay the same objects, so that a compiled model is not compiled again; what is active stays so.
+        hotswap: replaces the values of `adapter_name`, which must exist and have exactly the file's layers. Nothing is
+            compiled again, what is active stays so, and calls that run in other threads end with the old values. If
+            `coeff_parameters` was asked for the adapter, its parameters stay the same objects.
         allow_large_values: takes values beyond 10,000, too, which no training gives, and with which images are noise.
+        activate: `False` leaves active what is.
         subfolder: of the folder or repository.
         revision, token, cache_dir, local_files_only, force_download: of a repository, as
             `huggingface_hub.hf_hub_download` takes them.
@@ -144,7 +151,7 @@ def load_coeff_weights(
     if hotswap:
         known_coefficients(model, [adapter_name])
     else:
-        check_new_adapter_name(model, adapter_name)
+        check_new_adapter_name(model, adapter_name, activate)
     source = pretrained_model_name_or_path_or_dict
     description: dict[str, Any] | None
     if isinstance(source, Mapping):
@@ -173,14 +180,12 @@ def load_coeff_weights(
     for component, part in components(model).items():
         if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
             check_text_encoder(part)
-    if not hotswap:
-        paths = {key.removesuffix(KEY_SUFFIX): layer for key, layer in chosen.items()}
-        wrap_layers(model, paths, adapter_name, CoeffConfig())
-    with torch.inference_mode(False), torch.no_grad():
-        for key, layer in chosen.items():
-            layer.processor.coeff[adapter_name].copy_(state_dict[key])
-    if not hotswap:
-        set_coeff_adapters(model, adapter_name)
+    paths = {key.removesuffix(KEY_SUFFIX): layer for key, layer in chosen.items()}
+    values = {path: state_dict[f"{path}{KEY_SUFFIX}"] for path in paths}
+    if hotswap:
+        replace_values(model, adapter_name, values)
+    else:
+        put_adapter(model, paths, adapter_name, CoeffConfig(), values, activate)
     return problems
 
 
@@ -220,15 +225,18 @@ def coeff_state_dict(model: Any, adapter_name: str = DEFAULT_ADAPTER) -> dict[st
         load_coeff_weights(pipe, coeff_state_dict(tuned))
     """
     return {
-        key: layer.processor.coeff[adapter_name].detach().cpu().clone()
+        key: values.clone()
         for key, layer in _keyed_layers(model).items()
-        if adapter_name in _coeff_of(layer)
+        if (values := _values_of(layer, adapter_name)) is not None
     }
 
 
-def _coeff_of(layer: Any) -> Mapping[str, Tensor]:
+def _values_of(layer: Any, adapter_name: str) -> Tensor | None:
     processor = getattr(layer, "processor", None)
-    return processor.coefficients.coeff if isinstance(processor, CoeffAttnProcessor) else {}
+    if not isinstance(processor, CoeffAttnProcessor) or not processor.coefficients.has(adapter_name):
+        return None
+    coefficients = processor.coefficients
+    return coefficients.record.state.adapters[adapter_name].delta(coefficients.number).detach().cpu()
 
 
 def _keyed_layers(model: Any) -> dict[str, Any]:
@@ -236,7 +244,7 @@ def _keyed_layers(model: Any) -> dict[str, Any]:
     return {
         f"{component}.{path}{KEY_SUFFIX}": layer
         for component, part in components(model).items()
-        for path, layer in attention_layers(part).items()
+        for path, layer in known_attention_layers(part).items()
     }
 
 
@@ -399,10 +407,11 @@ def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict
         if component not in parts:
             found[component] = f"the file is for a model with this component, here are {sorted(parts)}"
             continue
-        part, here = parts[component], {path: head_count(m) for path, m in attention_layers(parts[component]).items()}
+        part = parts[component]
+        here = known_heads(part)
         if base["class"] != type(part).__name__:
             found[component] = f"the file is for a {base['class']}, this is a {type(part).__name__}"
-        for path in sorted(base["heads"].keys() | here.keys()):
+        for path in sorted(base["heads"].keys() | here.keys()) if base["heads"] != here else ():
             there_heads, here_heads = base["heads"].get(path), here.get(path)
             if there_heads != here_heads:
                 found[f"{component}.{path}"] = f"{_heads(there_heads)} in the file's model, {_heads(here_heads)} here"
@@ -416,9 +425,11 @@ def _heads(count: int | None) -> str:
 def _tensor_differences(
     state_dict: Mapping[str, Tensor], layers: Mapping[str, Any], allow_large_values: bool
 ) -> dict[str, str]:
+    usable = all_usable(state_dict)
+    if usable and _all_fit(state_dict, layers):
+        return {}
     found = {} if state_dict else {"file": "it holds no coefficients"}
     tied: dict[int, str] = {}
-    usable = all_usable(state_dict)
     for key, delta in sorted(state_dict.items()):
         if key not in layers:
             found[key] = "there is no such attention layer"
@@ -439,6 +450,16 @@ def _tensor_differences(
             if not torch.equal(*(x.detach().to("cpu", torch.float32) for x in (delta, state_dict[first]))):
                 found[key] = f"differs from {first}, to which this layer is tied"
     return found
+
+
+def _all_fit(state_dict: Mapping[str, Tensor], layers: Mapping[str, Any]) -> bool:
+    """Whether they are of the shapes of layers that have coefficients and are not tied: all there is to ask there."""
+    processors = [getattr(layers.get(key), "processor", None) for key in state_dict]
+    held = [p.coefficients for p in processors if isinstance(p, CoeffAttnProcessor)]
+    if not held or len(set(held)) < len(state_dict):
+        return False
+    shapes = ((coefficients.num_heads, coefficients.num_heads) for coefficients in held)
+    return all(delta.shape == shape for delta, shape in zip(state_dict.values(), shapes))
 
 
 def _other_layers(model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, str]:

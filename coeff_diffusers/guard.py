@@ -28,10 +28,14 @@ class Guard:
 
     def __init__(self, layer: nn.Module, coefficients: LayerCoefficients, path: str) -> None:
         self.coefficients, self.path = coefficients, path
-        self.handles = [
-            layer.register_forward_pre_hook(self),
-            layer.register_state_dict_pre_hook(self.before_state_dict),
-        ]
+        self.handles: list[Any] = []
+        self.attach(layer)
+
+    def attach(self, layer: Any) -> None:
+        self.remove()
+        vars(layer)[GUARD] = self
+        self.handles.append(layer.register_forward_pre_hook(self))
+        self.handles.append(layer.register_state_dict_pre_hook(self.before_state_dict))
 
     def __call__(self, layer: Any, args: Any) -> None:
         processor = getattr(layer, "processor", None)
@@ -87,6 +91,7 @@ class Guard:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
 
 
 def put_on(model: nn.Module, path: str, layer: Any, coefficients: LayerCoefficients) -> None:
@@ -95,9 +100,12 @@ def put_on(model: nn.Module, path: str, layer: Any, coefficients: LayerCoefficie
     if not isinstance(processor, CoeffAttnProcessor) or processor.coefficients is not coefficients:
         processor = wrapped_processor(layer) or SdpaAttention()
         set_processor(layer, CoeffAttnProcessor.around(processor, coefficients))
+    record = model_record(model)
     if GUARD not in vars(layer):
-        vars(layer)[GUARD] = Guard(layer, coefficients, path)
-    model_record(model).layers[path] = coefficients
+        Guard(layer, coefficients, path)
+    record.take(coefficients)
+    record.layers = {**record.layers, path: coefficients}  # others may be reading it
+    record.paths[path] = coefficients
 
 
 def take_off(layer: Any) -> None:

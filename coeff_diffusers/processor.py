@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .choice import KEY, SCALE, checked_scale
 from .coefficients import LayerCoefficients
 from .config import CoeffConfig
 from .functional import mixed_attention, mixed_attention_reference
 from .layers import head_count, select_layers
-from .record import KEY, checked
 
 # Backends of diffusers' attention dispatcher that come down to scaled_dot_product_attention.
 NATIVE_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
@@ -36,6 +36,8 @@ _FIRST_CALL_ALONE = (
     "SD3IPAdapterJointAttnProcessor2_0",
     "WanAnimate2CrossAttnProcessor",
 )
+_UNSTATED = object()  # for None is the base model
+
 # Those that call for the picture first, on layers with projections for it.
 _PICTURE_FIRST = ("SkyReelsV2AttnProcessor", "WanAttnProcessor")
 
@@ -81,7 +83,7 @@ class CoeffAttnProcessor:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         self.processor = processor or _default_processor()
         self.coefficients = LayerCoefficients(num_heads)
-        self.coefficients.add_adapter("default", CoeffConfig(dropout=dropout))
+        self.coefficients.add_alone("default", CoeffConfig(dropout=dropout))
 
     @classmethod
     def around(cls, processor: Any, coefficients: LayerCoefficients) -> CoeffAttnProcessor:
@@ -105,21 +107,29 @@ class CoeffAttnProcessor:
         processors = dict(model.attn_processors)
         for path, module in select_layers(model, config).items():
             coefficients = LayerCoefficients(head_count(module))
-            coefficients.add_adapter("default", config)
+            coefficients.add_alone("default", config)
             processors[f"{path}.processor"] = cls.around(module.processor, coefficients)
         return processors
 
-    def __call__(self, attn: nn.Module, *args: Any, coeff_scale: float | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, attn: nn.Module, *args: Any, coeff: Any = _UNSTATED, coeff_scale: float | None = None, **kwargs: Any
+    ) -> Any:
         """Runs the host's processor, with the maps mixed. The base model runs through the untouched call.
 
         Args:
+            coeff: a choice of adapters in the attention kwargs, which the model's record reads and keeps from here.
             coeff_scale: factor on Delta in this call, from the attention kwargs of a host that passes them on.
 
         Raises:
             RuntimeError: if the processor ran and no `scaled_dot_product_attention` call was seen: the coefficients
-                would have had no effect.
+                would have had no effect; or if `coeff` comes this far.
         """
         coefficients = self.coefficients
+        if coeff is not _UNSTATED:
+            raise RuntimeError(
+                f"{KEY}={coeff!r} reached a processor that was set on the model by hand, which does not know the "
+                "model's adapters: call set_coeff_adapters(model, names) once before"
+            )
         if not coefficients.takes_part or coeff_scale == 0.0 or _scores_are_skipped(attn):
             return self.processor(attn, *args, **kwargs)
         delta = coefficients.delta(attn.training, _device_of(args, kwargs))
@@ -129,7 +139,7 @@ class CoeffAttnProcessor:
         name = type(self.processor).__name__
         picture_first = name in _PICTURE_FIRST and getattr(attn, "add_k_proj", None) is not None
         if coeff_scale is not None:
-            delta = checked(coeff_scale) * delta
+            delta = checked_scale(coeff_scale) * delta
         mode = _MixMaps(delta, name, first=int(picture_first), last=0 if name in _FIRST_CALL_ALONE else None)
         with mode:
             output = self.processor(attn, *args, **kwargs)
@@ -220,7 +230,7 @@ def _empty_wrapper(processor: Any) -> CoeffAttnProcessor:
 
 @cache
 def _wrapper_class(kind: type[CoeffAttnProcessor], processor_class: type) -> type[CoeffAttnProcessor]:
-    """A class of wrappers that shows the signature of the processors' own class, and `coeff_scale`.
+    """A class of wrappers that shows the signature of the processors' own class, `coeff` and `coeff_scale`.
 
     The host reads `inspect.signature(processor.__call__)` and drops the arguments that are not named there.
     """
@@ -229,8 +239,8 @@ def _wrapper_class(kind: type[CoeffAttnProcessor], processor_class: type) -> typ
         return CoeffAttnProcessor.__call__(self, *args, **kwargs)
 
     signature = inspect.signature(processor_class.__call__)
-    scale = inspect.Parameter(KEY, inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = sorted([*signature.parameters.values(), scale], key=lambda parameter: parameter.kind)
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in (KEY, SCALE)]
+    parameters = sorted([*signature.parameters.values(), *own], key=lambda parameter: parameter.kind)
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return type(kind.__name__, (kind,), {"__call__": call})
 
@@ -292,11 +302,6 @@ def _unperturbed(delta: Tensor, name: str) -> Tensor:
 
 def _by_query(delta: Tensor, batch: int) -> Tensor:
     """A matrix for each query of a layer, which may have folded the frames of a sample into the batch."""
-    if len(delta) == 0:
-        raise RuntimeError(
-            "within coeff_per_sample the model's layers ran, but not by a call of the model that was given to it: "
-            "hand over the pipeline, or the object that is called (the compiled one, not the one within)"
-        )
     if batch % len(delta):
         raise ValueError(f"a layer's batch of {batch} is no multiple of the model's {len(delta)} samples")
     return delta if batch == len(delta) else delta.repeat_interleave(batch // len(delta), dim=0)

@@ -190,9 +190,10 @@ def test_wrapper_presents_the_wrapped_signature_and_coeff_scale(model) -> None:
     for path, layer in attention_layers(copy.deepcopy(model)).items():
         assert isinstance(layer.processor, CoeffAttnProcessor)
         shown = inspect.signature(layer.processor.__call__)
-        own = [parameter for name, parameter in shown.parameters.items() if name != "coeff_scale"]
+        own = [parameter for name, parameter in shown.parameters.items() if name not in ("coeff", "coeff_scale")]
         assert shown.replace(parameters=own) == inspect.signature(wrapped[path].__call__)
-        assert shown.parameters["coeff_scale"].kind is inspect.Parameter.KEYWORD_ONLY
+        for name in ("coeff", "coeff_scale"):
+            assert shown.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_chosen_kind_alone_is_wrapped(host, model) -> None:

@@ -216,9 +216,10 @@ def test_adapters_made_in_inference_mode_are_like_others(unet, tmp_path) -> None
     ]
     load_coeff_weights(unet, file, hotswap=True)
     assert out.is_inference()
+    parameters = coeff_parameters(unet)
     with coeff_adapters(unet, ["default", "new"]):
         HOSTS["unet"].run(unet).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in coeff_parameters(unet))
+    assert all(parameter.grad is not None for parameter in parameters)
 
 
 # Devices. There is one here: another is asked for in its place.

@@ -242,7 +242,7 @@ def test_an_unknown_component_is_named(pipe) -> None:
 def test_an_adapter_that_a_text_encoder_has_cannot_be_one_of_a_picture_s(pipe) -> None:
     add_coeff_adapter(pipe, components=("unet", "text_encoder"))
     with (
-        pytest.raises(ValueError, match=r"adapters \['default'\] are on text_encoder, too, where pictures cannot be"),
+        pytest.raises(ValueError, match=r"adapters \['default'\] are on text_encoder, too, where images cannot be"),
         coeff_per_sample(pipe, ["default", None]),
     ):
         pass
