@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .functional import mixed_attention
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
-from .store import AdapterStore
+    from .store import AdapterStore
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
