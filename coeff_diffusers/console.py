@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import io
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -40,3 +43,21 @@ def hush() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_heard)
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_is_heard)
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the flags that are like one that there is not."""
+
+    def flags(self) -> list[str]:
+        """Those of commands as well."""
+        own = [flag for action in self._actions for flag in action.option_strings]
+        commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [flag for action in commands for parser in action.choices.values() for flag in parser.flags()]
+
+    def error(self, message: str) -> NoReturn:
+        known = self.flags()
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        for text in unknown:
+            if alike := difflib.get_close_matches(text.partition("=")[0], known, n=1):
+                message += f"; did you mean {alike[0]}?"
+        super().error(message)

@@ -14,6 +14,7 @@ from hosts import HOSTS, randomise
 from PIL import Image
 from safetensors.torch import load_file
 
+import coeff_diffusers
 from coeff_diffusers import add_coeff_adapter, save_coeff_weights
 from coeff_diffusers.cli import main, make_parser
 from coeff_diffusers.plot import caption
@@ -226,3 +227,40 @@ def test_a_reader_that_has_seen_enough_is_no_error(dog) -> None:
     command = f"{sys.executable} -m coeff_diffusers.cli info {dog} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_and_version_load_no_torch() -> None:
+    code = "import sys; from coeff_diffusers.cli import main\nfor flags in {flags}:\n  try: main(flags)\n"
+    code += "  except SystemExit: pass\nprint([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    flags = [
+        ["--help"],
+        ["--version"],
+        ["info", "--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["score", "-h"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("{flags}", repr(flags))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    for told in (
+        f"coeff-diffusers {coeff_diffusers.__version__}",
+        "--learning_rate RATE",
+        "--coeff_weights",
+        "--clip_model",
+    ):
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "score"])
+def test_a_command_that_runs_a_model_is_in_the_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"    {command} " in capsys.readouterr().out
+
+
+def test_a_misspelled_flag_of_a_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "a", "b", "-o", "c", "--avrage"])
+    assert "did you mean --average?" in capsys.readouterr().err

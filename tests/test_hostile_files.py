@@ -457,8 +457,8 @@ def test_threads_that_save_one_name_leave_one_whole_file(saved, tmp_path) -> Non
 
 def test_a_traceback_is_no_answer(saved, monkeypatch, capsys) -> None:
     """1 is `does not fit`; a fault of the program's own ends with 2, and a config that is none with a line."""
-    monkeypatch.setattr("coeff_diffusers.cli.differences", lambda *_: {}["no"])
-    monkeypatch.setattr("coeff_diffusers.cli.skeleton", lambda _: saved[0])
+    monkeypatch.setattr("coeff_diffusers.commands.coeff_files.differences", lambda *_: {}["no"])
+    monkeypatch.setattr("coeff_diffusers.commands.coeff_files.skeleton", lambda _: saved[0])
     assert main(["check", str(saved[1]), "--model", "m"]) == 2
     assert "KeyError" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The commands of `coeff-diffusers` that run a model: train, generate, score. Those on files are in cli.py."""
+"""The commands of `coeff-diffusers`: those that run a model, train, generate and score, and those on files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from ..console import hush
 
-NAMES = ("train", "generate", "score")
+OF_MODELS = {
+    "train": "trains coefficients, and a LoRA if asked for, on a few images of a subject",
+    "generate": "generates images by coefficient files",
+    "score": "scores images of generate: CLIP-T, CLIP-I, DINO",
+}
 
 
-def run(name: str, argv: Sequence[str]) -> int:
-    """Runs one of `NAMES` and returns its exit code. Its modules are loaded once its flags are understood."""
+def run_on_model(name: str, argv: Sequence[str]) -> int:
+    """Runs one of `OF_MODELS` and returns its exit code. Its modules are loaded once its flags are understood."""
     if name == "train":
         from ..training.__main__ import main
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..console import Parser
+
 GENERATE = """Generates images by a coefficient file on any diffusers pipeline, beside the base model's of like seeds.
 
     coeff-diffusers generate --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -37,7 +39,7 @@ images are turned as their EXIF entry says, and laid on white where they are tra
 
 
 def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "coeff-diffusers generate", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -93,9 +95,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_score(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "coeff-diffusers score", description=SCORE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("coeff-diffusers score", description=SCORE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--images", "--pictures", type=Path, required=True, help="folder that `coeff-diffusers generate` wrote"
     )

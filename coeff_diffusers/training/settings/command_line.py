@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, Literal, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from ...console import Parser
 from .combinations import FILLED_IN, idle_problems
 from .config_file import read_config
 from .dreambooth import GROUPS, DreamBoothSettings, HubSettings, LoraSettings, hints, raise_if
@@ -57,21 +58,11 @@ def _under(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return of_file | given
 
 
-class _Parser(argparse.ArgumentParser):
-    """Names the flags that are like one that there is not."""
-
-    def error(self, message: str) -> NoReturn:
-        known = [flag for action in self._actions for flag in action.option_strings]
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        for text in unknown:
-            if alike := difflib.get_close_matches(text.partition("=")[0], known, n=1):
-                message += f"; did you mean {alike[0]}?"
-        super().error(message)
-
-
 def make_parser(whole: bool) -> argparse.ArgumentParser:
     """The parser. Its help shows every flag if `whole`, else names some groups' alone."""
-    parser = _Parser(
+    script = Path(sys.argv[0])
+    parser = Parser(
+        None if script.suffix == ".py" and script.stem != "__main__" else "coeff-diffusers train",
         description="Trains attention coefficients, and a LoRA if asked for, on a few images of a subject.",
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir IMAGES --instance_prompt PROMPT "
         f"--output_dir RESULT [flags]\n       %(prog)s {FOLDED}   shows every flag",
