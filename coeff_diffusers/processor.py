@@ -25,7 +25,7 @@ from .layers import head_count, select_layers
 # Backends of diffusers' attention dispatcher that come down to scaled_dot_product_attention.
 NATIVE_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn")
 
-# Processors whose later calls are not the layer's own attention: of an image prompt (IP-Adapter, the pictures of video
+# Processors whose later calls are not the layer's own attention: of an image prompt (IP-Adapter, the images of video
 # models), whose outcome is added, or of perturbed-attention guidance, which stands for no maps at all.
 _FIRST_CALL_ALONE = (
     "CosmosAttnProcessor2_5",
@@ -38,8 +38,8 @@ _FIRST_CALL_ALONE = (
 )
 _UNSTATED = object()  # for None is the base model
 
-# Those that call for the picture first, on layers with projections for it.
-_PICTURE_FIRST = ("SkyReelsV2AttnProcessor", "WanAttnProcessor")
+# Those that call for the image first, on layers with projections for it.
+_IMAGE_FIRST = ("SkyReelsV2AttnProcessor", "WanAttnProcessor")
 
 
 class CoeffAttnProcessor:
@@ -51,9 +51,9 @@ class CoeffAttnProcessor:
         pipe.unet.set_attn_processor(CoeffAttnProcessor.for_model(pipe.unet))        # one a layer
 
     Every call for attention that the wrapped processor makes is mixed: Mochi makes one a sample, Cosmos 3 one for the
-    text and one for the picture, Stable Audio 3 two that it subtracts, FLUX.2 one more for reference pictures. Not
+    text and one for the image, Stable Audio 3 two that it subtracts, FLUX.2 one more for reference images. Not
     mixed are calls beside the layer's own attention: those of an image prompt, whose outcome is added (IP-Adapters,
-    and the pictures of Wan, SkyReels V2 and Cosmos 2.5), and those of perturbed-attention guidance. Coefficients mean
+    and the images of Wan, SkyReels V2 and Cosmos 2.5), and those of perturbed-attention guidance. Coefficients mean
     the same with an image prompt as without.
 
     The host sees the wrapped processor in its place: its signature, its class (`isinstance` and `__class__`), and all
@@ -137,10 +137,10 @@ class CoeffAttnProcessor:
             return self.processor(attn, *args, **kwargs)
         self._check_backend()
         name = type(self.processor).__name__
-        picture_first = name in _PICTURE_FIRST and getattr(attn, "add_k_proj", None) is not None
+        image_first = name in _IMAGE_FIRST and getattr(attn, "add_k_proj", None) is not None
         if coeff_scale is not None:
             delta = checked_scale(coeff_scale) * delta
-        mode = _MixMaps(delta, name, first=int(picture_first), last=0 if name in _FIRST_CALL_ALONE else None)
+        mode = _MixMaps(delta, name, first=int(image_first), last=0 if name in _FIRST_CALL_ALONE else None)
         with mode:
             output = self.processor(attn, *args, **kwargs)
         if not mode.mixed:

@@ -293,7 +293,7 @@ MODELS: dict[str, tuple[dict[str, Any], Inputs]] = {
         lambda r: {"controls_latents": r(B, 4, 2, 4, 4), "latents": r(B, 4, 2, 4, 4), "timestep": TIMES,
                    "encoder_hidden_states": r(B, 5, 8), "condition_mask": torch.ones(B, 1, 2, 4, 4),
                    "padding_mask": torch.zeros(1, 1, 4, 4)}),
-    # transformers: text beside pictures
+    # transformers: text beside images
     "Transformer2DModel": (
         DIT | {"in_channels": 8, "norm_num_groups": 4, "cross_attention_dim": 8},
         lambda r: {"hidden_states": r(B, 8, 4, 4), "encoder_hidden_states": r(B, 5, 8)}),

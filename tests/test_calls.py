@@ -128,10 +128,10 @@ def mixed_calls(monkeypatch) -> list[int]:
     ("name", "calls"),
     [
         ("MochiTransformer3DModel", 2),  # one a sample
-        ("Cosmos3OmniTransformer", 2),  # text, then picture
+        ("Cosmos3OmniTransformer", 2),  # text, then image
         ("StableAudio3DiTModel", 2),  # two whose outcomes are subtracted
         ("FluxTransformer2DModel", 1),
-        ("WanAnimateTransformer3DModel", 1),  # text; the picture's is the base model's
+        ("WanAnimateTransformer3DModel", 1),  # text; the image's is the base model's
         ("WanAnimate2Transformer3DModel", 1),
     ],
 )
@@ -142,7 +142,7 @@ def test_every_call_of_the_layer_s_own_is_mixed(name, calls, mixed_calls) -> Non
     assert len(mixed_calls) == calls * len(attention_layers(model))
 
 
-def test_both_calls_of_flux_2_for_reference_pictures_are_mixed(mixed_calls) -> None:
+def test_both_calls_of_flux_2_for_reference_images_are_mixed(mixed_calls) -> None:
     model = build("Flux2Transformer2DModel")
     model.transformer_blocks[0].attn.set_processor(Flux2KVAttnProcessor())
     model.single_transformer_blocks[0].attn.set_processor(Flux2KVParallelSelfAttnProcessor())
@@ -151,7 +151,7 @@ def test_both_calls_of_flux_2_for_reference_pictures_are_mixed(mixed_calls) -> N
     assert len(mixed_calls) == 2 * 2
 
 
-def test_the_picture_s_call_of_cosmos_2_5_is_left_alone(mixed_calls) -> None:
+def test_the_image_s_call_of_cosmos_2_5_is_left_alone(mixed_calls) -> None:
     config, inputs = MODELS["CosmosTransformer3DModel"]
     model = CosmosTransformer3DModel(**config, img_context_dim_in=8, img_context_num_tokens=3, img_context_dim_out=24)
     add_coeff_adapter(model)

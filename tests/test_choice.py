@@ -18,7 +18,7 @@ import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
 from hosts import HOSTS, visible
-from test_per_sample import pictures, same, tiny_pipeline, with_adapters
+from test_per_sample import generated, same, tiny_pipeline, with_adapters
 from tiny_models import FAMILIES
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +60,7 @@ def twin(pipe):
 
 
 def image(pipe, **kwargs) -> Image:
-    return pictures(pipe, ["a dog"], [0], **kwargs)
+    return generated(pipe, ["a dog"], [0], **kwargs)
 
 
 def chosen(**coeff: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_forms_of_a_call_s_choice(pipe) -> None:
         same(image(pipe, **chosen(coeff=form)), expected)  # of one sample, its own matrix
     with coeff_adapters(pipe, ["dog", "cat"], [0.5, 0.25]):
         expected = image(pipe)
-    mixed = pictures(pipe, ["a dog"] * 2, [0, 0], **chosen(coeff=[None, {"dog": 1.0, "cat": 0.5}], coeff_scale=0.5))
+    mixed = generated(pipe, ["a dog"] * 2, [0, 0], **chosen(coeff=[None, {"dog": 1.0, "cat": 0.5}], coeff_scale=0.5))
     same(mixed[1:], expected)
     with coeff_disabled(pipe):
         same(mixed[:1], image(pipe))

@@ -71,7 +71,7 @@ def test_contract(name, tmp_path) -> None:
     [
         ("WanTransformer3DModel", "blocks.0.attn1", "self"),
         ("WanTransformer3DModel", "blocks.0.attn2", "cross"),
-        ("WanAnimateTransformer3DModel", "blocks.0.attn2", "cross"),  # projections for the picture's keys alone
+        ("WanAnimateTransformer3DModel", "blocks.0.attn2", "cross"),  # projections for the image's keys alone
         ("WanAnimateTransformer3DModel", "face_adapter.0", "cross"),
         ("UNet3DConditionModel", "down_blocks.0.temp_attentions.0.transformer_blocks.0.attn2", "self"),
         ("LTX2VideoTransformer3DModel", "transformer_blocks.0.audio_to_video_attn", "cross"),

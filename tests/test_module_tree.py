@@ -114,7 +114,7 @@ def block_level(model: nn.Module, folder) -> None:
 
 
 def check_offloaded(model: nn.Module, run: Call, expected: torch.Tensor, values: list[torch.Tensor], tmp_path) -> None:
-    """Whatever was offloaded, the pictures are right, and so are the file, each sample's own, and a hot swap."""
+    """Whatever was offloaded, the images are right, and so are the file, each sample's own, and a hot swap."""
     torch.testing.assert_close(run(model), expected, rtol=0, atol=0)
     torch.testing.assert_close([p.detach() for p in coeff_parameters(model)], values, rtol=0, atol=0)
     file = save_coeff_weights(model, tmp_path / "file")

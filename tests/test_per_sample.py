@@ -1,4 +1,4 @@
-"""One adapter per picture is each picture alone, in pipelines, models, training and compiled; and what is refused."""
+"""One adapter per image is each image alone, in pipelines, models, training and compiled; and what is refused."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def pipe():
     return pipe
 
 
-def pictures(pipe, prompts, seeds, **options):
+def generated(pipe, prompts, seeds, **options):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(prompts, generator=generators, num_inference_steps=2, output_type="np", **options).images
 
 
 def alone(pipe, prompts, names, seeds, **options):
-    """Each picture by a call of its own, with its adapter or none."""
+    """Each image by a call of its own, with its adapter or none."""
     images = []
     for prompt, name, seed in zip(prompts, names, seeds, strict=True):
         with coeff_disabled(pipe) if name is None else coeff_adapters(pipe, name):
-            images.append(pictures(pipe, [prompt], [seed], **options)[0])
+            images.append(generated(pipe, [prompt], [seed], **options)[0])
     return images
 
 
@@ -65,45 +65,45 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
-def test_each_picture_is_what_it_is_alone(pipe, guidance) -> None:
+def test_each_image_is_what_it_is_alone(pipe, guidance) -> None:
     together = alone(pipe, PROMPTS, NAMES, [3, 3, 3], guidance_scale=guidance)
     with coeff_per_sample(pipe, NAMES):
-        images = pictures(pipe, PROMPTS, [3, 3, 3], guidance_scale=guidance)
+        images = generated(pipe, PROMPTS, [3, 3, 3], guidance_scale=guidance)
     for one, other in zip(images, together, strict=True):
         same(one, other)
     with coeff_per_sample(pipe, NAMES[::-1]):
-        turned = pictures(pipe, PROMPTS, [3, 3, 3], guidance_scale=guidance)
+        turned = generated(pipe, PROMPTS, [3, 3, 3], guidance_scale=guidance)
     same(turned[1], images[1])
     assert abs(turned[0] - images[0]).max() > 1e-2
     assert abs(turned[2] - images[2]).max() > 1e-2
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
-def test_names_of_prompts_serve_all_their_pictures(pipe, guidance) -> None:
+def test_names_of_prompts_serve_all_their_images(pipe, guidance) -> None:
     seeds = [0, 1, 0, 1, 0, 1]  # the same latents again and again
     expected = alone(
         pipe, [p for p in PROMPTS for _ in "12"], [n for n in NAMES for _ in "12"], seeds, guidance_scale=guidance
     )
     with coeff_per_sample(pipe, NAMES):
-        images = pictures(pipe, PROMPTS, seeds, num_images_per_prompt=2, guidance_scale=guidance)
+        images = generated(pipe, PROMPTS, seeds, num_images_per_prompt=2, guidance_scale=guidance)
     for one, other in zip(images, expected, strict=True):
         same(one, other)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["unguided", "guided"])
-def test_one_prompt_and_a_name_for_each_of_its_pictures(pipe, guidance) -> None:
+def test_one_prompt_and_a_name_for_each_of_its_images(pipe, guidance) -> None:
     expected = alone(pipe, ["a dog"] * 4, ["dog", "cat", None, "dog"], [5, 5, 5, 6], guidance_scale=guidance)
     with coeff_per_sample(pipe, ["dog", "cat", None, "dog"]):
-        images = pictures(pipe, "a dog", [5, 5, 5, 6], num_images_per_prompt=4, guidance_scale=guidance)
+        images = generated(pipe, "a dog", [5, 5, 5, 6], num_images_per_prompt=4, guidance_scale=guidance)
     for one, other in zip(images, expected, strict=True):
         same(one, other)
 
 
-def test_weights_are_the_pictures_own_and_coeff_scale_is_all_s(pipe) -> None:
+def test_weights_are_the_images_own_and_coeff_scale_is_all_s(pipe) -> None:
     with coeff_adapters(pipe, "dog", 0.35):
-        expected = pictures(pipe, ["a dog"], [1])
+        expected = generated(pipe, ["a dog"], [1])
     with coeff_per_sample(pipe, ["cat", "dog"], [1.0, 0.7]):
-        images = pictures(pipe, ["a cat", "a dog"], [1, 1], cross_attention_kwargs={"coeff_scale": 0.5})
+        images = generated(pipe, ["a cat", "a dog"], [1, 1], cross_attention_kwargs={"coeff_scale": 0.5})
     same(images[1], expected[0])
 
 
@@ -117,12 +117,12 @@ def test_a_wrong_number_of_names_is_refused_before_anything_is_computed(pipe, na
         coeff_per_sample(pipe, names),
         pytest.raises(ValueError, match=f"named for {len(names)} images, the call has 3 p"),
     ):
-        pictures(pipe, PROMPTS, [0, 1, 2])
+        generated(pipe, PROMPTS, [0, 1, 2])
     with coeff_per_sample(pipe, names), pytest.raises(ValueError, match="has 3 prompts, 2 images each"):
-        pictures(pipe, PROMPTS, [0] * 6, num_images_per_prompt=2)
+        generated(pipe, PROMPTS, [0] * 6, num_images_per_prompt=2)
 
 
-def test_embeddings_do_not_tell_prompts_from_pictures(pipe) -> None:
+def test_embeddings_do_not_tell_prompts_from_images(pipe) -> None:
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt(["a dog", "a cat"], "cpu", 1, True)
     given = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative, "output_type": "np"}
@@ -192,20 +192,20 @@ def test_layers_without_the_adapter_are_the_base(unet) -> None:
 
 def test_afterwards_all_is_as_before_also_after_an_error(pipe) -> None:
     set_coeff_adapters(pipe, "dog", 0.3)
-    before = pictures(pipe, ["a dog"], [0])
+    before = generated(pipe, ["a dog"], [0])
     hooks = [len(part._forward_pre_hooks) for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
     with pytest.raises(KeyError), coeff_per_sample(pipe, ["cat"]):
         raise KeyError
     with coeff_per_sample(pipe, ["cat"]):
-        pictures(pipe, ["a dog"], [0])
+        generated(pipe, ["a dog"], [0])
         with pytest.raises(ValueError, match="is in use on this model: leave it"), coeff_per_sample(pipe, ["dog"]):
             pass
-        inner = pictures(pipe, ["a dog"], [0])
+        inner = generated(pipe, ["a dog"], [0])
     assert get_active_coeff_adapters(pipe) == {"dog": 0.3}
     assert [len(part._forward_pre_hooks) for part in (pipe.unet, pipe.vae, pipe.text_encoder)] == hooks
-    same(pictures(pipe, ["a dog"], [0]), before)
+    same(generated(pipe, ["a dog"], [0]), before)
     with coeff_adapters(pipe, "cat"):
-        same(pictures(pipe, ["a dog"], [0]), inner)
+        same(generated(pipe, ["a dog"], [0]), inner)
 
 
 def forget_gradients(model):
@@ -365,7 +365,7 @@ def test_three_subjects_on_the_embedded_model() -> None:
     names = ["fox", "owl", None, "cupcake"]
     expected = alone(pipe, prompts, names, range(4), guidance_scale=2.5)
     with coeff_per_sample(pipe, names):
-        images = pictures(pipe, prompts, range(4), guidance_scale=2.5)
+        images = generated(pipe, prompts, range(4), guidance_scale=2.5)
     for one, other in zip(images, expected, strict=True):
         same(one, other)
-    assert abs(pictures(pipe, prompts[:1], [0], guidance_scale=2.5)[0] - images[0]).max() > 1e-2  # the last is active
+    assert abs(generated(pipe, prompts[:1], [0], guidance_scale=2.5)[0] - images[0]).max() > 1e-2  # the last is active

@@ -218,7 +218,7 @@ class StableDiffusionOrder(DiffusionPipeline):
 def test_a_text_encoder_alone(pipe) -> None:
     add_coeff_adapter(pipe, components="text_encoder")
     assert len(coeff_parameters(pipe)) == 2
-    add_coeff_adapter(pipe, adapter_name="picture")
+    add_coeff_adapter(pipe, adapter_name="image")
     assert len(coeff_parameters(pipe)) == 10
     unload_coeff_weights(pipe)
     assert list_coeff_adapters(pipe) == []
@@ -239,7 +239,7 @@ def test_an_unknown_component_is_named(pipe) -> None:
     assert list_coeff_adapters(pipe) == []
 
 
-def test_an_adapter_that_a_text_encoder_has_cannot_be_one_of_a_picture_s(pipe) -> None:
+def test_an_adapter_that_a_text_encoder_has_cannot_be_one_of_a_image_s(pipe) -> None:
     add_coeff_adapter(pipe, components=("unet", "text_encoder"))
     with (
         pytest.raises(ValueError, match=r"adapters \['default'\] are on text_encoder, too, where images cannot be"),
