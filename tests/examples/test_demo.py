@@ -45,7 +45,7 @@ def test_demo_says_what_it_did_and_how_to_use_it(tmp_path, capsys) -> None:
     args = argparse.Namespace(subject="owl", max_train_steps=1, learning_rate=1e-2, seed=0, output_dir=tmp_path)
     demo.main(args)
     out = capsys.readouterr().out
-    assert "trainable parameters" in out
+    assert ": 6,144 parameters, " in out
     assert " KB" in out
     assert f'load_coeff_weights(pipe, "{tmp_path}/pytorch_coeff_weights.safetensors")' in out
 

@@ -329,7 +329,7 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a fox\n\na dog, running\n")
-    images = read_prompts(path, ["default"], seed=7, images=2)
+    images = read_prompts(path, ["default"], seed=7, images_per_prompt=2)
     assert [(p.prompt, p.seed, p.coeff) for p in images] == [
         ("a fox", 7, "default"), ("a fox", 8, "default"), ("a dog, running", 7, "default"),
         ("a dog, running", 8, "default"),
@@ -343,7 +343,7 @@ def test_prompts_of_any_script_are_read_and_name_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     prompt = "\u72d0" * 200 + "\u2028x"  # 600 bytes, and what Python alone takes for the end of a line
     path.write_text(f"\ufeffa fox\n{prompt}\n", encoding="utf-8")
-    images = read_prompts(path, ["default"], seed=0, images=1)
+    images = read_prompts(path, ["default"], seed=0, images_per_prompt=1)
     assert [image.prompt for image in images] == ["a fox", prompt]
     for image in images:
         Image.new("RGB", (8, 8)).save(tmp_path / image.file_name)  # file systems allow 255 bytes
