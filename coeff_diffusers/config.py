@@ -17,8 +17,8 @@ class CoeffConfig:
         include: shell-style patterns on module paths, or on their ends: `"attn2"`, `"up_blocks.*.attn1"`. A layer is
             taken if any of them matches. `None` takes all.
         exclude: patterns of layers to leave out, after `include`.
-        kinds: kinds of attention to take. `"self"`: queries and keys from the picture alone. `"cross"`: keys from
-            other tokens, the text. `"joint"`: picture and text in one sequence, as in SD 3 and FLUX.
+        kinds: kinds of attention to take. `"self"`: queries and keys from the image alone. `"cross"`: keys from
+            other tokens, the text. `"joint"`: image and text in one sequence, as in SD 3 and FLUX.
         dropout: probability in [0, 1) with which an entry of Delta is dropped at a forward pass in training (the
             others are scaled by `1 / (1 - dropout)`, the identity is never dropped). The paper found 0.2 best on
             VL-BART and reports no figure for diffusion models; 0 is this project's default.

@@ -24,13 +24,13 @@ _LEFT_OUT = {
     "Kandinsky6SR": "FlexAttention, whose maps cannot be had",
 }
 
-# Processors of layers with one sequence of text and picture, where the module itself does not show it.
+# Processors of layers with one sequence of text and image, where the module itself does not show it.
 _JOINT = (
     "AuraFlow", "BriaFibo2", "CogVideoX", "CogView", "Cosmos3", "EasyAnimate", "ErnieImage", "Flux", "GlmImage",
     "HiDream", "Ideogram4", "JoyImage", "Krea2", "Lumina2", "MiniMaxH3", "MotifVideoAttn", "OmniGen", "PRX",
     "QwenImage", "ZSingleStream",
 )  # fmt: skip
-# Blocks of such models that prepare the text or the picture alone.
+# Blocks of such models that prepare the text or the image alone.
 _ONE_STREAM = ("refiner", "mode_blocks", "text_fusion", "perceiver")
 
 
@@ -63,7 +63,7 @@ def accelerator_of(module: nn.Module) -> torch.device | None:
 
 
 def attention_kind(path: str, module: nn.Module) -> AttentionKind:
-    """`"joint"` if text and picture share the layer's sequence, `"cross"` if the keys are other tokens, else `"self"`.
+    """`"joint"` if text and image share the layer's sequence, `"cross"` if the keys are other tokens, else `"self"`.
 
     Told by what the module is: cross-attention says so itself, or else by its name; joint layers have projections for
     added tokens, or none of their own at the end as in FLUX's single-stream blocks (`pre_only`), or a processor that
