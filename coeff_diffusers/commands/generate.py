@@ -43,7 +43,8 @@ OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height"
 @escaped_output()
 def main(args: argparse.Namespace) -> Path:
     """Writes what the flags ask for, and returns the sheet or the manifest."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with value_of("--output_dir"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     return make_all(args, options) if args.prompts_file else make_sheet(args, options)
 
