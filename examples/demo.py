@@ -14,13 +14,16 @@ import os
 import sys
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from coeff_diffusers import coeff_disabled, load_coeff_weights
-from coeff_diffusers.commands.generate import generate
-from coeff_diffusers.commands.sheet import sheet
-from coeff_diffusers.console import escaped_output
+from coeff_diffusers.console import escaped_output, hush
+
+hush()  # before diffusers loads its pipelines, and transformers logs what it makes of them
+from diffusers import StableDiffusionPipeline  # noqa: E402
+
+from coeff_diffusers.commands.generate import generate  # noqa: E402
+from coeff_diffusers.commands.sheet import sheet  # noqa: E402
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "emoji"))

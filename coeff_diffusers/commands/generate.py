@@ -43,7 +43,8 @@ OPTIONS = ("num_inference_steps", "guidance_scale", "guidance_rescale", "height"
 @escaped_output()
 def main(args: argparse.Namespace) -> Path:
     """Writes what the flags ask for, and returns the sheet or the manifest."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with value_of("--output_dir"):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     return make_all(args, options) if args.prompts_file else make_sheet(args, options)
 
@@ -102,12 +103,12 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
                 (args.output_dir / asked.file_name).unlink(missing_ok=True)
             kept = {name: entry for name, entry in known.items() if (args.output_dir / name).exists()}
             write_manifest(kept | {asked.file_name: (asked, made_with) for asked in all_asked}, manifest)
-        state.wait_for_everyone()  # nobody writes a asked that would be taken away
+        state.wait_for_everyone()  # nobody writes an image that would be taken away
         for batch in chain([first], made):
             for asked, image in batch:
                 write_image(image, args.output_dir / asked.file_name)
     state.wait_for_everyone()
-    state.print(f"wrote {len(missing)} all_asked ({len(all_asked) - len(missing)} were there) and {manifest}")
+    state.print(f"wrote {len(missing)} images ({len(all_asked) - len(missing)} were there) and {manifest}")
     state.destroy_process_group()  # or gloo's threads abort the process now and then while it ends
     return manifest
 

@@ -566,6 +566,7 @@ def test_denoisers_distilled_to_take_the_guidance_scale_are_refused(name: str, c
         ("EDM epsilon", "snr_gamma", 5.0, "one of EDM"),
         ("EDM epsilon", "offset_noise", True, "one of EDM"),
         ("PixArtSigmaPipeline", "precondition_outputs", True, "this model is not trained by flow matching"),
+        ("PixArtSigmaPipeline", "weighting_scheme", "mode", "this model is not trained by flow matching"),
         ("StableDiffusion3Pipeline", "guidance_scale", 3.5, "does not take it as a condition"),
     ],
 )

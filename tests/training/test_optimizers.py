@@ -131,7 +131,7 @@ def test_an_optimizer_of_any_of_the_packages_minimises_with_its_rates_and_argume
 
 
 def test_adams_flags_are_for_adams_alone() -> None:
-    chosen = settings(optimizer="lion", adam_beta1=0.5, adam_weight_decay=0.25)
+    chosen = settings(optimizer="lion", adam_weight_decay=0.25)
     (group,) = make_optimizer({"coefficients": [nn.Parameter(torch.zeros(2, 2))]}, chosen).param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.25)
 
@@ -157,6 +157,7 @@ def test_a_run_by_soap_resumes_to_the_same_bits(train: Train, tmp_path: Path) ->
         ({"optimizer_args": ["amsgrat=True"]}, "--optimizer_args: adamw has no amsgrat; it has lr, betas, eps"),
         ({"optimizer": "soap", "optimizer_args": ["frequency=2"]}, "soap has no frequency; it has lr, betas"),
         ({"optimizer_args": ["betas=(2.0, 0.9)"]}, "--optimizer adamw: Invalid beta parameter"),
+        ({"optimizer": "adan", "optimizer_args": ["betas=(0.9,)"]}, "--optimizer adan: tuple index out of range"),
     ],
 )
 def test_an_optimizer_that_cannot_be_had_is_refused(flags: dict[str, Any], problem: str) -> None:

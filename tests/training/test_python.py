@@ -52,6 +52,8 @@ def test_images_of_pillow_train_as_the_files_of_a_folder_do(base: Path, images: 
     ("images", "changes", "problem"),
     [
         ([], {}, "images: there are none"),
+        ("in", {}, "images must be a list of Pillow's images, got 'in'"),
+        (["1.png", (Image.new("RGB", (4, 4)), 3)], {}, "pairs .*, but:\n  image 0 is '1.png'\n  image 1 is \\(<PIL"),
         (None, {}, "give either --instance_data_dir or --dataset_name"),
         ([Image.new("RGB", (4, 4))], {"instance_data_dir": "in"}, "give either images, or --instance_data_dir"),
         ([Image.new("F", (4, 4))], {}, "--images: these cannot be read as images:\n  image 0: mode F has numbers"),

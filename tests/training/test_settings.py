@@ -245,6 +245,8 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
             "--instance_data_dir and --class_data_dir must be different folders",
         ),
         ({"output_dir": "./in"}, "--instance_data_dir and --output_dir must be different folders"),
+        ({"output_dir": ""}, "--output_dir must be the name of a folder, got ''"),
+        ({"lora_layers": "", "lora_rank": 2}, "--lora_layers must hold at least one pattern"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(changes: dict[str, Any], problem: str) -> None:
@@ -295,6 +297,7 @@ BUCKETS = {"aspect_ratio_buckets": "16,24"}
             {"with_prior_preservation": True},
         ),
         ({"ema_decay": 0.9}, "needs --use_ema", {}, {"use_ema": True}),
+        ({"adam_beta1": 0.5}, "is for optimizers with Adam", {"optimizer": "lion"}, {"optimizer": "adamax"}),
         (
             {"lr_num_cycles": 2},
             "needs --lr_scheduler cosine_with_restarts",
@@ -463,6 +466,11 @@ def test_a_pipeline_of_another_family_is_refused_with_those_supported(argv: Argv
 def test_a_folder_without_a_pipeline_is_refused(argv: Argv, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--pretrained_model_name_or_path: there is no pipeline at"):
         main(argv(pretrained_model_name_or_path=tmp_path))
+
+
+def test_a_variant_that_is_not_there_is_an_input_error(argv: Argv) -> None:
+    with pytest.raises(InputError, match="--pretrained_model_name_or_path: .* cannot be loaded: .*variant=fp16"):
+        main(argv(variant="fp16"))
 
 
 @pytest.mark.parametrize("flag", ["instance_prompt", "class_prompt", "validation_prompt"])

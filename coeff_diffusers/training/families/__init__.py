@@ -107,9 +107,12 @@ def load_family(
         except ValueError as error:
             raise InputError(f"--pretrained_model_name_or_path: {error}") from error
     else:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            name, revision=revision, variant=settings.variant, dtype=dtype, **arguments
-        )
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                name, revision=revision, variant=settings.variant, dtype=dtype, **arguments
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"--pretrained_model_name_or_path: {name} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     for part in ("tiling", "slicing"):
         if getattr(settings, f"enable_vae_{part}"):

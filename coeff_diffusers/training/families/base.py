@@ -266,6 +266,8 @@ class DiffusionFamily(Family):
             raise InputError(
                 f"the scheduler's prediction_type must be of {', '.join(self.prediction_types)}, got {kind!r}"
             )
+        if settings.weighting_scheme != "none":
+            raise InputError("--weighting_scheme: this model is not trained by flow matching; see --snr_gamma")
         if settings.precondition_outputs:
             raise InputError("--precondition_outputs: this model is not trained by flow matching; see --snr_gamma")
 

@@ -121,7 +121,7 @@ class Example:
         prompt: the prompt that it is trained with.
         pixels: (3, height, width) in [-1, 1]; `None` if the moments are there.
         moments: (2, ...), mean and deviation of its latents, if they have been encoded before.
-        sizes: height and width of the file, top and left of the cut, height and width of it.
+        sizes: height and width of the file, top and left of the crop, height and width of it.
         seed: of the noise that is added to it.
     """
 
@@ -143,11 +143,11 @@ class DreamBoothDataset(Dataset[list[Example]]):
     Args:
         draws: how many draws are taken.
         instance_images: the subject's images.
-        class_images: images of its class; none without prior preservation. They are cut to the bucket of the
+        class_images: images of its class; none without prior preservation. They are cropped to the bucket of the
             subject's image that they are shown with.
-        resolution: height and width of the cuts, if there are no buckets.
+        resolution: height and width of the crops, if there are no buckets.
         seed: of all that is random.
-        center_crop: cut in the middle, as is always done with buckets.
+        center_crop: crop at the centre, as is always done with buckets.
         random_flip: mirror half of the images.
         background_color: of what is transparent.
         caption_dropout: probability with which the empty prompt takes the place of an image's.
@@ -156,7 +156,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
 
     Attributes:
-        moments: of cuts that have been encoded before; their images are not read.
+        moments: of crops that have been encoded before; their images are not read.
     """
 
     def __init__(

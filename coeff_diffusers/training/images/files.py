@@ -1,4 +1,4 @@
-"""Where images come from: folders with captions here, data sets of the datasets library in hub_data.py."""
+"""Where images come from: folders with captions here, data sets of the datasets library in hub_datasets.py."""
 
 from __future__ import annotations
 

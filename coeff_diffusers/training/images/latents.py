@@ -24,7 +24,7 @@ from .subjects_dataset import SubjectsDataset
 
 
 def check_cacheable(images: Sequence[TrainingImage], settings: ImageSettings) -> None:
-    """Raises InputError, naming them, if images are cut at random: then there is no end of latents."""
+    """Raises InputError, naming them, if images are cropped at random: then there is no end of latents."""
     if not settings.cache_latents or settings.center_crop or settings.aspect_ratio_buckets:
         return
     problems = dict.fromkeys(f"{p.name} is {p.width} x {p.height}" for p in images if p.height != p.width)

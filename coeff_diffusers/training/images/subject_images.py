@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import Any
 
 from PIL import Image
 
@@ -50,9 +51,13 @@ def read_images(settings: SubjectSettings, given: GivenImages | None = None) -> 
     if given is not None:
         if settings.instance_data_dir or settings.dataset_name:
             raise InputError("give either images, or --instance_data_dir or --dataset_name")
+        if isinstance(given, Image.Image | str):
+            raise InputError(f"images must be a list of Pillow's images, got {given!r}")
         if not given:
             raise InputError("images: there are none")
         pairs = [image if isinstance(image, tuple) else (image, settings.instance_prompt) for image in given]
+        if wrong := [f"image {i} is {given[i]!r}" for i, pair in enumerate(pairs) if not _is_image_with_prompt(pair)]:
+            raise InputError("images must be Pillow's, or pairs of one and its prompt, but:\n  " + "\n  ".join(wrong))
         sources = [(f"image {i}", prompt, partial(Image.Image.copy, image)) for i, (image, prompt) in enumerate(pairs)]
         images = open_images(sources, "images")
     elif settings.dataset_name is not None:
@@ -68,6 +73,10 @@ def read_images(settings: SubjectSettings, given: GivenImages | None = None) -> 
     else:
         raise InputError("give either --instance_data_dir or --dataset_name, for the subject's images")
     return images * settings.repeats
+
+
+def _is_image_with_prompt(pair: Any) -> bool:
+    return len(pair) == 2 and isinstance(pair[0], Image.Image) and isinstance(pair[1], str)
 
 
 def check_images(images: Sequence[TrainingImage], settings: DreamBoothSettings) -> None:

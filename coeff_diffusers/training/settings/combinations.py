@@ -164,6 +164,10 @@ def idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[
             s.train_text_encoder and s.lora_rank,
             "needs --train_text_encoder and a --lora_rank of 1 or more",
         ),
+        "adam_beta1 adam_beta2 adam_epsilon": (
+            "adam" in s.optimizer or s.optimizer == "prodigy",
+            f"is for optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
+        ),
         "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
         "ema_decay": (s.use_ema, "needs --use_ema"),
         "lr_num_cycles": (s.lr_scheduler == "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),

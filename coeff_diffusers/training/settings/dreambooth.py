@@ -21,6 +21,7 @@ from .rules import (
     Buckets,
     Colour,
     Count,
+    Folder,
     Fraction,
     NotNegative,
     Number,
@@ -221,6 +222,7 @@ class LoraSettings(Settings):
         if self.lora_layers is not None:  # diffusers' scripts take commas
             layers = (layer for each in self.lora_layers for layer in re.split(r"[\s,]+", each))
             object.__setattr__(self, "lora_layers", tuple(filter(None, layers)))
+            raise_if([] if self.lora_layers else ["--lora_layers must hold at least one pattern"])
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ class ValidationSettings(Settings):
 class OutputSettings(Settings):
     """Output and log"""
 
-    output_dir: Text = flag("Folder for all that the run writes.", "dreambooth-coeff")
+    output_dir: Folder = flag("Folder for all that the run writes.", "dreambooth-coeff")
     report_to: Tracker = flag(
         "Where losses, learning rates and validation images are logged; 'all' is every tracker that is installed.",
         "tensorboard",

@@ -69,6 +69,7 @@ def _is_buckets(text: str) -> str:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 Several = BeforeValidator(_as_several)
+Folder = Annotated[Text, within("the name of a folder", lambda value: bool(value.strip()))]
 Texts = Annotated[tuple[str, ...], Several]
 Colour = Annotated[str, within("a colour such as white or #ffffff", _is_colour)]
 Buckets = Annotated[str, AfterValidator(_is_buckets)]
