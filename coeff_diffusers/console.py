@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 @contextmanager
@@ -46,7 +46,10 @@ def hush() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the flags that are like one that there is not."""
+    """Names the flags that are like one that there is not, and takes none that is cut off."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
 
     def flags(self) -> list[str]:
         """Those of commands as well."""
@@ -55,9 +58,8 @@ class Parser(argparse.ArgumentParser):
         return own + [flag for action in commands for parser in action.choices.values() for flag in parser.flags()]
 
     def error(self, message: str) -> NoReturn:
-        known = self.flags()
         unknown = message.partition("unrecognized arguments: ")[2].split()
-        for text in unknown:
-            if alike := difflib.get_close_matches(text.partition("=")[0], known, n=1):
-                message += f"; did you mean {alike[0]}?"
+        found = [difflib.get_close_matches(text.partition("=")[0], self.flags(), n=1) for text in unknown]
+        if alike := [flag for flags in found for flag in flags]:
+            message += f"; did you mean {', '.join(alike)}?"
         super().error(message)

@@ -18,10 +18,11 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
-from coeff_diffusers.training.images.buckets import Size, nearest_bucket, parse_buckets
+from coeff_diffusers.training.images.buckets import nearest_bucket
 from coeff_diffusers.training.images.dreambooth_dataset import DreamBoothDataset, Example, collate
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings.dreambooth import DreamBoothSettings
+from coeff_diffusers.training.settings.rules import Size, parse_buckets
 
 WIDE, TALL, SQUARE = (4, 8), (8, 4), (6, 6)  # height and width
 SIZES = [(16, 8), (18, 8), (15, 8), (10, 10), (8, 15)]  # width and height: three wide, a square, a tall one

@@ -110,8 +110,7 @@ def test_a_misspelled_flag_is_answered_with_the_one_that_is_like_it(capsys: pyte
     with pytest.raises(SystemExit):
         parsed("--learnig_rate", "1e-3", "--lora_rnk=2")
     said = capsys.readouterr().err
-    assert "did you mean --learning_rate?" in said
-    assert "did you mean --lora_rank?" in said
+    assert "did you mean --learning_rate, --lora_rank?" in said
 
 
 def test_a_cut_off_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,6 +459,12 @@ def test_a_pipeline_of_another_family_is_refused_with_those_supported(argv: Argv
     (tmp_path / "wan" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     with pytest.raises(InputError, match="wan is a WanPipeline; supported are .*StableDiffusionPipeline"):
         main(argv(pretrained_model_name_or_path=tmp_path / "wan"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_revision_of_a_model_that_is_here_is_refused(argv: Argv) -> None:
+    with pytest.raises(InputError, match="--revision is of a model on the Hub and has no effect on .*tiny-sd"):
+        main(argv(revision="main"))
 
 
 @pytest.mark.usefixtures("nothing_loaded")

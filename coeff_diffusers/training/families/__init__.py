@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -59,6 +60,10 @@ def find_family(settings: BaseModelSettings) -> type[Family]:
 def _pipeline_config(settings: BaseModelSettings) -> dict[str, Any]:
     """What model_index.json says; raises InputError if there is none, or a setting is not for such a base model."""
     name = settings.pretrained_model_name_or_path
+    if settings.revision and Path(name).exists():
+        raise InputError(
+            f"--revision is of a model on the Hub and has no effect on {name}, which is here: leave it out"
+        )
     if is_single_file(name):
         if settings.variant:
             raise InputError(f"--variant has no effect on {name}, which is a single file")

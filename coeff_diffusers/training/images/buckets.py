@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-Size = tuple[int, int]  # height and width in pixels
+from ..settings.rules import Size
+
 T = TypeVar("T")
-
-
-def parse_buckets(text: str | None) -> tuple[Size, ...]:
-    """`"512,768;768,512"`, of heights and widths; `None` has none. Raises ValueError."""
-    if text is None:
-        return ()
-    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", part) for part in text.split(";")]
-    sizes = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
-    if len(sizes) < len(pairs) or any(min(size) < 1 for size in sizes):
-        raise ValueError(f"must be heights and widths such as '512,768;768,512', got {text!r}")
-    if len(set(sizes)) < len(sizes):
-        raise ValueError(f"must name each size once, got {text!r}")
-    return tuple(sizes)
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Size]) -> Size:

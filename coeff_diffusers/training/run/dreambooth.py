@@ -42,7 +42,7 @@ from ..adapters import (
 )
 from ..families import Family, find_family, load_family
 from ..families.single_file import is_single_file
-from ..images.buckets import buckets_text, nearest_bucket, parse_buckets
+from ..images.buckets import buckets_text, nearest_bucket
 from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
 from ..images.latents import encode_crops, release_vae
@@ -53,6 +53,7 @@ from ..results.model_card import how_to_use, write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
 from ..results.validation import all_prompts, final_prompts, run_calls, validation_calls
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
+from ..settings.rules import parse_buckets
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
 from .memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders

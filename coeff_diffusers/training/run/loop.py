@@ -18,13 +18,13 @@ from coeff_diffusers import coeff_per_sample
 
 from ..errors import Stopped
 from ..families import Family
-from ..images.buckets import parse_buckets
 from ..images.dreambooth_dataset import DreamBoothDataset, seed_of
 from ..images.latents import moments_of
 from ..images.subject_images import SubjectImages
 from ..images.subjects_dataset import SubjectsDataset, collate_subjects
 from ..results.trackers import end_training, log
 from ..settings.dreambooth import ImageSettings, StepSettings
+from ..settings.rules import parse_buckets
 from .checkpoints import Checkpoints
 from .losses import clip_gradients, losses_by_subject
 from .state import TrainingState

@@ -66,7 +66,6 @@ def make_parser(whole: bool) -> argparse.ArgumentParser:
         description="Trains attention coefficients, and a LoRA if asked for, on a few images of a subject.",
         usage="%(prog)s --pretrained_model_name_or_path MODEL --instance_data_dir IMAGES --instance_prompt PROMPT "
         f"--output_dir RESULT [flags]\n       %(prog)s {FOLDED}   shows every flag",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # what is not given may stand in the file
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings. Flags given beside it win over it.")

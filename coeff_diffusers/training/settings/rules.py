@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -11,9 +12,8 @@ from PIL import ImageColor
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..images.buckets import parse_buckets
-
 T = TypeVar("T")
+Size = tuple[int, int]  # height and width in pixels
 KINDS = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -57,6 +57,19 @@ def _is_colour(text: str) -> bool:
         return bool(ImageColor.getrgb(text))
     except ValueError:
         return False
+
+
+def parse_buckets(text: str | None) -> tuple[Size, ...]:
+    """`"512,768;768,512"`, of heights and widths; `None` has none. Raises ValueError."""
+    if text is None:
+        return ()
+    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", part) for part in text.split(";")]
+    sizes = [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+    if len(sizes) < len(pairs) or any(min(size) < 1 for size in sizes):
+        raise ValueError(f"must be heights and widths such as '512,768;768,512', got {text!r}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"must name each size once, got {text!r}")
+    return tuple(sizes)
 
 
 def _is_buckets(text: str) -> str:
