@@ -49,6 +49,7 @@ from coeff_diffusers import (
 )
 from coeff_diffusers.checkpoint import coeff_state_dict
 from coeff_diffusers.coeff_file import MAX_VALUE
+from coeff_diffusers.commands import coeff_files
 from fuzz.mutants import Good, make
 
 MOST_MEMORY = 64 * 2**20
@@ -75,9 +76,7 @@ class Bench:
         self.config, self.out = folder / "model", folder / "out.safetensors"
         self.values = coeff_state_dict(self.model)
         self.output = self.run()
-        self.once = {
-            name: functools.cache(getattr(cli, name)) for name in ("skeleton", "make_parser")
-        }  # saves minutes
+        self.skeleton, self.parser = functools.cache(coeff_files.skeleton), cli.make_parser()  # saves minutes
         self.found: list[dict[str, Any]] = []
         self.outcomes: Counter[str] = Counter()
 
@@ -175,7 +174,8 @@ class Bench:
         try:
             with (
                 _alarm(),
-                mock.patch.multiple(cli, **self.once),
+                mock.patch.object(coeff_files, "skeleton", self.skeleton),
+                mock.patch.object(cli, "make_parser", lambda: self.parser),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
             ):
