@@ -175,7 +175,7 @@ class Bench:
             with (
                 _alarm(),
                 mock.patch.object(coeff_files, "skeleton", self.skeleton),
-                mock.patch.object(cli, "make_parser", lambda: self.parser),
+                mock.patch.object(cli, "make_parser", return_value=self.parser),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
             ):
