@@ -192,8 +192,10 @@ def test_the_gradient_scaler_goes_on(argv: Callable[..., list[str]], tmp_path: P
     state = TrainingState({"coefficients": [parameter]}, {"default": [parameter]}, settings, 3)
     state.note_losses({"default": 1.0})
 
+    facts = {"settings": {"seed": 0}, "images": [], "processes": 1}
+
     def checkpoints_of(resumed: checkpoints.Checkpoint | None) -> Checkpoints:
-        return Checkpoints(tmp_path / "out", None, accelerator, {}, OneSubject(), lambda folder: None, resumed)
+        return Checkpoints(tmp_path / "out", None, accelerator, facts, OneSubject(), lambda folder: None, resumed)
 
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     saved = checkpoints_of(None)

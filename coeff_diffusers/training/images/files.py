@@ -215,7 +215,7 @@ def _by_name(paths: Iterable[Path]) -> Callable[[str], Path | None]:
 
 
 def _read_metadata(folder: Path) -> tuple[Path, dict[str, dict[str, Any]], list[str], list[str]]:
-    """The metadata file, its entries by line, what is wrong with it, and the text that was not read because of that."""
+    """The metadata file, its entries by line, what is wrong with it, and the text that is not read because of it."""
     found = [path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).is_file()]
     if len(found) != 1:
         has = "has both metadata.jsonl and metadata.csv" if found else "has neither metadata.jsonl nor metadata.csv"
