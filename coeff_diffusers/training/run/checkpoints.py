@@ -403,7 +403,7 @@ class Checkpoints:
                     self.last = save_checkpoint(folder, kept, write_weights)
                 except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
                     problem = f"checkpoint-{len(state.losses)} could not be written: {error}. {self.safe_text()}"
-                    print(f"{problem} The run goes on.", file=sys.stderr)
+                    print(problem + (" The run goes on." if len(folders) == 1 else ""), file=sys.stderr)
                 else:
                     if folder == self.folder:
                         self._remove_others(self.last)
