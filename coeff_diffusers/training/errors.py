@@ -11,6 +11,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. The command line shows the message alone, without a traceback."""
 
 
+class WriteError(OSError):
+    """What was trained could not be written. The message says where it is safe, and how to go on from there."""
+
+
 class Stopped(Exception):  # noqa: N818
     """The run was asked to stop, and did. The message says how to resume it.
 
@@ -26,10 +30,10 @@ class Stopped(Exception):  # noqa: N818
 
 @contextmanager
 def exit_on_errors() -> Iterator[None]:
-    """Ends the process with the message of an InputError, or of a run that was stopped, and the exit code for it."""
+    """Ends the process with the message of one of these errors alone, and the exit code for it."""
     try:
         yield
-    except InputError as error:
+    except (InputError, WriteError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

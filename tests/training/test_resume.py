@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +24,23 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
 from running import main
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_sd import tiny_pipeline
 from torch import Tensor, nn
 
 from coeff_diffusers.checkpoint import coeff_state_dict
-from coeff_diffusers.training.errors import InputError, Stopped
+from coeff_diffusers.training.adapters import lora
+from coeff_diffusers.training.errors import InputError, Stopped, WriteError, exit_on_errors
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.run import checkpoints, dreambooth, loop, stopping
-from coeff_diffusers.training.run.checkpoints import Checkpoints, checkpoint_paths, problem_of
+from coeff_diffusers.training.run.checkpoints import (
+    Checkpoints,
+    checkpoint_paths,
+    denoiser_digest,
+    find_checkpoint,
+    problem_of,
+)
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.state import TrainingState
 from coeff_diffusers.training.run.stopping import stop_request
@@ -192,8 +204,10 @@ def test_the_gradient_scaler_goes_on(argv: Callable[..., list[str]], tmp_path: P
     state = TrainingState({"coefficients": [parameter]}, {"default": [parameter]}, settings, 3)
     state.note_losses({"default": 1.0})
 
+    facts = {"settings": {"seed": 0}, "images": [], "processes": 1}
+
     def checkpoints_of(resumed: checkpoints.Checkpoint | None) -> Checkpoints:
-        return Checkpoints(tmp_path / "out", None, accelerator, {}, OneSubject(), lambda folder: None, resumed)
+        return Checkpoints(tmp_path / "out", None, accelerator, facts, OneSubject(), lambda folder: None, resumed)
 
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     saved = checkpoints_of(None)
@@ -260,6 +274,62 @@ def test_a_torn_checkpoint_is_named_and_not_picked(
     assert problem_of(torn) is None  # written anew
 
 
+def write_checkpoint(folder: Path, content: Any) -> Path:
+    """One that is whole by its list of files. `content` is the bytes of state.pt, or what is saved there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        (folder / "state.pt").write_bytes(content)
+    else:
+        torch.save(content, folder / "state.pt")
+    (folder / "files.json").write_text(json.dumps({"state.pt": checkpoints._fingerprint(folder / "state.pt")}))
+    return folder
+
+
+STATE = {
+    "version": 1,
+    "losses": [0.5],
+    "facts": {"settings": {"seed": 0}, "images": [], "processes": 1},
+    "trainee": {"parameters": []},
+    "scaler": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "state.pt cannot be read"),
+        (pickle.dumps(Path("/"), 2), "state.pt cannot be read"),
+        (b"[" * 100_000, "state.pt cannot be read"),
+        ([1, 2], "state.pt holds no state of a run"),
+        ({"version": 1}, "state.pt holds no state of a run"),
+        (STATE | {"version": "1"}, "state.pt holds no state of a run"),
+        (STATE | {"losses": 3}, "state.pt holds no state of a run"),
+        (STATE | {"facts": {"settings": []}}, "state.pt holds no state of a run"),
+        (None, "files.json and what it lists cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_is_whole_and_none_is_passed_over_by_name(
+    tmp_path: Path, content: Any, problem: str
+) -> None:
+    good = write_checkpoint(tmp_path / "checkpoint-1", STATE)
+    bad = write_checkpoint(tmp_path / "checkpoint-2", content)
+    if content is None:
+        (bad / "files.json").write_text("[" * 100_000)
+    said: list[str] = []
+    assert find_checkpoint("latest", str(tmp_path), said.append).path == good
+    assert said[0].startswith(f"{bad} is passed over: {problem}")
+    with pytest.raises(InputError, match=f"checkpoint-2 cannot be used: {problem}"):
+        find_checkpoint("checkpoint-2", str(tmp_path), said.append)
+
+
+def test_a_checkpoint_whose_state_does_not_fit_is_named(argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    state = TrainingState({"coefficients": [parameter]}, {"default": [parameter]}, parse_settings(argv()), 3)
+    found = checkpoints.read_checkpoint(write_checkpoint(tmp_path / "checkpoint-1", STATE))
+    with pytest.raises(InputError, match=r"checkpoint-1: its state.pt does not fit this run \(KeyError"):
+        Checkpoints(tmp_path, None, Accelerator(), {}, OneSubject(), lambda folder: None, found).restore(state)
+
+
 def test_a_full_disk_loses_nothing_that_was_saved(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +352,87 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     said = capsys.readouterr().err
     assert "checkpoint-2 could not be written: " in said
     assert "checkpoint-1 is whole; --resume_from_checkpoint latest resumes from it. The run goes on." in said
+
+
+def test_a_full_disk_at_the_end_loses_nothing_that_was_trained(
+    train: Train,
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original, out = dreambooth.save_weights, tmp_path / "out"
+    flags = {"use_ema": True, "checkpointing_steps": 2}
+    whole = train(**flags, output_dir=tmp_path / "whole")
+
+    def full(family: Any, settings: Any, folder: Path, *args: Any, **kwargs: Any) -> Any:
+        if folder.is_relative_to(out) and at_the_end:
+            raise SafetensorError("I/O error: No space left on device")
+        return original(family, settings, folder, *args, **kwargs)
+
+    at_the_end: list[int] = []
+    monkeypatch.setattr(dreambooth, "save_weights", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    at_step(3, lambda: at_the_end.append(1), monkeypatch)
+    error = str(train_until(WriteError, argv(**flags)))
+    [saved] = tmp_path.glob("coeff-*/checkpoint-3")
+    assert error.startswith("I/O error: No space left on device. ")
+    assert f"{saved} is whole, in the folder of temporary files: move it to {out}, where room must be made" in error
+    assert "The run goes on" not in capsys.readouterr().err
+    assert not list(out.glob("*.safetensors"))
+    shutil.move(saved, out)
+    at_the_end.clear()
+    monkeypatch.setattr(StableDiffusion, "errors", None)
+    assert_same_result(train(**flags, resume_from_checkpoint="latest"), whole)
+    assert (out / "README.md").exists()
+
+
+@pytest.mark.parametrize(("part", "cause"), [("run_calls", RuntimeError), ("write_card", OSError)])
+def test_what_fails_after_the_weights_can_be_done_again(
+    train: Train,
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    cause: Any,
+) -> None:
+    images = {"validation_prompt": ["a fox"], "num_validation_images": 1, "validation_num_inference_steps": 1}
+    flags = {"use_ema": True, **images}
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise cause(28, "this failed")
+
+    run = dreambooth.DreamBoothRun(parse_settings(argv(**flags)))
+    run.load_model()
+    run.add_adapters()
+    run.encode_prompts()
+    list(run.steps())
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth, part, fail)
+        with pytest.raises(WriteError if cause is OSError else cause) as info:
+            run.finish()
+    said = "\n".join([str(info.value), *getattr(info.value, "__notes__", [])])
+    assert "this failed" in said
+    assert f"{tmp_path / 'out' / 'checkpoint-3'} is whole; --resume_from_checkpoint latest resumes from it." in said
+    assert (tmp_path / "out" / "pytorch_coeff_weights.safetensors").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
+    result = run.finish()
+    assert result.images
+    assert result.model_card.exists()
+    monkeypatch.setattr(StableDiffusion, "errors", None)
+    assert_same_result(train(**flags, resume_from_checkpoint="latest"), result)
+
+
+def test_a_lora_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path, problem = tmp_path / "lora.safetensors", "cannot be written, and is as it was: full: .*lora.safetensors"
+    with pytest.raises(OSError, match=problem), lora._temporary_folder(tmp_path, path):
+        raise SafetensorError("full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_where_the_last_step_is_without_a_traceback() -> None:
+    with pytest.raises(SystemExit, match="error: it is in checkpoint-3"), exit_on_errors():
+        raise WriteError("it is in checkpoint-3")
 
 
 def test_a_log_and_images_that_cannot_be_written_do_not_end_the_run(
@@ -396,6 +547,41 @@ def test_images_may_be_moved_and_not_changed(train: Train, tmp_path: Path, image
         ImageOps.mirror(image).save(tmp_path / "moved" / "1.png")
     with pytest.raises(InputError, match="images or captions are others"):
         train(**moved, resume_from_checkpoint="latest")
+
+
+def test_a_base_model_that_was_changed_is_another_one(train: Train, base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "model")
+    flags = {"pretrained_model_name_or_path": model, "checkpointing_steps": 2}
+    whole = train(**flags)
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    kept, values = file.read_bytes(), load_file(file)
+    save_file({name: value * 1.001 for name, value in values.items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="the config or the weights of the denoiser at .*model are others"):
+        train(**flags, resume_from_checkpoint="latest")
+    file.write_bytes(kept)
+    state = torch.load(tmp_path / "out" / "checkpoint-2" / "state.pt")
+    del state["facts"]["denoiser"]  # as of earlier releases
+    write_checkpoint(tmp_path / "out" / "checkpoint-2", state)
+    assert_same_result(train(**flags, resume_from_checkpoint="latest"), whole)
+
+
+def test_a_denoiser_is_known_by_its_config_and_by_values_that_are_here() -> None:
+    unet = tiny_pipeline().unet
+    digest = denoiser_digest(unet)
+    assert denoiser_digest(tiny_pipeline().unet) == digest
+    defaults = list(unet.config["_use_default_values"])
+    unet.register_to_config(_name_or_path="elsewhere", later=1, _use_default_values=[*defaults, "later"])
+    assert denoiser_digest(unet) == digest
+    unet.register_to_config(_use_default_values=defaults)
+    assert denoiser_digest(unet) != digest
+    weight = nn.Parameter(torch.zeros(2, 3))
+    layer = SimpleNamespace(config={}, parameters=lambda: [weight])
+    here = denoiser_digest(layer)
+    for elsewhere in (weight.to("meta"), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(0, 3)):
+        layer.parameters = lambda value=elsewhere: [weight, nn.Parameter(value, requires_grad=False)]
+        assert denoiser_digest(layer) == here
+    layer.parameters = lambda: [nn.Parameter(torch.zeros(2, 3) + torch.tensor([0.0, 0.0, 1e-7]))]
+    assert denoiser_digest(layer) != here
 
 
 def test_a_loss_that_is_not_finite_names_images_and_checkpoint(

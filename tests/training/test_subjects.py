@@ -190,7 +190,7 @@ def test_each_subject_has_a_folder_with_its_file_card_and_settings(
     train_all()
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     each = ("pytorch_coeff_weights.safetensors", "README.md", "config.yaml")
-    assert found == {"config.yaml"} | {f"{name}/{file}" for name in NAMES for file in each}
+    assert found == {".run.lock", "config.yaml"} | {f"{name}/{file}" for name in NAMES for file in each}
     assert "instance_prompt: a sks cat\n" in (tmp_path / "out" / "cat" / "README.md").read_text()
     again = main(["--config", str(tmp_path / "out" / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     assert isinstance(again, dict)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -82,10 +85,21 @@ def save_lora(family: Family, folder: Path) -> Path:
         arguments[f"{part}_lora_layers"] = layers
         arguments[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     path = folder / LORA_WEIGHT_NAME_SAFE
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
+    with _temporary_folder(folder, path) as temporary:
         family.pipeline.save_lora_weights(temporary, **arguments)
         os.replace(Path(temporary) / LORA_WEIGHT_NAME_SAFE, path)
     return path
+
+
+@contextmanager
+def _temporary_folder(folder: Path, path: Path) -> Iterator[str]:
+    """In `folder`, for what libraries write. Raises OSError that names `path` where these have errors of their own."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        why = f"cannot be written, and is as it was: {getattr(error, 'strerror', None) or error}"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, why, str(path)) from error
 
 
 def save_peft(model: Any, folder: Path) -> Path:
@@ -93,7 +107,7 @@ def save_peft(model: Any, folder: Path) -> Path:
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 
     weights = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(model).items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as temporary:
+    with _temporary_folder(folder, folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
         model.peft_config["default"].save_pretrained(temporary)
         save_file(
             {name: value.contiguous() for name, value in weights.items()},

@@ -174,7 +174,7 @@ def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[P
         InputError: if there is no metadata or no such column, an entry cannot be read, is of an image that is not
             there or that another entry is of, or an image has no caption.
     """
-    path, entries, problems = _read_metadata(Path(folder))
+    path, entries, problems, unread = _read_metadata(Path(folder))
     columns = dict.fromkeys(name for entry in entries.values() for name in entry if name != "file_name")
     if entries and column not in columns:
         raise InputError(f"--caption_column: {path} has no column {column!r}; it has {', '.join(columns)}")
@@ -185,13 +185,15 @@ def read_captions(folder: str | Path, images: list[Path], column: str) -> dict[P
         name, text = entry.get("file_name"), entry.get(column)
         if not isinstance(name, str) or not isinstance(text, str):
             problems.append(f"{where} has no file_name and {column}")
+            unread.append(str(name))
         elif (image := find(name)) is None:
             problems.append(f"{where} names {name}, which is no image of the folder: correct it, or take it out")
         elif image in lines:
             problems.append(f"{where} names {name}, as {lines[image]} does: leave one of them")
         else:
             captions[image], lines[image] = text.strip(), where
-    problems += [f"{image.name} has no caption" for image in images if not captions.get(image)]
+    without = [image.name for image in images if not captions.get(image)]
+    problems += [f"{name} has no caption" for name in without if not any(name in text for text in unread)]
     if problems:
         raise InputError(f"--caption_column: {path}:\n  " + "\n  ".join(problems))
     return {image: captions[image] for image in images}
@@ -212,8 +214,8 @@ def _by_name(paths: Iterable[Path]) -> Callable[[str], Path | None]:
     return find
 
 
-def _read_metadata(folder: Path) -> tuple[Path, dict[str, dict[str, Any]], list[str]]:
-    """The metadata file, its entries by line, and what cannot be read in it."""
+def _read_metadata(folder: Path) -> tuple[Path, dict[str, dict[str, Any]], list[str], list[str]]:
+    """The metadata file, its entries by line, what is wrong with it, and the text that is not read because of it."""
     found = [path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).is_file()]
     if len(found) != 1:
         has = "has both metadata.jsonl and metadata.csv" if found else "has neither metadata.jsonl nor metadata.csv"
@@ -222,9 +224,9 @@ def _read_metadata(folder: Path) -> tuple[Path, dict[str, dict[str, Any]], list[
     return found[0], *(_csv_entries(text) if found[0].suffix == ".csv" else _json_entries(text))
 
 
-def _csv_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _csv_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
     reader = csv.reader(io.StringIO(text, newline=""))
-    entries, problems, names = {}, [], []
+    entries, problems, unread, names = {}, [], [], []
     try:
         names = next(reader, [])
         problems = [f"line 1 has the column {name} twice" for name in _twice(list(filter(None, names)))]
@@ -234,26 +236,30 @@ def _csv_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
                 problems.append(
                     f"{where} has {len(cells)} cells, and line 1 has {len(names)}: a text with commas stands in quotes"
                 )
+                unread.append(",".join(cells))
             elif cells:
                 entries[where] = dict(zip(names, cells))
     except csv.Error as error:
         problems.append(f"line {reader.line_num}: {error}; nothing after it is read. Is a quotation mark not closed?")
-    return entries, problems
+        unread.append(text)
+    return entries, problems, unread
 
 
-def _json_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    entries, problems = {}, []
+def _json_entries(text: str) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    entries, problems, unread = {}, [], []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines takes U+2028 and others within a text for ends
         try:
             entry = json.loads(line, object_pairs_hook=_object) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"line {number} is no JSON: {error}")
+            unread.append(line)
             continue
         if isinstance(entry, dict):
             entries[f"line {number}"] = entry
         elif entry is not None:
             problems.append(f"line {number} is no JSON object")
-    return entries, problems
+            unread.append(line)
+    return entries, problems, unread
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def make_writable(folder: str | Path, setting: str) -> Path:
             return Path(folder)
     except OSError as error:
         raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
+
+
+def missing_folders(folder: str | Path) -> list[Path]:
+    """What making `folder` would make: it and those above it that are not there."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not os.path.exists(path)]
 
 
 def check_output_folder(output_dir: str | Path) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from torch import nn
 
 from ..errors import InputError
 from ..images.files import TrainingImage
@@ -48,6 +50,10 @@ FREE_SETTINGS = {
     "gradient_checkpointing", "cache_latents", "cache_dir", "push_to_hub", "hub_model_id", "hub_token",
 }  # fmt: skip
 GROWING_SCHEDULES = ("constant", "constant_with_warmup")  # which do not depend on the number of steps
+
+
+class UnusableError(Exception):
+    """Why a checkpoint cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,10 @@ def find_checkpoint(asked: str | None, output_dir: str, say: Callable[[str], obj
     if asked != "latest":
         return _checkpoint_at(asked, output_dir, paths)
     for path in reversed(paths):
-        problem = problem_of(path)
-        if problem is None:
+        try:
             return read_checkpoint(path)
-        say(f"{path} is passed over: {problem}.")
+        except UnusableError as problem:
+            say(f"{path} is passed over: {problem}.")
     say(f"There is no whole checkpoint in {output_dir}: the run starts anew.")
     return None
 
@@ -110,9 +116,10 @@ def _checkpoint_at(asked: str, output_dir: str, paths: Sequence[Path]) -> Checkp
             f"--resume_from_checkpoint: {path} is not of {output_dir}, which holds checkpoints of its own; take "
             "another --output_dir"
         )
-    if problem := problem_of(path):
-        raise InputError(f"--resume_from_checkpoint: {path} cannot be used: {problem}")
-    return read_checkpoint(path)
+    try:
+        return read_checkpoint(path)
+    except UnusableError as problem:
+        raise InputError(f"--resume_from_checkpoint: {path} cannot be used: {problem}") from problem
 
 
 def problem_of(path: Path) -> str | None:
@@ -120,7 +127,7 @@ def problem_of(path: Path) -> str | None:
     try:
         listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         wrong = [name for name, entry in listed.items() if _fingerprint(path / name) != entry]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} and what it lists cannot be read ({error})"
     if STATE not in listed:
         return f"{MANIFEST} does not list {STATE}"
@@ -128,10 +135,39 @@ def problem_of(path: Path) -> str | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    if state["version"] != STATE_VERSION:
+    """Reads a checkpoint, if it is whole.
+
+    Raises:
+        UnusableError: if it is not, or not what a run has written.
+        InputError: if it is of another release.
+    """
+    if problem := problem_of(path):
+        raise UnusableError(problem)
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file makes of the reader
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UnusableError(f"{STATE} cannot be read ({reason})") from error
+    version = state.get("version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version != STATE_VERSION:
         raise InputError(f"--resume_from_checkpoint: {path} was written by another release of the script")
+    if not _is_state(state):
+        raise UnusableError(f"{STATE} holds no state of a run")
     return Checkpoint(path, state)
+
+
+def _is_state(state: Any) -> bool:
+    facts = state.get("facts") if isinstance(state, dict) else None
+    return (
+        isinstance(facts, dict)
+        and isinstance(facts.get("settings"), dict)
+        and "seed" in facts["settings"]
+        and {"images", "processes"} <= facts.keys()
+        and isinstance(state.get("losses"), list)
+        and all(isinstance(loss, float) for loss in state["losses"])
+        and isinstance(state.get("trainee"), dict)
+        and isinstance(state.get("version"), int)
+    )
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], write_weights: Callable[[Path], object]) -> Path:
@@ -202,11 +238,38 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def facts_of_run(settings: DreamBoothSettings, images: Sequence[TrainingImage], processes: int) -> dict[str, Any]:
-    """What must be the same for a run to be the same, in types that a state file may hold."""
+def facts_of_run(
+    settings: DreamBoothSettings, images: Sequence[TrainingImage], denoiser: nn.Module, processes: int
+) -> dict[str, Any]:
+    """What must be the same for a run to be the same, in types that a state file may hold.
+
+    Args:
+        settings: of the run.
+        images: that are trained on, of all subjects and classes.
+        denoiser: with nothing trained on it.
+        processes: how many there are.
+    """
     values = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
     shown = [[image.digest, image.prompt] for image in images]
-    return {"settings": values, "images": shown, "processes": processes}
+    return {"settings": values, "images": shown, "denoiser": denoiser_digest(denoiser), "processes": processes}
+
+
+def denoiser_digest(denoiser: Any) -> str:
+    """Of its config and of the first values of each parameter.
+
+    Left out is what may change without the model (names, defaults of a release of diffusers) and what this process
+    does not hold as plain numbers: shards, offloaded and quantised parameters.
+    """
+    config = {name: value for name, value in denoiser.config.items() if not name.startswith("_")}
+    given = {name: config[name] for name in config.keys() - set(denoiser.config.get("_use_default_values", []))}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    for parameter in denoiser.parameters():
+        values = parameter.detach()
+        plain = type(parameter.data) is torch.Tensor and not values.is_meta and values.is_floating_point()
+        if plain and values.numel():
+            first = (values[0] if values.ndim else values).flatten()[:16]
+            digest.update(first.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
@@ -222,6 +285,9 @@ def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         problems.append(f"there were {there['processes']} processes, are {here['processes']}")
     if there["images"] != here["images"]:
         problems.append("images or captions are others")
+    if there.get("denoiser", here["denoiser"]) != here["denoiser"]:  # checkpoints of earlier releases have none
+        model = new["pretrained_model_name_or_path"]
+        problems.append(f"the config or the weights of the denoiser at {model} are others: put those back")
     if problems:
         raise InputError(
             f"--resume_from_checkpoint: {checkpoint.path} is of another run, which this one cannot go on with:\n  "
@@ -280,14 +346,43 @@ class Checkpoints:
         if self.resumed is None:
             return
         kept = self.resumed.state
-        own = self.subjects.own_state(kept["trainee"], self.accelerator)
-        state.load_state_dict(own, kept["losses"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(kept["scaler"])
+        try:
+            own = self.subjects.own_state(kept["trainee"], self.accelerator)
+            state.load_state_dict(own, kept["losses"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(kept["scaler"])
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint: {self.resumed.path}: its {STATE} does not fit this run "
+                f"({type(error).__name__}: {error}); resume from another checkpoint"
+            ) from error
         self.accelerator.print(f"Resumes from {self.resumed.path}, after step {self.resumed.step}.")
 
     def save(self, state: TrainingState) -> None:
         """Saves; if that fails, as on a full disk, it says so, and the run goes on with the last one kept."""
+        self._save(state, [self.folder])
+
+    def save_last(self, state: TrainingState) -> str:
+        """Has the state of the last step in a checkpoint, in the folder of temporary files if the run's takes none.
+
+        Returns:
+            What is safe, and how to go on.
+        """
+        temporary = None
+        if self.last is None or self.last.name != f"checkpoint-{len(state.losses)}":
+            temporary = Path(tempfile.gettempdir()) / f"coeff-{secrets.token_hex(4)}"
+            self._save(state, [self.folder, temporary])
+        if self.last is not None and self.last.parent == temporary:
+            return (
+                f"{self.last} is whole, in the folder of temporary files: move it to {self.folder}, where room must "
+                "be made; then --resume_from_checkpoint latest writes what lacks."
+            )
+        return self.safe_text()
+
+    def _save(self, state: TrainingState, folders: Sequence[Path]) -> None:
+        """Into the first of `folders` that takes it; the output folder, or a new one in another."""
         of_all = self.subjects.gather_state(state.state_dict())
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -302,13 +397,17 @@ class Checkpoints:
                 with state.averaged():
                     self.write_weights(folder)
 
-            try:
-                self.last = save_checkpoint(self.folder, kept, write_weights)
-            except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
-                problem = f"checkpoint-{len(state.losses)} could not be written: {error}. {self.safe_text()}"
-                print(f"{problem} The run goes on.", file=sys.stderr)
-            else:
-                self._remove_others(self.last)
+            for folder in folders:
+                try:
+                    folder.mkdir(exist_ok=True)
+                    self.last = save_checkpoint(folder, kept, write_weights)
+                except (OSError, RuntimeError, SafetensorError) as error:  # the latter two where libraries write
+                    problem = f"checkpoint-{len(state.losses)} could not be written: {error}. {self.safe_text()}"
+                    print(problem + (" The run goes on." if len(folders) == 1 else ""), file=sys.stderr)
+                else:
+                    if folder == self.folder:
+                        self._remove_others(self.last)
+                    break
         last = [self.last]
         broadcast_object_list(last)  # after which all have waited for the main process
         self.last = last[0]

@@ -15,18 +15,20 @@ from __future__ import annotations
 import math
 import secrets
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from safetensors import SafetensorError
 
 import coeff_diffusers
 from coeff_diffusers import coeff_adapters
@@ -40,6 +42,7 @@ from ..adapters import (
     save_weights,
     trainable_parameters_text,
 )
+from ..errors import WriteError
 from ..families import Family, find_family, load_family
 from ..families.single_file import is_single_file
 from ..images.buckets import buckets_text, nearest_bucket
@@ -47,7 +50,7 @@ from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
 from ..images.latents import encode_crops, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
-from ..results.files import check_output_folder, size_text, write_grid, write_text
+from ..results.files import check_output_folder, missing_folders, size_text, write_grid, write_text
 from ..results.hub import check_hub, open_repository, push
 from ..results.model_card import how_to_use, write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
@@ -55,6 +58,7 @@ from ..results.validation import all_prompts, final_prompts, run_calls, validati
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
 from ..settings.rules import parse_buckets
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
 from .memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders
 from .optimizers import check_optimizer
@@ -63,6 +67,8 @@ from .state import TrainingState
 from .step import DenoisingStep
 from .stopping import stop_request
 from .subjects import ManySubjects, OneSubject, Subjects
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,13 @@ class DreamBoothRun:
     def __init__(
         self, settings: DreamBoothSettings, images: GivenImages | None = None, *, cancel: Event | None = None
     ) -> None:
+        self._lock: OutputLock | None = None
+        self._made = missing_folders(settings.output_dir)
+        self._cancel = cancel
+        with self._holding_folder():
+            self._start(settings, images)
+
+    def _start(self, settings: DreamBoothSettings, images: GivenImages | None) -> None:
         check_optimizer(settings)
         check_trackers(settings.report_to)
         check_hub(settings)
@@ -154,15 +167,32 @@ class DreamBoothRun:
         self.subjects: Subjects = ManySubjects(settings.subjects) if settings.subjects else OneSubject()
         self.images = self.subjects.read_images(settings, images)
         for alone in self.subjects.settings(settings).values():
+            self._made = list(dict.fromkeys((*missing_folders(alone.output_dir), *self._made)))
             check_output_folder(alone.output_dir)
         self._kind = find_family(settings)
-        self._cancel = cancel
         self.accelerator: Accelerator = start_accelerator(settings, settings)
         check_processes(settings, settings, self.subjects.several, self.accelerator)
         self.own = self.subjects.own(self.accelerator)
+        if self.accelerator.is_main_process:
+            self._lock = OutputLock(settings.output_dir, list(self.images) if self.subjects.several else ())
+            weakref.finalize(self, self._lock.release)
+        take_together(self._lock)
         self.resumed = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir, self.accelerator.print)
         check_agreement(self.resumed)
         self.settings = with_seed_of(self.resumed, settings)
+
+    @contextmanager
+    def _holding_folder(self) -> Iterator[None]:
+        """Has the output folder for this run; after an error, lets go of it, and of what was made and is empty."""
+        if self._lock:
+            self._lock.take()
+        try:
+            yield
+        except BaseException:
+            if self._lock:
+                self._lock.release()
+            remove_empty_folders(self._made)
+            raise
 
     def load_model(self) -> None:
         """The base model, frozen, and class images, where they are missing.
@@ -170,6 +200,11 @@ class DreamBoothRun:
         Raises:
             InputError: if the settings do not go with this model, or with the checkpoint that is resumed.
         """
+        with self._holding_folder():
+            self._load_model()
+        self._made = []  # from here on they are of use
+
+    def _load_model(self) -> None:
         settings, accelerator = self.settings, self.accelerator
         dtype = DTYPES[accelerator.mixed_precision]
         family = load_family(self._kind, settings, settings, accelerator.device, dtype, settings.fsdp)
@@ -203,7 +238,7 @@ class DreamBoothRun:
                 for name, each in self.alone.items()
             }
         everything = [*chain(*self.images.values()), *chain(*self._classes.values())]
-        self._facts = facts_of_run(settings, everything, accelerator.num_processes)
+        self._facts = facts_of_run(settings, everything, family.denoiser, accelerator.num_processes)
         if self.subjects.several:
             texts = (f"{name} ({len(images)} pictures)" for name, images in self.images.items())
             self._facts["settings"]["subjects"] = ", ".join(texts)
@@ -225,7 +260,11 @@ class DreamBoothRun:
         return int(self.settings.max_train_steps or 0)
 
     def add_adapters(self) -> None:
-        """Puts on what is trained, and restores the checkpoint that is resumed."""
+        """Puts on what is trained."""
+        with self._holding_folder():
+            self._add_adapters()
+
+    def _add_adapters(self) -> None:
         settings, family, accelerator = self.settings, self.family, self.accelerator
         set_seed(self.seed)  # of the LoRA's first values, the same in all processes
         parameters = {name: add_adapters(family, self.alone[name], self._prompt, name) for name in self.own}
@@ -258,6 +297,10 @@ class DreamBoothRun:
 
     def encode_prompts(self) -> None:
         """Of training and of validation, once; text encoders that do not train are released."""
+        with self._holding_folder():
+            self._encode_prompts()
+
+    def _encode_prompts(self) -> None:
         family = self.family
         self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
         prompts = [*chain(*(each.prompts for each in self._shown.values()))]
@@ -277,7 +320,12 @@ class DreamBoothRun:
         Raises:
             FloatingPointError: if the loss, or a trainable parameter, is no longer finite.
             Stopped: after a signal or `cancel`; a checkpoint has been saved.
+            InputError: if the checkpoint that is resumed does not fit, or another run was started into the folder.
         """
+        with self._holding_folder():
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[TrainingStep]:
         settings, family, accelerator, state = self.settings, self.family, self.accelerator, self.state
         start_trackers(settings.public(), accelerator)
         self.checkpoints.restore(state)
@@ -325,6 +373,8 @@ class DreamBoothRun:
 
     def _after_step(self, request: Any) -> None:
         """Saves, stops and validates, where it is time to."""
+        if self._lock:
+            self._lock.take()
         settings, state, steps = self.settings, self.state, self.max_train_steps
         done = len(state.losses)
         rate = settings.learning_rate if settings.coeff and settings.optimizer != "prodigy" else None
@@ -344,35 +394,72 @@ class DreamBoothRun:
     def finish(self) -> TrainingResult | dict[str, TrainingResult] | None:
         """Writes weights, validation images, model card and settings; uploads them if asked for.
 
+        What fails leaves a checkpoint of the last step behind. `finish()` again, or a run with
+        `--resume_from_checkpoint latest`, does the rest without training.
+
         Raises:
             RuntimeError: before all steps are done, or if the upload fails.
+            WriteError: if something could not be written, as on a full disk.
         """
-        settings, accelerator, state = self.settings, self.accelerator, self.state
-        if len(state.losses) < self.max_train_steps:
-            raise RuntimeError(
-                f"{len(state.losses)} of {self.max_train_steps} steps are done: finish() comes after all"
-            )
-        writes = self.subjects.writes(accelerator)
-        with state.averaged():
-            weights = {
-                name: self._write_weights(name, Path(self.alone[name].output_dir)) for name in self.own if writes
-            }
-            images = self._validate({name: final_prompts(each) for name, each in self.alone.items()})
+        done, steps = len(self.state.losses), self.max_train_steps
+        if done < steps:
+            raise RuntimeError(f"{done} of {steps} steps are done: finish() comes after all")
+        with self._holding_folder():
+            result = self._finish()
+        if self._lock:
+            self._lock.release()
+        return result
+
+    def _finish(self) -> TrainingResult | dict[str, TrainingResult] | None:
+        settings, accelerator, alone = self.settings, self.accelerator, self.alone
+        own = self.own if self.subjects.writes(accelerator) else []
+        weights = self._keeping_last_step(
+            lambda: {name: self._write_weights(name, Path(alone[name].output_dir)) for name in own}
+        )
+        final = {name: final_prompts(each) for name, each in alone.items()}
+        images = self._keeping_last_step(lambda: self._make_images(final))
         accelerator.print(peak_memory_text(accelerator))
+        results = self._keeping_last_step(
+            lambda: {name: self._write_results(name, weights[name], images.get(name, [])) for name in own}
+        )
         end_training(accelerator)
-        if not writes:
-            return None
-        results = {name: self._write_results(name, weights[name], images.get(name, [])) for name in self.own}
         if self.repository:
             folder = Path(settings.output_dir)
             address = push(settings, self.repository, folder, settings.logging_dir, self.max_train_steps)
             print(f"Pushed: {address}")
-        return results if self.subjects.several else results[self.own[0]]
+        if not own:
+            return None
+        return results if self.subjects.several else results[own[0]]
+
+    def _keeping_last_step(self, write: Callable[[], T]) -> T:
+        """What `write` returns, with the averages in place; if it fails in any process, a checkpoint is made first."""
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            with self.state.averaged():
+                result = write()
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+        if not any(gather_object([failure is not None])):
+            return cast(T, result)
+        safe = self.checkpoints.save_last(self.state)
+        if failure is None:
+            raise WriteError(f"the end of the run failed in another process. {safe}")
+        if isinstance(failure, OSError | SafetensorError):
+            raise WriteError(f"{failure}. {safe}") from failure
+        failure.add_note(f"Training is done, and this came after it. {safe}")
+        raise failure
 
     def _calls(self, name: str, prompts: tuple[str, ...]) -> list[list[Any]]:
         return validation_calls(self.family, prompts, self.alone[name], self.seed, self.resolution)
 
     def _validate(self, prompts: dict[str, tuple[str, ...]]) -> dict[str, list[Path]]:
+        """As [`_make_images`]; then all processes go on together."""
+        files = self._make_images(prompts)
+        self.accelerator.wait_for_everyone()
+        return files
+
+    def _make_images(self, prompts: dict[str, tuple[str, ...]]) -> dict[str, list[Path]]:
         """Generates, writes and logs images of each subject: subject -> the files, the grid's first."""
         files, writes = {}, self.subjects.writes(self.accelerator)
         for name in self.own:
@@ -383,7 +470,6 @@ class DreamBoothRun:
                 if writes:
                     labels = [self.subjects.label(name, prompt) for prompt in prompts[name]]
                     files[name] = self._write_images(name, dict(zip(labels, rows)))
-        self.accelerator.wait_for_everyone()
         return files
 
     def _write_images(self, name: str, rows: dict[str, list[Any]]) -> list[Path]:
