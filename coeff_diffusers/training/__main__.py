@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..console import hush
 from .errors import exit_on_errors
 from .settings import parse_settings
 
@@ -13,7 +12,6 @@ from .settings import parse_settings
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the flags `argv` say; `None` are this process's own. Ends the process with a message if it cannot."""
     settings = parse_settings(argv)
-    hush()
     from .run.dreambooth import train_dreambooth  # late, for it takes seconds, and --help needs none of it
 
     train_dreambooth(settings)

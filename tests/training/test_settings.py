@@ -448,7 +448,7 @@ def test_an_output_folder_on_a_full_disk_is_an_error_before_anything_is_loaded(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coeff_diffusers.training.results.files.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("coeff_diffusers.training.writing.tempfile.TemporaryFile", full)
     with pytest.raises(InputError, match="cannot be written: .*No space left on device"):
         main(argv())
 

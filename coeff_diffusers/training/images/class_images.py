@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..families import Family
-from ..results.files import make_writable, write_image
 from ..settings.dreambooth import PriorSettings
+from ..writing import make_writable, write_image
 from .dreambooth_dataset import seed_of
 from .files import TrainingImage, file_images, find_images
 

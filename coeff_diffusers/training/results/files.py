@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from coeff_diffusers.checkpoint import whole_file
-
 from ..errors import InputError
-
-
-def make_writable(folder: str | Path, setting: str) -> Path:
-    """Makes the folder and tries to write into it.
-
-    Raises:
-        InputError: if either fails.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Path(folder)
-    except OSError as error:
-        raise InputError(f"--{setting}: {folder} cannot be written: {error}") from error
+from ..writing import make_writable, write_image
 
 
 def missing_folders(folder: str | Path) -> list[Path]:
@@ -42,18 +26,6 @@ def check_output_folder(output_dir: str | Path) -> None:
     folder = make_writable(output_dir, "output_dir")
     if (folder / "README.md").exists() and not (folder / "config.yaml").exists():
         raise InputError(f"--output_dir: {folder} holds a README.md of no training run, which would be overwritten")
-
-
-def write_text(text: str, path: Path) -> Path:
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-    return path
-
-
-def write_image(image: Image.Image, path: Path) -> Path:
-    with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
-    return path
 
 
 def write_grid(rows: list[list[Image.Image]], folder: Path) -> list[Path]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.hub_utils import populate_model_card
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from coeff_diffusers.checkpoint import public_name
 
 from ..families.single_file import is_single_file
-from .files import write_text
+from ..writing import write_text
 
 NAMES = {
     "coefficients": "attention coefficients (Coeff-Tuning, arXiv 2503.18337)",
@@ -37,6 +38,7 @@ def write_card(
     validation_prompts: Sequence[str],
     images_per_prompt: int,
     images: list[Path],
+    sampling: Mapping[str, Any],
 ) -> Path:
     """Writes `folder / README.md`.
 
@@ -53,6 +55,7 @@ def write_card(
         validation_prompts: one per row of the grid.
         images_per_prompt: of a row.
         images: the last validation's grid, and its single images row by row; empty if there was none.
+        sampling: the base model's own arguments of its call.
     """
     base = public_name(base_model)
     singles = [path.relative_to(folder).as_posix() for path in images[1:]]
@@ -63,7 +66,7 @@ def write_card(
         instance_prompt=instance_prompt,
         widget=[{"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, singles)] or None,
     )
-    use = how_to_use(base, pipeline_class, instance_prompt, weights, THIS_FOLDER, is_single_file(base_model))
+    use = how_to_use(base, pipeline_class, instance_prompt, weights, THIS_FOLDER, is_single_file(base_model), sampling)
     what = " and ".join(f"{count:,} {NAMES[kind]}" for kind, count in sorted(trained.items()))
     parts = [
         f"# {folder.resolve().name}\n\nTrained on images of one subject with coeff_diffusers: {what} beside the "
@@ -93,6 +96,7 @@ def how_to_use(
     weights: dict[str, Path],
     folder: str,
     single_file: bool,
+    sampling: Mapping[str, Any],
 ) -> str:
     """Lines of Python that load what was trained, and generate.
 
@@ -103,6 +107,7 @@ def how_to_use(
         weights: `"coefficients"` or `"lora"` or both -> the file.
         folder: that the files are in.
         single_file: whether the base model is one.
+        sampling: the base model's own arguments of its call.
     """
     imports, loads = [f"from diffusers import {pipeline_class}"], []
     if "coefficients" in weights:
@@ -116,7 +121,8 @@ def how_to_use(
             loads.append(f"PeftModel.from_pretrained(pipe.transformer, {_text(folder)})")
     load = "from_single_file" if single_file else "from_pretrained"
     create = f"pipe = {pipeline_class}.{load}({_text(base_model)})"
-    return "\n".join([*imports, "", create, *loads, f"image = pipe({_text(instance_prompt)}).images[0]"])
+    arguments = ", ".join([_text(instance_prompt), *(f"{name}={value!r}" for name, value in sampling.items())])
+    return "\n".join([*imports, "", create, *loads, f"image = pipe({arguments}).images[0]"])
 
 
 def _text(value: str) -> str:

@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 
 import coeff_diffusers
 from coeff_diffusers import coeff_adapters
-from coeff_diffusers.console import escaped_output
+from coeff_diffusers.console import escaped_output, hush
+from coeff_diffusers.sampling import sampling_defaults
 
 from ..adapters import (
     add_adapters,
@@ -50,13 +51,14 @@ from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
 from ..images.latents import encode_crops, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
-from ..results.files import check_output_folder, missing_folders, size_text, write_grid, write_text
+from ..results.files import check_output_folder, missing_folders, size_text, write_grid
 from ..results.hub import check_hub, open_repository, push
 from ..results.model_card import how_to_use, write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
 from ..results.validation import all_prompts, final_prompts, run_calls, validation_calls
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
 from ..settings.rules import parse_buckets
+from ..writing import write_text
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
@@ -122,6 +124,7 @@ def train_dreambooth(
         FloatingPointError: if a loss is no longer finite.
         Stopped: after SIGTERM, Ctrl-C or `cancel`; a checkpoint has been saved.
     """
+    hush()
     run = DreamBoothRun(settings, images, cancel=cancel)
     run.load_model()
     run.add_adapters()
@@ -209,6 +212,7 @@ class DreamBoothRun:
         dtype = DTYPES[accelerator.mixed_precision]
         family = load_family(self._kind, settings, settings, accelerator.device, dtype, settings.fsdp)
         self.family: Family = family
+        self._sampling = sampling_defaults(family.pipeline)
         alone = self.subjects.settings(settings)
         prompts = [image.prompt for image in chain(*self.images.values())]
         prompts += chain(*((*filter(None, [each.class_prompt]), *all_prompts(each)) for each in alone.values()))
@@ -514,13 +518,16 @@ class DreamBoothRun:
             weights=weights,
             validation_prompts=final_prompts(alone),
             images_per_prompt=alone.num_validation_images,
+            sampling=self._sampling,
             images=images,
         )
         print("Written:")
         for file in [*weights.values(), *images[:1], model_card, settings_file]:
             print(f"  {file} ({size_text(file)})")
         base, kind = alone.pretrained_model_name_or_path, type(self.family.pipeline).__name__
-        lines = how_to_use(base, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(base))
+        lines = how_to_use(
+            base, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(base), self._sampling
+        )
         print("To use it:\n  " + lines.replace("\n\n", "\n").replace("\n", "\n  "))
         return TrainingResult(
             settings=alone,

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from ..errors import InputError
-from ..results.files import write_text
+from ..writing import write_text
 
 LOCK, OWNER = ".run.lock", ".run.json"
 
