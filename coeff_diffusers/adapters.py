@@ -7,7 +7,6 @@ coefficients, its text encoders and ControlNets where they are asked for. A text
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,12 +34,11 @@ from .record import (
     put_states,
     remove_record,
 )
-from .resolved import SWAP, Adapter
+from .resolved import CHANGES, SWAP, Adapter
 from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
 WeightBy = float | Mapping[str, float]  # of all layers, or of those that a pattern matches
-CHANGES = threading.RLock()  # held by what adds, replaces or removes adapters, from its checks to its end
 
 
 def add_coeff_adapter(
@@ -360,13 +358,13 @@ def layer_coefficients(model: Any) -> list[LayerCoefficients]:
 
 
 def records_of(model: Any) -> list[ModelRecord]:
-    """The records of a model's or a pipeline's components that have coefficients, held or lost.
+    """The records of a model's or a pipeline's components that have coefficients, held or lost, or a store.
 
     Raises:
         ValueError: if there are none.
     """
     records = _take_records(model)
-    if not any(record.state.adapters for record in records):
+    if not any(record.state.adapters or record.store is not None for record in records):
         raise ValueError(f"{type(model).__name__} has no coefficients: add_coeff_adapter or load_coeff_weights first")
     return records
 
@@ -380,7 +378,9 @@ def _take_records(model: Any) -> list[ModelRecord]:
             model_record(parts[path.partition(".")[0]]).take(layer.processor.coefficients)
     for called, part in _called_objects(model):
         begin_outside(called, part)
-    return _records([*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())])
+    found = _records([*_coefficients(held).values(), *(coefficients for _, coefficients in lost.values())])
+    stored = (record for part in parts.values() if (record := known_record(part)) and record.store is not None)
+    return list(dict.fromkeys([*found, *stored]))
 
 
 def _records(layers: Iterable[LayerCoefficients]) -> list[ModelRecord]:

@@ -37,6 +37,7 @@ from .config import CoeffConfig
 from .files import check_file_name, check_subfolder, check_text, printable, whole_file
 from .layers import attention_layers, check_softmax, head_count, reason_left_out
 from .processor import CoeffAttnProcessor
+from .resolved import CHANGES
 from .text import check_text_encoder, is_text_encoder
 
 COEFF_WEIGHT_NAME = "pytorch_coeff_weights.safetensors"
@@ -166,6 +167,27 @@ def load_coeff_weights(
         path = find_file(source, weight_name, subfolder, **hub)
         state_dict, header = read_file(path)
         description, origin = header["coeff_diffusers"], printable(path)
+    with CHANGES:  # the checks are still true when the adapter is put in place
+        if hotswap:
+            known_coefficients(model, [adapter_name])
+        else:
+            check_new_adapter_name(model, adapter_name, activate)
+        return _put(
+            model, state_dict, description, origin, adapter_name, strict, hotswap, allow_large_values, activate
+        )
+
+
+def _put(
+    model: Any,
+    state_dict: dict[str, Tensor],
+    description: dict[str, Any] | None,
+    origin: str,
+    adapter_name: str,
+    strict: bool,
+    hotswap: bool,
+    allow_large_values: bool,
+    activate: bool,
+) -> dict[str, str]:
     problems = differences(model, state_dict, description, allow_large_values)
     if hotswap:
         problems |= _other_layers(model, adapter_name, state_dict)

@@ -24,6 +24,7 @@ from .adapters import (
 )
 from .choice import Choice, Entry, entered, entry_of, is_entered
 from .images import images_of_call
+from .resolved import CHANGES
 
 
 @contextmanager
@@ -62,8 +63,9 @@ def coeff_per_sample(
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each image, got {adapter_names!r}")
     names = list(adapter_names)
-    out_of_store(model, names)
-    known_coefficients(model, [name for name in dict.fromkeys(names) if name is not None])
+    with CHANGES:
+        out_of_store(model, names)
+        known_coefficients(model, [name for name in dict.fromkeys(names) if name is not None])
     weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
     if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):
         raise ValueError(f"{len(names)} names need as many finite weights, and at least one, got {weights}")

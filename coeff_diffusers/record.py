@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -22,7 +23,7 @@ from .backward import keep_for_backward, next_node, resolved_of_backward
 from .choice import BASE, Choice, Mixture, checked_scale, entry_of, read_choice, without_choice
 from .images import batch_size, images_of_call
 from .layers import accelerator_of
-from .resolved import NOTHING, SWAP, Adapter, Added, Layout, Resolved, resolve
+from .resolved import CHANGES, NOTHING, SWAP, Adapter, Added, Layout, Resolved, resolve
 
 if TYPE_CHECKING:
     from .coefficients import LayerCoefficients
@@ -149,9 +150,7 @@ class ModelRecord:
         stated, scale, kwargs = without_choice(kwargs)
         factor = 1.0 if scale is None else checked_scale(scale)
         choice = read_choice(stated[0]) if stated else None
-        if self.store is not None:
-            self._load(choice)
-        with SWAP:
+        with self._loaded(choice), SWAP:
             resolved = self._resolve(choice, factor, args, kwargs)
         if self.steps.laid_out is not resolved:
             self.steps.laid_out = None
@@ -159,7 +158,7 @@ class ModelRecord:
                 coefficients.slot.added = resolved.at(coefficients.number)
             self.steps.laid_out = resolved
         first_node = next_node() if torch.is_grad_enabled() else None
-        _slots.call = Call(self.key, resolved, _slots.call, first_node, outside)
+        _slots.call = Call(self.key, resolved, _running_call(None if outside else self.key), first_node, outside)
         return kwargs
 
     def is_begun_outside(self) -> bool:
@@ -203,15 +202,22 @@ class ModelRecord:
 
     # Choices
 
-    def _load(self, choice: Choice | None) -> None:
-        """Has the store load what a call names; of a pipeline's call, before its first step."""
+    @contextmanager
+    def _loaded(self, choice: Choice | None) -> Iterator[None]:
+        """Inside, no other call drives out of the store what this one names. A pipeline's call asks once a name."""
+        store = self.store
+        if store is None:
+            yield
+            return
         entry = entry_of(self)
         names = choice.names if choice is not None else [] if entry is None else entry.choice.names
         asked = running.asked(self.key)
         new = [name for name in names if name not in asked]
-        if new:
-            self.store.load(new)
-            asked.update(new)
+        with CHANGES if new else nullcontext():
+            if new:
+                store.load(new)
+                asked.update(new)
+            yield
 
     def _resolve(self, stated: Choice | None, scale: float, args: Any, kwargs: dict[str, Any]) -> Resolved:
         state = self._state_of_call()
@@ -407,6 +413,23 @@ def _device_of(args: Any, kwargs: Any) -> torch.device | None:
     return None
 
 
+def _running_call(beginning: str | None) -> Call | None:
+    """The innermost call that is running in this thread, without those that ended by a KeyboardInterrupt.
+
+    torch runs no hook after those, always called or not.
+
+    Args:
+        beginning: the key of the call that begins here, if torch has called its model already.
+    """
+    call = _slots.call
+    while call is not None and not call.outside:
+        record = _records.get(call.key)
+        if record is not None and running.calls_here(record.model) > (call.key == beginning):
+            break
+        call = call.before
+    return call
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _before_trace(key: str) -> bool:
     """Moves Delta to its layers, so that nothing compiled copies it each time.
@@ -440,7 +463,8 @@ def hook_record(model: nn.Module, record: ModelRecord) -> None:
 
 
 def known_record(model: nn.Module) -> ModelRecord | None:
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ModelRecord)), None)
+    hooks = list(model._forward_pre_hooks.values())  # at once, for other threads may add some
+    return next((hook for hook in hooks if isinstance(hook, ModelRecord)), None)
 
 
 def remove_record(model: nn.Module) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .choice import Mixture, Weight
 from .config import CoeffConfig
 
+# Held by what adds, replaces or removes adapters, from its checks to its end; taken before SWAP, never inside it.
+CHANGES = threading.RLock()
 SWAP = threading.RLock()  # held while adapters are replaced, and while a call takes those that it goes by
 
 

@@ -8,6 +8,7 @@ they are noted in its frame, and gone with it.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 _NOTES = "<coefficients>"  # no name that a local variable can have
+_CALL = re.compile(r"(torch_dynamo_resume_in_)?_call_impl")
 
 
 def pipeline_calls() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -31,6 +33,12 @@ def other_calls(model: nn.Module | None) -> list[FrameType]:
     here = threading.get_ident()
     stacks = [_up(frame) for thread, frame in sys._current_frames().items() if thread != here]
     return [frame for stack in stacks for frame in stack if _is_call(frame, model)]
+
+
+def calls_here(model: nn.Module | None) -> int:
+    """How many calls of this model are running in this thread, one in the other."""
+    frames = [frame for frame in _up(sys._getframe(1)) if _CALL.match(frame.f_code.co_name)]
+    return sum(frame.f_locals.get("self") is model for frame in frames)
 
 
 def note(frame: FrameType, key: str, value: Any) -> None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import CHANGES, components, denoisers
+from .adapters import components, denoisers
 from .checkpoint import COEFF_WEIGHT_NAME, load_coeff_weights
+from .files import printable
 from .record import known_record, model_record, put_states
+from .resolved import CHANGES
 
 _NAME = re.compile(r"[\w-][\w -]*")
 _COLLECTION = re.compile(r"[^/]+/.+-[0-9a-f]{24}")
@@ -46,9 +47,9 @@ class AdapterStore:
             raise ValueError(f"max_resident must be at least 1, got {max_resident}")
         self.source, self.max_resident, self.hub = source, max_resident, hub
         self.model: Any = None
+        self._folder: Path | None = None  # once it was found
         self._resident: OrderedDict[str, tuple[Path, tuple[int, int]]] = OrderedDict()  # the next to leave first
         self._listed: dict[str, str] | None = None  # of the Hub: name -> file, or repository
-        self._lock = threading.RLock()
 
     def attach(self, model: Any) -> AdapterStore:
         """Has calls of a model, or of a pipeline and those that share its models, find their adapters here.
@@ -67,17 +68,18 @@ class AdapterStore:
 
     def detach(self) -> None:
         """Leaves the model with the adapters that are loaded."""
-        for part in components(self.model).values() if self.model is not None else ():
-            record = known_record(part)
-            if record is not None and record.store is self:
-                record.store = None
-        self.model = None
-        self._resident.clear()
+        with CHANGES:
+            for part in components(self.model).values() if self.model is not None else ():
+                record = known_record(part)
+                if record is not None and record.store is self:
+                    record.store = None
+            self.model = None
+            self._resident.clear()
 
     def names(self) -> list[str]:
         """All names that can be asked for."""
-        folder = Path(self.source)
-        if not folder.is_dir():
+        folder = self._find_folder()
+        if folder is None:
             return sorted(self._of_hub())
         files = [path.stem for path in folder.glob("*.safetensors")]
         return sorted({*files, *(path.parent.name for path in folder.glob(f"*/{COEFF_WEIGHT_NAME}"))})
@@ -97,7 +99,7 @@ class AdapterStore:
         Raises:
             ValueError: if there is no such name, a file does not fit the model, or they are more than `max_resident`.
         """
-        with self._lock:
+        with CHANGES:  # others wait, and find them
             wanted = [name for name in names if name in self._resident or not self._is_held(name)]
             if len(wanted) > self.max_resident:
                 raise ValueError(
@@ -119,9 +121,8 @@ class AdapterStore:
         if self._resident.get(name) == version and self._is_held(name):
             self._resident.move_to_end(name)
             return
-        with CHANGES:  # others wait, and find it
-            self._drop([name])
-            load_coeff_weights(self.model, path, adapter_name=name, activate=False)
+        self._drop([name])
+        load_coeff_weights(self.model, path, adapter_name=name, activate=False)
         self._resident[name] = version
 
     def _leave(self, wanted: Sequence[str]) -> None:
@@ -133,13 +134,12 @@ class AdapterStore:
         gone = [name for name in names if self._resident.pop(name, None) is not None]
         if not gone:
             return
-        with CHANGES:
-            put_states(
-                {
-                    record: record.having({n: a for n, a in record.state.adapters.items() if n not in gone})
-                    for record in self._records()
-                }
-            )
+        put_states(
+            {
+                record: record.having({n: a for n, a in record.state.adapters.items() if n not in gone})
+                for record in self._records()
+            }
+        )
 
     def _is_held(self, name: str) -> bool:
         return any(name in record.state.adapters for record in self._records())
@@ -151,12 +151,21 @@ class AdapterStore:
         """The file of a name; `None` if there is none. Names do not lead out of the folder."""
         if not _NAME.fullmatch(name):
             return None
-        folder = Path(self.source)
-        if folder.is_dir():
+        folder = self._find_folder()
+        if folder is not None:
             paths = [folder / f"{name}.safetensors", folder / name / COEFF_WEIGHT_NAME]
-            return next((path for path in paths if path.is_file()), None)
+            return next((path for path in paths if os.path.isfile(path)), None)  # also of names that are too long
         found = self._of_hub().get(name)
         return None if found is None else self._download(found)
+
+    def _find_folder(self) -> Path | None:
+        """The folder; `None` if the source is on the Hub. What was a folder once is never looked for on the Hub."""
+        source = Path(self.source)
+        if self._folder is None and (source.is_dir() or source.is_absolute()):
+            self._folder = source.absolute()
+        if self._folder is not None and not self._folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {printable(self._folder)} of adapters any more, or yet")
+        return self._folder
 
     def _of_hub(self) -> dict[str, str]:
         """Name -> file of the repository, or repository of the collection."""

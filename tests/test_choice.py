@@ -22,6 +22,7 @@ from test_per_sample import generated, same, tiny_pipeline, with_adapters
 from tiny_models import FAMILIES
 from torch.utils.checkpoint import checkpoint
 
+import coeff_diffusers.checkpoint as checkpoint_file
 from coeff_diffusers import (
     coeff_adapters,
     coeff_disabled,
@@ -33,6 +34,7 @@ from coeff_diffusers import (
     get_active_coeff_adapters,
     list_coeff_adapters,
     load_coeff_weights,
+    save_coeff_weights,
     set_coeff_adapters,
     unload_coeff_weights,
 )
@@ -447,3 +449,43 @@ def test_a_choice_that_was_entered_for_the_model_within_breaks_the_graph_and_is_
                 torch.testing.assert_close(host.run(compiled), host.run(model), rtol=1e-4, atol=1e-4)  # other sums
                 assert (host.run(compiled) - before).abs().max() > 1e-2
             torch.testing.assert_close(host.run(compiled), before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_call_leaves_nothing_for_gradient_checkpointing(pipe) -> None:
+    unet = pipe.unet.train()
+    unet.enable_gradient_checkpointing()
+    parameters = coeff_parameters(unet)
+    inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, unet.config.cross_attention_dim)
+
+    def gradients() -> list[torch.Tensor]:
+        outputs = []
+        for name in ("dog", "owl"):
+            with coeff_adapters(unet, name):
+                outputs.append(unet(*inputs).sample.square().mean())
+        return list(torch.autograd.grad(sum(outputs), parameters, allow_unused=True, materialize_grads=True))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    expected = gradients()
+    hook = unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        unet(*inputs)
+    hook.remove()
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_names_are_checked_again_when_a_file_was_read(pipe, monkeypatch, tmp_path) -> None:
+    path = save_coeff_weights(pipe, tmp_path, adapter_name="owl")
+    state = coeff_state_dict(pipe, "dog")
+    before = list_coeff_adapters(pipe)
+
+    def read(path, read=checkpoint_file.read_file):
+        load_coeff_weights(pipe, state, adapter_name="new")  # as another thread does
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_file, "read_file", read)
+    with pytest.raises(ValueError, match="adapter 'new' is in use"):
+        load_coeff_weights(pipe, path, adapter_name="new")
+    assert list_coeff_adapters(pipe) == [*before, "new"]
+    assert all(torch.equal(delta, state[key]) for key, delta in coeff_state_dict(pipe, "new").items())

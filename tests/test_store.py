@@ -184,3 +184,38 @@ def test_the_hub_s_names(monkeypatch, source, folder) -> None:
     store = AdapterStore("user/pets-0123456789abcdef01234567").attach(unet)
     assert store.names() == ["cat"]
     torch.testing.assert_close(run(unet, "cat"), expected(source, "cat"), rtol=0, atol=0)
+
+
+def test_contexts_and_calls_that_load_at_once_do_not_wait_for_one_another(unet, source, folder) -> None:
+    wanted = {name: expected(source, name) for name in NAMES}
+    store = AdapterStore(folder, max_resident=1).attach(unet)
+    reached, go_on = threading.Event(), threading.Event()
+    load = store._load
+
+    def slow(name: str) -> None:
+        reached.set()
+        go_on.wait(0.5)  # the other thread is in a context's beginning by then
+        load(name)
+
+    store._load = slow
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(run, unet, "dog")
+        assert reached.wait(60)
+        with coeff_adapters(unet, "cat"):
+            assert torch.equal(run(unet), wanted["cat"])
+        assert torch.equal(call.result(timeout=60), wanted["dog"])
+
+
+def test_contexts_find_a_store_s_first_adapter_and_the_base_model(unet, source, folder) -> None:
+    AdapterStore(folder).attach(unet)
+    with coeff_disabled(unet):
+        assert torch.equal(run(unet), expected(source, None))
+    with coeff_adapters(unet, "dog"):
+        assert torch.equal(run(unet), expected(source, "dog"))
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(unet, store, folder) -> None:
+    assert "n" * 300 not in store
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        run(unet, "dog")
