@@ -289,7 +289,7 @@ def unload_coeff_weights(model: Any) -> None:
         with all_or_nothing(model, [layer for layer in layers.values() if layer is not None]):
             records = _take_records(model)
             put_states({record: record.having({}) for record in records})
-            if any(running.other_calls(record.model) for record in records if record.model is not None):
+            if any(running.other_sessions(record.model) for record in records if record.model is not None):
                 raise RuntimeError("other threads are calling this model: unload_coeff_weights when they have ended")
             _unwrap(model, layers)
 
@@ -665,7 +665,7 @@ class _Before:
 def _is_running(layer: Any) -> bool:
     """Whether other threads are calling the model that the layer is of."""
     model = layer.processor.coefficients.record.model
-    return model is not None and bool(running.other_calls(model))
+    return model is not None and bool(running.other_sessions(model))
 
 
 def _put_back(model: Any, lost: Mapping[str, tuple[Any, LayerCoefficients]]) -> None:

@@ -106,18 +106,20 @@ class ModelRecord:
         self.paths: dict[str, LayerCoefficients] = {}  # of all that were ever put on a layer here
         self.numbered: tuple[LayerCoefficients, ...] = ()
         self.state = State()
+        self.older: list[Any] = []  # frames of calls that began before there was this record
         self.entered = False  # whether a thread or a task has ever made a choice of its own
-        self.noted = False  # whether running calls were ever told to go on with an older state
         self.attention: tuple[list[int], dict[str, Any], dict[str, int]] | None  # children, layers, heads when walked
         self.store: Any = None
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("key", "steps", "attention")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("key", "steps", "attention", "older")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps, self.attention = _Steps(), None
+        self.steps, self.attention, self.older = _Steps(), None, []
         self.key = f"{next(_numbers)}"  # of each copy its own
         _records[self.key] = self
 
@@ -211,7 +213,8 @@ class ModelRecord:
             return
         entry = entry_of(self)
         names = choice.names if choice is not None else [] if entry is None else entry.choice.names
-        asked = running.asked(self.key)
+        session = running.session()
+        asked = set() if session is None else session.asked.setdefault(self.key, set())
         new = [name for name in names if name not in asked]
         with CHANGES if new else nullcontext():
             if new:
@@ -226,7 +229,8 @@ class ModelRecord:
         missing = [name for name in choice.names if name not in state.adapters]
         if missing and state is not self.state and all(name in self.state.adapters for name in missing):
             state = replace(state, adapters={**self.state.adapters, **state.adapters})
-            running.note_again(self.key, state)  # so that the next step finds it, too
+            if (session := running.session()) is not None:
+                session.states[self.key] = state  # so that the next step finds it, too
         if stated is not None:
             self._check_known(state, stated)
         elif entry is not None:
@@ -263,8 +267,18 @@ class ModelRecord:
 
     def _state_of_call(self) -> State:
         """The state that the running call began with, if another has been put in its place since."""
-        noted = running.noted(self.key) if self.noted else None
-        return self.state if noted is None else noted
+        session = running.session()
+        if session is None:
+            return self.state
+        if self.model is not None and not any(part is self.model for part in session.models):
+            session.models.append(self.model)  # which the pipeline has not among its parts
+        if self.older:
+            running_still = {id(frame) for frame in running.all_frames()}
+            self.older = [frame for frame in self.older if id(frame) in running_still]
+            if any(id(frame) == session.frame for frame in self.older):
+                session.states.setdefault(self.key, State())
+        state: State = session.states.get(self.key, self.state)
+        return state
 
     def _check_known(self, state: State, choice: Choice) -> None:
         unknown = [name for name in choice.names if name not in state.adapters]
@@ -381,14 +395,15 @@ def put_states(changes: Mapping[ModelRecord, State]) -> None:
         before = {record: record.state for record in changes}
         try:
             for record in before:
-                calls = running.other_calls(record.model) if record.model is not None else []
-                if calls:
-                    frozen = record.frozen()
-                    record.noted = True
-                    for frame in calls:
-                        running.note(frame, record.key, frozen)
+                sessions = running.other_sessions(record.model) if record.model is not None else []
+                frozen = record.frozen() if sessions else None
+                for session in sessions:
+                    session.states.setdefault(record.key, frozen)
+            here = running.session()
             for record, state in changes.items():
                 record.state = state
+                if here is not None:
+                    here.states.pop(record.key, None)  # what a call changes itself counts from its next step on
         except BaseException:
             for record, state in before.items():
                 record.state = state
@@ -453,6 +468,7 @@ def model_record(model: nn.Module) -> ModelRecord:
     record = known_record(model)
     if record is None:
         record = ModelRecord(model)
+        record.older = running.all_frames(but=threading.get_ident())
         hook_record(model, record)
     return record
 

@@ -296,6 +296,18 @@ def test_taking_all_off_under_a_running_call_is_refused(pipe) -> None:
     assert not pipe.unet._forward_hooks
 
 
+def test_a_call_that_failed_is_over_though_its_traceback_is_kept(pipe) -> None:
+    def fail(*args) -> None:
+        raise KeyError("in the middle")
+
+    with ThreadPoolExecutor(1) as executor:
+        failed = executor.submit(pipe, "a dog", num_inference_steps=2, callback_on_step_end=fail)
+        assert isinstance(failed.exception(), KeyError)
+        executor.submit(int).result()
+        unload_coeff_weights(pipe)
+    assert not pipe.unet._forward_pre_hooks
+
+
 def test_a_choice_whose_adapter_is_deleted_is_refused_by_name(pipe) -> None:
     with coeff_adapters(pipe, "dog"):
         delete_coeff_adapters(pipe, "dog")
