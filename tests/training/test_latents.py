@@ -163,14 +163,14 @@ def test_images_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp
     with pytest.raises(InputError, match="--cache_latents: .*--center_crop or --aspect_ratio_buckets") as error:
         train(instance_data_dir=tmp_path / "subject", cache_latents=True, repeats=2)
     named = [line.strip().rpartition("/")[2] for line in str(error.value).splitlines()[1:]]
-    assert named == ["subject-0.png has 16 x 24", "subject-1.png has 17 x 26", "subject-3.png has 28 x 15"]
+    assert named == ["subject-0.png is 24 x 16", "subject-1.png is 26 x 17", "subject-3.png is 15 x 28"]
 
 
 def test_class_images_that_are_cropped_at_random_are_refused_by_name(train: Train, tmp_path: Path) -> None:
     noise(tmp_path / "subject", [(16, 16)])
     noise(tmp_path / "class", [(16, 16), (20, 16)])
     prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a fox"}
-    with pytest.raises(InputError, match=r"--cache_latents: (.|\n)*class-1.png has 16 x 20"):
+    with pytest.raises(InputError, match=r"--cache_latents: (.|\n)*class-1.png is 20 x 16"):
         train(instance_data_dir=tmp_path / "subject", cache_latents=True, **prior)
 
 
