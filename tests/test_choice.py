@@ -54,9 +54,10 @@ def pipe():
 
 
 def twin(pipe):
-    """Another pipeline of the same models, with a scheduler of its own."""
+    """Another pipeline of the same models, with a scheduler and a tokenizer of its own, which threads cannot share."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    twin = StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
+    own = {"scheduler": scheduler, "tokenizer": copy.deepcopy(pipe.tokenizer)}
+    twin = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
     twin.set_progress_bar_config(disable=True)
     return twin
 
@@ -208,8 +209,8 @@ def test_tasks_of_one_thread_have_choices_of_their_own(pipe) -> None:
     async def one(name: str | None, turn: asyncio.Barrier) -> list[Image]:
         with coeff_disabled(pipe) if name is None else coeff_adapters(pipe, name):
             await turn.wait()  # all have entered
-            here = image(pipe)
-            there = await asyncio.to_thread(image, pipe)
+            here = image(twin(pipe))
+            there = await asyncio.to_thread(image, twin(pipe))
             await turn.wait()
         return [here, there]
 
