@@ -52,8 +52,7 @@ _ADDING = threading.Lock()  # for a set that grows cannot be walked
 
 def session() -> Session | None:
     """That of the outermost call in this thread, begun now if it has none; `None` outside of calls."""
-    frames = [frame for frame in _up(sys._getframe(1)) if frame.f_code.co_name in ("__call__", "_call_impl")]
-    for frame in reversed(frames):
+    for frame in reversed(_calls(sys._getframe(1))):
         caller = frame.f_locals.get("self")
         if not (_is_pipeline(caller) or isinstance(caller, nn.Module)):
             continue
@@ -68,8 +67,8 @@ def session() -> Session | None:
 
 def all_frames(but: int | None = None) -> list[FrameType]:
     """Of all calls, of whatever, that are running in all threads but one."""
-    stacks = [_up(frame) for thread, frame in sys._current_frames().items() if thread != but]
-    return [frame for stack in stacks for frame in stack if frame.f_code.co_name in ("__call__", "_call_impl")]
+    stacks = [_calls(frame) for thread, frame in sys._current_frames().items() if thread != but]
+    return [frame for stack in stacks for frame in stack]
 
 
 def other_sessions(model: nn.Module | None) -> list[Session]:
@@ -108,6 +107,11 @@ def _up(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _calls(frame: FrameType) -> list[FrameType]:
+    """Those frames, from this one outwards, that may be calls of pipelines or models."""
+    return [outer for outer in _up(frame) if outer.f_code.co_name in ("__call__", "_call_impl")]
 
 
 def _is_pipeline(caller: Any) -> bool:

@@ -106,12 +106,13 @@ def _folder_problems(settings: DreamBoothSettings) -> list[str]:
 
 
 def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
-    if settings.optimizer == "prodigy":
-        return _prodigy_problems(settings)
-    prodigys = [setting.name for setting in fields(settings) if setting.name.startswith("prodigy_")]
-    problems = [f"--{name} needs --optimizer prodigy" for name in changed(settings, *prodigys)]
+    problems = []
     if settings.use_8bit_adam and settings.optimizer != "adamw":
         problems.append(f"--use_8bit_adam is for --optimizer adamw, not for {settings.optimizer}")
+    if settings.optimizer == "prodigy":
+        return problems + _prodigy_problems(settings)
+    prodigys = [setting.name for setting in fields(settings) if setting.name.startswith("prodigy_")]
+    problems += [f"--{name} needs --optimizer prodigy" for name in changed(settings, *prodigys)]
     if settings.use_8bit_adam and not settings.lora_rank:
         problems.append(
             "--use_8bit_adam would save nothing: bitsandbytes keeps 32 bits for layers of less than 4,096 values, as "
@@ -123,8 +124,6 @@ def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
 def _prodigy_problems(settings: DreamBoothSettings) -> list[str]:
     """Prodigy multiplies an estimate of its own by the learning rate, of which it takes one."""
     problems = []
-    if settings.use_8bit_adam:
-        problems.append("--use_8bit_adam is for --optimizer adamw, not for prodigy")
     if settings.scale_lr:
         problems.append("--scale_lr is for --optimizer adamw; prodigy finds the rate itself")
     rate = settings.learning_rate
