@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import whole_file
+from ..training.writing import write_text
 
 MANIFEST = "manifest.jsonl"
 SUFFIXES = (".png", ".jpg", ".webp")
@@ -155,12 +155,7 @@ def file_name(prompt: str) -> str:
 def write_manifest(entries: Manifest, path: Path) -> None:
     """A line per image, with what it was made with. Whole or not at all."""
     lines = [json.dumps(asdict(image) | {"made_with": made_with}) + "\n" for image, made_with in entries.values()]
-    write_whole("".join(lines), path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    write_text("".join(lines), path)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -19,8 +19,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from ..console import escaped_output
 from ..training.images.dreambooth_dataset import upright_rgb
+from ..training.writing import write_text
 from .generate import processes
-from .requests import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manifest, value_of, write_whole
+from .requests import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manifest, value_of
 
 Encoder = Callable[[list[Path]], Tensor]  # images to unit vectors, (B, width)
 
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     result = summary(list({row["file_name"]: row for row in gather_object(rows)}.values()))
     if state.is_main_process:
         path = args.images / "scores.json"
-        write_whole(json.dumps(result, indent=2) + "\n", path)
+        write_text(json.dumps(result, indent=2) + "\n", path)
         print(json.dumps(result["mean"], indent=2) + f"\nwrote {path}")
     state.destroy_process_group()  # as in generate
     return result
