@@ -7,7 +7,7 @@ takes its matrix out of a stack (samples, H, H).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,14 +22,16 @@ from .adapters import (
     out_of_store,
     records_of,
 )
-from .choice import Choice, Entry, entered, entry_of, is_entered
+from .choice import Choice, Entry, entered, entry_of, is_entered, read_choice
 from .images import images_of_call
 from .resolved import CHANGES
 
 
 @contextmanager
 def coeff_per_sample(
-    model: Any, adapter_names: Sequence[str | None], adapter_weights: float | Sequence[float] = 1.0
+    model: Any,
+    adapter_names: Sequence[str | tuple[str, float] | Mapping[str, float] | None],
+    adapter_weights: float | Sequence[float] = 1.0,
 ) -> Iterator[None]:
     """Inside, each image of a batch has its own adapter, and those that were active rest; afterwards as before.
 
@@ -51,8 +53,9 @@ def coeff_per_sample(
     Args:
         model: a diffusers model or a pipeline. Of a model that `torch.compile` returned, that object: other names
             compile nothing again.
-        adapter_names: a name for each prompt, image or sample; `None` is the base model.
-        adapter_weights: one finite number for all, or one for each.
+        adapter_names: a name for each prompt, image or sample; `None` is the base model, `("dog", 0.8)` a name with
+            its weight, `{"dog": 0.5, "cat": 0.5}` a mixture.
+        adapter_weights: one finite number for all, or one for each, by which the weights are multiplied.
 
     Raises:
         ValueError: for an unknown name, weights that do not fit, or coefficients that are disabled; and, by the call
@@ -62,13 +65,19 @@ def coeff_per_sample(
     """
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names must be a list with a name for each image, got {adapter_names!r}")
-    names = list(adapter_names)
+    entries = list(adapter_names)
+    weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(entries)
+    if not entries or len(weights) != len(entries) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"{len(entries)} names need as many finite weights, and at least one, got {weights}")
+    mixtures = read_choice(entries).mixtures
+    choice = Choice(
+        tuple(tuple((name, float(part) * weight) for name, part in each) for each, weight in zip(mixtures, weights)),  # type: ignore[arg-type]
+        per_image=True,
+    )
+    names = choice.names
     with CHANGES:
         out_of_store(model, names)
-        known_coefficients(model, [name for name in dict.fromkeys(names) if name is not None])
-    weights = list(adapter_weights) if isinstance(adapter_weights, Iterable) else [adapter_weights] * len(names)
-    if not names or len(weights) != len(names) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"{len(names)} names need as many finite weights, and at least one, got {weights}")
+        known_coefficients(model, names)
     parts = denoisers(model)
     _check_elsewhere(model, names)
     check_enabled(model)
@@ -78,20 +87,17 @@ def coeff_per_sample(
         if entry is not None and entry.choice.per_image:
             raise ValueError("coeff_per_sample is in use on this model: leave it before entering it with other names")
         record.entered = True
-    choice = Choice(
-        tuple(() if name is None else ((name, float(weight)),) for name, weight in zip(names, weights)), per_image=True
-    )
     with entered(model, records, choice) as here, ExitStack() as undo:
         for component in _other_components(model):
             undo.callback(component.register_forward_pre_hook(_check_early(here)).remove)
         yield
 
 
-def _check_elsewhere(model: Any, names: Sequence[str | None]) -> None:
+def _check_elsewhere(model: Any, names: Sequence[str]) -> None:
     parts = denoisers(model)
     for component, part in components(model).items():
         known = [] if component in parts else [name for layer in layer_coefficients(part) for name in layer.configs]
-        elsewhere = sorted({name for name in names if name is not None and name in known})
+        elsewhere = sorted({name for name in names if name in known})
         if elsewhere:
             raise ValueError(f"adapters {elsewhere} are on {component}, too, where images cannot be told apart")
 

@@ -78,14 +78,19 @@ class AdapterStore:
 
     def names(self) -> list[str]:
         """All names that can be asked for."""
-        folder = self._find_folder()
+        folder = self.folder()
         if folder is None:
             return sorted(self._of_hub())
         files = [path.stem for path in folder.glob("*.safetensors")]
         return sorted({*files, *(path.parent.name for path in folder.glob(f"*/{COEFF_WEIGHT_NAME}"))})
 
     def __contains__(self, name: str) -> bool:
-        return isinstance(name, str) and self._path(name) is not None
+        return isinstance(name, str) and self.path(name) is not None
+
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether a subject could have this name: letters, digits, spaces, `_` and `-`."""
+        return _NAME.fullmatch(name) is not None
 
     def refresh(self) -> None:
         """Forgets what the Hub said."""
@@ -110,7 +115,7 @@ class AdapterStore:
             self._leave(wanted)
 
     def _load(self, name: str) -> None:
-        path = self._path(name)
+        path = self.path(name)
         if path is None:
             self._drop([name])
             known = self.names()
@@ -147,18 +152,18 @@ class AdapterStore:
     def _records(self) -> list[Any]:
         return [record for part in components(self.model).values() if (record := known_record(part))]
 
-    def _path(self, name: str) -> Path | None:
+    def path(self, name: str) -> Path | None:
         """The file of a name; `None` if there is none. Names do not lead out of the folder."""
-        if not _NAME.fullmatch(name):
+        if not self.is_name(name):
             return None
-        folder = self._find_folder()
+        folder = self.folder()
         if folder is not None:
             paths = [folder / f"{name}.safetensors", folder / name / COEFF_WEIGHT_NAME]
             return next((path for path in paths if os.path.isfile(path)), None)  # also of names that are too long
         found = self._of_hub().get(name)
         return None if found is None else self._download(found)
 
-    def _find_folder(self) -> Path | None:
+    def folder(self) -> Path | None:
         """The folder; `None` if the source is on the Hub. What was a folder once is never looked for on the Hub."""
         source = Path(self.source)
         if self._folder is None and (source.is_dir() or source.is_absolute()):

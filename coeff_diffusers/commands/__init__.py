@@ -11,6 +11,7 @@ OF_MODELS = {
     "train": "trains coefficients, and a LoRA if asked for, on a few images of a subject",
     "generate": "generates images by coefficient files",
     "score": "scores images of generate: CLIP-T, CLIP-I, DINO",
+    "serve": "serves images of many subjects over HTTP",
 }
 
 
@@ -21,6 +22,8 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
 
         main(argv)
         return 0
+    if name == "serve":
+        return serve(argv)
     from . import flags
 
     args = flags.parse_generate(argv) if name == "generate" else flags.parse_score(argv)
@@ -34,3 +37,28 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serves until it is asked to stop."""
+    try:
+        from ..serving.settings import parse_serve
+        from ..training.errors import InputError
+    except ImportError as error:
+        return _no_serve(error)
+    try:
+        settings = parse_serve(argv)
+        try:
+            from ..serving.run import run
+        except ImportError as error:
+            return _no_serve(error)
+        run(settings)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _no_serve(error: ImportError) -> int:
+    print(f"error: serve needs {error.name}; pip install 'coeff_diffusers[serve]'", file=sys.stderr)
+    return 1

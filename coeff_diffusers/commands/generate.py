@@ -54,15 +54,19 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def base_pipeline(name_or_path: str, single_file_config: str | None, dtype: str) -> Any:
+    """A pipeline of diffusers: of a folder, a name on the Hub or a single file; `dtype` as torch names it."""
+    kind = getattr(torch, dtype)
+    if is_single_file(name_or_path):
+        return load_single_file(name_or_path, single_file_config, dtype=kind)
+    if single_file_config:
+        raise ValueError(f"--single_file_config is for a single file, not {name_or_path}")
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=kind)
+
+
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[args.dtype]
     with value_of("--pretrained_model_name_or_path"):
-        if is_single_file(args.pretrained_model_name_or_path):
-            pipe = load_single_file(args.pretrained_model_name_or_path, args.single_file_config, dtype=dtype)
-        elif args.single_file_config:
-            raise ValueError(f"--single_file_config is for a single file, not {args.pretrained_model_name_or_path}")
-        else:
-            pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
+        pipe = base_pipeline(args.pretrained_model_name_or_path, args.single_file_config, args.dtype)
     pipe.to(device)
     with value_of("--coeff_weights"):
         for name, file in files.items():

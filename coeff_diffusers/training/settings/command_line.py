@@ -76,7 +76,7 @@ def make_parser(whole: bool) -> argparse.ArgumentParser:
         section = parser.add_argument_group(str(group.__doc__), also)
         types = hints(DreamBoothSettings)
         for setting in fields(group):
-            _add_flag(section, setting, types[setting.name], setting.name in folded)
+            add_flag(section, setting, types[setting.name], setting.name in folded)
     return parser
 
 
@@ -87,7 +87,7 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
-def _add_flag(section: Any, setting: Field[Any], hint: Any, folded: bool) -> None:
+def add_flag(section: Any, setting: Field[Any], hint: Any, folded: bool) -> None:
     name, kind, many, choices = setting.name, *_shape(hint)
     shown = "" if setting.default in (MISSING, None, (), "") or kind is bool else f" Default: {_default(setting)}."
     on = " Default: on." if kind is bool and setting.default else ""

@@ -1,0 +1,70 @@
+"""Starts Ray and the server, and ends both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# A cluster that is started here is heard by this machine alone, as Ray has it on Windows and Macs, and tells its makers
+# nothing, unless you say otherwise. Ray reads these when it is imported.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray import serve
+
+from ..training.errors import InputError
+from .api import application
+from .folder import SubjectFolder
+from .settings import ServeSettings
+
+
+def run(settings: ServeSettings) -> None:
+    """Serves until SIGINT or SIGTERM asks it to stop.
+
+    Raises:
+        InputError: if there is no such folder or repository of subjects, or the port is taken.
+    """
+    settings = here(settings)
+    try:
+        names = SubjectFolder(settings.adapters).names()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    ray.init(**ray_options(settings))
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.run(application(settings), name="coeff_diffusers", route_prefix="/")
+        print(f"{len(names)} subjects at http://{settings.host}:{settings.port}/docs; Ctrl-C stops", flush=True)
+        stop.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def here(settings: ServeSettings) -> ServeSettings:
+    """With folders from the root on, for replicas run elsewhere, and the token of the environment."""
+    folders: dict[str, Any] = {
+        name: str(Path(value).absolute())
+        for name in ("pretrained_model_name_or_path", "adapters", "single_file_config")
+        if (value := getattr(settings, name)) is not None and Path(value).exists()
+    }
+    return replace(settings, **folders, token=settings.token or os.environ.get("COEFF_SERVE_TOKEN") or None)
+
+
+def ray_options(settings: ServeSettings) -> dict[str, Any]:
+    """Of `ray.init`."""
+    if settings.ray_address is not None:
+        return {"address": settings.ray_address}
+    return {
+        "_metrics_export_port": settings.metrics_port,
+        "include_dashboard": False,
+        "logging_level": "WARNING",
+        "object_store_memory": 1 << 28,
+    }
