@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import os
 import time
 from typing import Annotated, Any
 
@@ -115,7 +116,7 @@ bearer = HTTPBearer(auto_error=False, description="Asked for where the server ha
 def authorized(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
     """Raises Refusal unless the request has the server's token, or the server has none."""
     api: Any = serve.get_replica_context().servable_object
-    token = api.settings.token
+    token = api.token
     given = "" if credentials is None else credentials.credentials
     if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
         raise Refusal(401, "the header Authorization must be 'Bearer ' and the server's token")
@@ -164,6 +165,7 @@ class Api:
 
     def __init__(self, settings: ServeSettings, images: Any) -> None:
         self.settings, self.images = settings, images
+        self.token = settings.token or os.environ.get("COEFF_SERVE_TOKEN") or None
         self.folder = SubjectFolder(settings.adapters)
         self.seconds = 1.0  # that a request takes, of late
 

@@ -100,3 +100,6 @@ class Refusal(Exception):  # noqa: N818
     ) -> None:
         super().__init__(status, message, field, headers)
         self.status, self.message, self.field, self.headers = status, message, field, headers
+
+    def __str__(self) -> str:
+        return self.message

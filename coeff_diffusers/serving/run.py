@@ -34,10 +34,10 @@ def run(settings: ServeSettings) -> None:
         names = SubjectFolder(settings.adapters).names()
     except (OSError, ValueError) as error:
         raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     ray.init(**ray_options(settings))
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's
+        signal.signal(number, lambda *_: stop.set())
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application(settings), name="coeff_diffusers", route_prefix="/")
@@ -49,13 +49,13 @@ def run(settings: ServeSettings) -> None:
 
 
 def here(settings: ServeSettings) -> ServeSettings:
-    """With folders from the root on, for replicas run elsewhere, and the token of the environment."""
+    """With folders from the root on, for replicas run elsewhere."""
     folders: dict[str, Any] = {
         name: str(Path(value).absolute())
         for name in ("pretrained_model_name_or_path", "adapters", "single_file_config")
         if (value := getattr(settings, name)) is not None and Path(value).exists()
     }
-    return replace(settings, **folders, token=settings.token or os.environ.get("COEFF_SERVE_TOKEN") or None)
+    return replace(settings, **folders)
 
 
 def ray_options(settings: ServeSettings) -> dict[str, Any]:
