@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# A cluster that is started here is heard by this machine alone, as Ray has it on Windows and Macs, and tells its makers
-# nothing, unless you say otherwise. Ray reads these when it is imported.
+# A cluster that is started here is heard by this machine alone, as Ray has it on Windows and Macs, and tells its
+# makers nothing, unless you say otherwise. Ray reads these when it is imported.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
