@@ -138,16 +138,18 @@ RANK_1_VALUES = RANK_1 | {"lora_layers": VALUES}
 BOTH = {"coeff": True}
 
 UNTRAINED = [
-    Method("base model"),
+    Method("true scenes"),  # the ceiling of each measure
+    Method("true scenes through the autoencoder"),
+    Method("base model"),  # the floor, and a prompt alone
     Method("base model, prompt of the likest glyph"),
 ]
 
 MAIN = [
     Method("coefficients, SOAP", COEFFICIENTS, SOAP),
     Method("LoRA, rank 4", LOW_RANK, RANK_4),
+    Method("LoRA, rank 4 + coefficients", SMALLER, SOAP | RANK_4 | BOTH, lora_rate_of="LoRA, rank 4"),
     Method("coefficients, AdamW", COEFFICIENTS),
     Method("LoRA, rank 1 on values and outputs", SMALLER, RANK_1_VALUES, models=("unet",)),
-    Method("LoRA, rank 4 + coefficients", SMALLER, SOAP | RANK_4 | BOTH, lora_rate_of="LoRA, rank 4"),
     Method("output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=False)),
     Method("coefficients + output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=True)),
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -30,7 +32,7 @@ from coeff_diffusers.training.run.step import DenoisingStep
 
 sys.path += [str(HERE.parent), str(HERE.parent / "emoji")]
 from demo import BACKGROUNDS
-from evaluate import load_pipeline
+from evaluate import load_pipeline, reconstruct
 from scenes import Scene, render
 
 STEPS, BATCH = 250, 4
@@ -98,14 +100,25 @@ class Trial:
             **{"seed": str(self.seed), "rates": rates, "steps": str(self.steps)},
         }
 
+    @property
+    def slug(self) -> str:
+        """A name for its file."""
+        text = "-".join((self.model, self.subject, str(self.seed), self.method.name))
+        return re.sub(r"[^\w+]+", "-", text).lower()
 
-def run_trial(trial: Trial) -> dict[str, float]:
-    """Column -> value; of a subject for tuning, the losses alone."""
+
+def run_trial(trial: Trial, folder: Path | None = None) -> dict[str, float]:
+    """Column -> value; of a subject for tuning, the losses alone. Images of the subject are written to `folder`."""
     pipe, base = load_base(trial.model), base_images(trial.model)
     denoiser, facts = train(trial) if trial.rates else (None, {"parameters": 0, "bytes": 0})
     with having(pipe, denoiser):
-        values = facts | losses(trial, pipe)
-        return values if trial.subject in TUNING else values | judgements(trial, pipe, base, load_judge())
+        values = facts if trial.method.name in CEILINGS else facts | losses(trial, pipe)
+        if trial.subject in TUNING:
+            return values
+        painted = {kind: paint(trial, pipe, scenes_of(trial.subject, kind), 0) for kind in SCENES}
+        if folder is not None:
+            save_strip([*itertools.chain(*painted.values())], folder / f"{trial.slug}.png")
+        return values | judgements(trial, pipe, painted, base, load_judge())
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -218,9 +231,25 @@ def having(pipe: Any, denoiser: Any) -> Iterator[None]:
         setattr(pipe, name, base)
 
 
-def prompts_of(trial: Trial, scenes: Sequence[Scene], judge: Judge | None = None) -> list[str]:
-    words = likest_glyph(judge, trial.subject) if judge and "likest" in trial.method.name else f"sks {trial.subject}"
-    return [Scene(words, scene.background, scene.size, scene.place).caption for scene in scenes]
+def paint(trial: Trial, pipe: Any, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
+    """What the method answers to the scenes' prompts; the scenes themselves for a ceiling."""
+    if trial.method.name in CEILINGS:
+        return CEILINGS[trial.method.name](pipe, [render(scene, glyph_of(scene.words)) for scene in scenes])
+    likest = trial.method.name.endswith("likest glyph")
+    words = likest_glyph(load_judge(), trial.subject) if likest else f"sks {trial.subject}"
+    return generate(trial.model, pipe, [replace(scene, words=words).caption for scene in scenes], seed)
+
+
+def through_autoencoder(pipe: Any, images: list[Image.Image]) -> list[Image.Image]:
+    pixels = reconstruct(pipe, pipe.image_processor.preprocess(images))
+    restored: list[Image.Image] = pipe.image_processor.postprocess(pixels)
+    return restored
+
+
+CEILINGS: dict[str, Callable[[Any, list[Image.Image]], list[Image.Image]]] = {
+    "true scenes": lambda pipe, images: images,
+    "true scenes through the autoencoder": through_autoencoder,
+}
 
 
 @torch.no_grad()
@@ -234,26 +263,36 @@ def losses(trial: Trial, pipe: Any) -> dict[str, float]:
         scenes = scenes_of(trial.subject, kind)
         pixels = torch.cat([pipe.image_processor.preprocess(render(s, glyph_of(s.words))) for s in scenes])
         moments = family.encode_images(pixels).repeat_interleave(LOSS_DRAWS, dim=0)
-        prompts = [prompt for prompt in prompts_of(trial, scenes) for _ in range(LOSS_DRAWS)]
+        captions = [replace(scene, words=f"sks {scene.words}").caption for scene in scenes]
+        prompts = [caption for caption in captions for _ in range(LOSS_DRAWS)]
         sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * len(prompts))
         found[f"loss_{kind}"] = step(moments, prompts, sizes, torch.arange(len(prompts))).mean().item()
     return found
 
 
-def judgements(trial: Trial, pipe: Any, base: list[Image.Image], judge: Judge) -> dict[str, float]:
-    """All that is measured of images."""
+def judgements(
+    trial: Trial, pipe: Any, painted: dict[str, list[Image.Image]], base: list[Image.Image], judge: Judge
+) -> dict[str, float]:
+    """All that is measured of images: of the subject, `painted` for each kind of scenes, and of others."""
     found = {}
-    for kind in SCENES:
+    for kind, images in painted.items():
         scenes = scenes_of(trial.subject, kind)
-        prompts = prompts_of(trial, scenes, judge)
-        images = generate(trial.model, pipe, prompts, seed=0)
         if kind == "background":
-            second = generate(trial.model, pipe, prompts, seed=1)
+            second = paint(trial, pipe, scenes, 1)
             found["diversity"] = diversity(images, second)
             images, scenes = images + second, scenes * 2
         found |= {f"{name}_{kind}": value for name, value in measure(judge, images, scenes).items()}
-    unrelated = generate(trial.model, pipe, [scene.caption for scene in UNRELATED], seed=0)
+    unrelated = generate(trial.model, pipe, [scene.caption for scene in UNRELATED], seed=0) if trial.rates else base
     return found | drift(judge, unrelated, base)
+
+
+def save_strip(images: list[Image.Image], path: Path) -> None:
+    """The images side by side."""
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for place, image in enumerate(images):
+        strip.paste(image, (place * image.width, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip.save(path)
 
 
 @cache

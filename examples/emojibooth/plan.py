@@ -18,62 +18,82 @@ from methods import ABLATIONS, MAIN, METHODS, MORE, UNTRAINED, Method
 from trial import REPORTED, TUNING, Trial, run_trial
 
 RESULTS = HERE / "results"
-TUNED_ON = TUNING[:2]
 Row = dict[str, str]
+COLUMNS = [
+    *("method", "model", "subject", "seed", "rates", "steps"),
+    *("parameters", "bytes", "step_seconds", "memory_mb", "train_loss"),
+    *(f"loss_{kind}" for kind in ("background", "size", "place")),
+    *(
+        f"{name}_{kind}"
+        for kind in ("background", "size", "place")
+        for name in ("likeness", "psnr", "recognised", "colour", "size", "place")
+    ),
+    *("diversity", "drift", "unrelated_recognised", "seconds", "date", "torch"),
+]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Methods by subjects, the subjects outside: a stage that is broken off has compared all methods on some."""
+    """Methods by subjects, the subjects outside: a stage that is broken off has compared all methods on some.
+
+    Args:
+        model: of `trial.MODELS`.
+        methods: those that can be put on the model are run.
+        subjects: that are reported.
+        seeds: of training.
+        tuned_on: subjects that choose the rates.
+    """
 
     model: str
     methods: Sequence[Method]
-    subjects: Sequence[str]
+    subjects: Sequence[str] = REPORTED
     seeds: Sequence[int] = (0,)
+    tuned_on: Sequence[str] = TUNING
 
+
+EVERYTHING = [*MAIN, *MORE, *ABLATIONS]
 
 # What says most comes first.
 FULL = [
-    Stage("unet", [*UNTRAINED, *MAIN[:5]], REPORTED[:3]),
-    Stage("dit", [*UNTRAINED, MAIN[0], MAIN[1], MAIN[4]], REPORTED[:3]),
-    Stage("unet", MAIN, REPORTED[:6]),
-    Stage("dit", [MAIN[0], MAIN[1], MAIN[4]], REPORTED[:6]),
-    Stage("unet", [*UNTRAINED, *MAIN], REPORTED),
-    Stage("unet", MORE, REPORTED),
-    Stage("unet", ABLATIONS, REPORTED),
-    Stage("dit", [*UNTRAINED, *MAIN, *MORE, *ABLATIONS], REPORTED),
-    Stage("unet", [*MAIN, *MORE, *ABLATIONS], REPORTED, (1, 2)),
-    Stage("dit", [*MAIN, *MORE, *ABLATIONS], REPORTED, (1, 2)),
+    Stage("unet", [*UNTRAINED, *MAIN[:4]], REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED, *MAIN[:3]], REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("unet", MAIN, REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("unet", [*UNTRAINED, *MAIN]),
+    Stage("dit", [*UNTRAINED, *MAIN]),
+    Stage("unet", MORE),
+    Stage("unet", ABLATIONS),
+    Stage("unet", EVERYTHING, seeds=(1, 2)),
+    Stage("dit", EVERYTHING, seeds=(0, 1, 2)),
 ]
-
-
-SHORT = [Stage("unet", [METHODS["base model"], MAIN[0], MAIN[1], MAIN[4]], REPORTED[:3])]
+SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
 
 
 # ------------------------------------------------------------------------------------------------------------- rates
 
 
-def tuning(method: Method, model: str, rows: Sequence[Row]) -> list[Trial]:
-    """The trials that choose the method's rate."""
-    beside: tuple[float, ...] = ()
-    if method.lora_rate_of:
-        beside = chosen(METHODS[method.lora_rate_of], model, rows)
-    return [Trial(method, model, subject, rates=(rate, *beside)) for rate in method.rates for subject in TUNED_ON]
+def grid(method: Method, model: str, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    """The rates that are tried; with that of the LoRA where it has been chosen for the LoRA alone."""
+    beside = chosen(METHODS[method.lora_rate_of], model, rows) if method.lora_rate_of else ()
+    return [(rate, *beside) for rate in method.rates]
 
 
 def chosen(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...]:
-    """The rates with the lowest mean loss on new backgrounds over the tuning subjects.
+    """The rates with the lowest mean loss on new backgrounds, over the tuning subjects that have seen all.
 
     Raises:
-        ValueError: if a trial that chooses them has no row.
+        ValueError: if there is no such subject.
     """
-    by_rates: dict[tuple[float, ...], list[float]] = {}
-    for trial in tuning(method, model, rows):
-        found = [float(row["loss_background"]) for row in rows if is_of(row, trial)]
-        if not found:
-            raise ValueError(f"{method.name} on {model} has not been tuned: there is no row of {trial.key}")
-        by_rates.setdefault(trial.rates, []).append(found[0])
-    return min(by_rates, key=lambda rates: mean(by_rates[rates])) if by_rates else ()
+    rates = grid(method, model, rows)
+    found = [[loss_of(Trial(method, model, subject, rates=each), rows) for each in rates] for subject in TUNING]
+    whole = [losses for losses in found if None not in losses]
+    if rates and not whole:
+        raise ValueError(f"{method.name} on {model} has not been tuned: not all of {rates} were tried on a subject")
+    means = [mean(losses) for losses in zip(*whole)]
+    return rates[means.index(min(means))] if rates else ()
+
+
+def loss_of(trial: Trial, rows: Sequence[Row]) -> float | None:
+    return next((float(row["loss_background"]) for row in rows if is_of(row, trial)), None)
 
 
 def is_of(row: Row, trial: Trial) -> bool:
@@ -84,13 +104,19 @@ def is_of(row: Row, trial: Trial) -> bool:
 
 
 def plan(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[Trial]:
-    """All trials of the stages; a method's rate is chosen when it comes first, from `rows`, which may grow."""
+    """All trials of the stages; rates are chosen from `rows`, which may grow meanwhile."""
     for stage in stages:
         methods = [method for method in stage.methods if stage.model in method.models]
         for method in methods:
-            if method.lora_rate_of:
-                yield from tuning(METHODS[method.lora_rate_of], stage.model, rows)
-            yield from tuning(method, stage.model, rows)
+            for subject in stage.tuned_on:
+                if method.lora_rate_of:
+                    alone = METHODS[method.lora_rate_of]
+                    yield from (
+                        Trial(alone, stage.model, subject, rates=each) for each in grid(alone, stage.model, rows)
+                    )
+                yield from (
+                    Trial(method, stage.model, subject, rates=each) for each in grid(method, stage.model, rows)
+                )
         for seed in stage.seeds:
             for subject in stage.subjects:
                 for method in methods:
@@ -118,10 +144,10 @@ def run(
         start = perf_counter()
         values = execute(trial)
         more = {"seconds": perf_counter() - start, "date": date.today().isoformat(), "torch": torch.__version__}
-        row = trial.key | {name: shown(value) for name, value in (values | more).items()}
+        row = dict.fromkeys(COLUMNS, "") | trial.key | {name: shown(value) for name, value in (values | more).items()}
         append(file, row)
         rows.append(row)
-        print(f"{len(rows)}: {', '.join(trial.key.values())}: loss {row.get('loss_background')}", flush=True)
+        print(f"{len(rows)}: {', '.join(trial.key.values())}: loss {row['loss_background']}", flush=True)
     return rows
 
 
@@ -130,18 +156,6 @@ def shown(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- file
-
-COLUMNS = [
-    *("method", "model", "subject", "seed", "rates", "steps"),
-    *("parameters", "bytes", "step_seconds", "memory_mb", "train_loss"),
-    *(f"loss_{kind}" for kind in ("background", "size", "place")),
-    *(
-        f"{name}_{kind}"
-        for kind in ("background", "size", "place")
-        for name in ("likeness", "psnr", "recognised", "colour", "size", "place")
-    ),
-    *("diversity", "drift", "unrelated_recognised", "seconds", "date", "torch"),
-]
 
 
 def read(file: Path) -> list[Row]:
@@ -166,7 +180,7 @@ def append(file: Path, row: Row) -> None:
     """One write, of a whole line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     if not file.exists() or not file.stat().st_size:
         writer.writeheader()
     writer.writerow(row)
