@@ -141,18 +141,19 @@ def draw_grid(scenes: list[Scene], images: list[Image.Image], rng: random.Random
 # ------------------------------------------------------------------------------------------------------- classifier
 
 
-def new_classifier() -> nn.Module:
+def new_classifier(classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 96), (96, 128)):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, len(WORDS)))
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
 def trained_classifier(glyphs: dict[str, Image.Image], steps: int, folder: Path) -> nn.Module:
     """Trained on composed scenes of any size, place and colour, some blurred; kept in `folder` for these glyphs."""
-    cache = folder / f"classifier-{len(WORDS)}-{steps}-{zlib.crc32(' '.join(WORDS).encode()):08x}.pt"
-    classifier = new_classifier()
+    words = list(glyphs)
+    cache = folder / f"classifier-{len(words)}-{steps}-{zlib.crc32(' '.join(words).encode()):08x}.pt"
+    classifier = new_classifier(len(words))
     if cache.exists():
         classifier.load_state_dict(torch.load(cache))
         return classifier.eval()
@@ -161,8 +162,8 @@ def trained_classifier(glyphs: dict[str, Image.Image], steps: int, folder: Path)
     rng = random.Random(1)
     progress = tqdm(range(steps), desc="classifier")
     for _ in progress:
-        labels = [rng.randrange(len(WORDS)) for _ in range(64)]
-        images = to_tensor([augmented(glyphs[WORDS[label]], rng) for label in labels])
+        labels = [rng.randrange(len(words)) for _ in range(64)]
+        images = to_tensor([augmented(glyphs[words[label]], rng) for label in labels])
         loss = F.cross_entropy(classifier(images), torch.tensor(labels), label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,36 @@
+"""EmojiBooth: personalisation methods on the embedded models, measured against images that are known to be right.
+
+    python examples/emojibooth --short        some 15 minutes on two cores: 3 subjects, 4 methods
+    python examples/emojibooth                everything: hours; goes on where it was
+
+Each trial that is done is a line of trials.csv; README.md, the table and the plots are made of these by table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from coeff_diffusers.console import hush
+
+hush()  # before diffusers loads its pipelines
+from plan import FULL, RESULTS, SHORT, read, run  # noqa: E402
+from table import write_report  # noqa: E402
+from trial import TUNING, run_trial  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="3 subjects, 4 methods, at the rates of results/")
+    parser.add_argument("--output_dir", type=Path, help="of trials.csv and the report; results/ if not given")
+    args = parser.parse_args()
+    output = args.output_dir or (Path("outputs/emojibooth") if args.short else RESULTS)
+    known = [row for row in read(RESULTS / "trials.csv") if row["subject"] in TUNING] if args.short else []
+    execute = partial(run_trial, folder=Path("outputs/emojibooth/images"))
+    rows = run(SHORT if args.short else FULL, output / "trials.csv", known, execute)
+    write_report(rows, output, Path("outputs/emojibooth/images"))
+
+
+if __name__ == "__main__":
+    main()

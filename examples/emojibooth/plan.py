@@ -1,0 +1,190 @@
+"""Which trials there are, in which order, and the file that they are written to."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+
+import torch
+from judge import HERE
+from methods import ABLATIONS, MAIN, METHODS, MORE, UNTRAINED, Method
+from trial import REPORTED, TUNING, Trial, run_trial
+
+RESULTS = HERE / "results"
+Row = dict[str, str]
+COLUMNS = [
+    *("method", "model", "subject", "seed", "rates", "steps"),
+    *("parameters", "bytes", "step_seconds", "memory_mb", "train_loss"),
+    *(f"loss_{kind}" for kind in ("background", "size", "place")),
+    *(
+        f"{name}_{kind}"
+        for kind in ("background", "size", "place")
+        for name in ("likeness", "psnr", "recognised", "colour", "size", "place")
+    ),
+    *("diversity", "drift", "unrelated_recognised", "seconds", "date", "torch"),
+]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Methods by subjects, the subjects outside: a stage that is broken off has compared all methods on some.
+
+    Args:
+        model: of `trial.MODELS`.
+        methods: those that can be put on the model are run.
+        subjects: that are reported.
+        seeds: of training.
+        tuned_on: subjects that choose the rates.
+    """
+
+    model: str
+    methods: Sequence[Method]
+    subjects: Sequence[str] = REPORTED
+    seeds: Sequence[int] = (0,)
+    tuned_on: Sequence[str] = TUNING
+
+
+EVERYTHING = [*MAIN, *MORE, *ABLATIONS]
+
+# What says most comes first.
+FULL = [
+    Stage("unet", [*UNTRAINED, *MAIN[:4]], REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED, *MAIN[:3]], REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("unet", MAIN, REPORTED[:4], tuned_on=TUNING[:1]),
+    Stage("unet", [*UNTRAINED, *MAIN]),
+    Stage("dit", [*UNTRAINED, *MAIN]),
+    Stage("unet", MORE),
+    Stage("unet", ABLATIONS),
+    Stage("unet", EVERYTHING, seeds=(1, 2)),
+    Stage("dit", EVERYTHING, seeds=(0, 1, 2)),
+]
+SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
+
+
+# ------------------------------------------------------------------------------------------------------------- rates
+
+
+def grid(method: Method, model: str, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    """The rates that are tried; with that of the LoRA where it has been chosen for the LoRA alone."""
+    beside = chosen(METHODS[method.lora_rate_of], model, rows) if method.lora_rate_of else ()
+    return [(rate, *beside) for rate in method.rates]
+
+
+def chosen(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...]:
+    """The rates with the lowest mean loss on new backgrounds, over the tuning subjects that have seen all.
+
+    Raises:
+        ValueError: if there is no such subject.
+    """
+    rates = grid(method, model, rows)
+    found = [[loss_of(Trial(method, model, subject, rates=each), rows) for each in rates] for subject in TUNING]
+    whole = [losses for losses in found if None not in losses]
+    if rates and not whole:
+        raise ValueError(f"{method.name} on {model} has not been tuned: not all of {rates} were tried on a subject")
+    means = [mean(losses) for losses in zip(*whole)]
+    return rates[means.index(min(means))] if rates else ()
+
+
+def loss_of(trial: Trial, rows: Sequence[Row]) -> float | None:
+    return next((float(row["loss_background"]) for row in rows if is_of(row, trial)), None)
+
+
+def is_of(row: Row, trial: Trial) -> bool:
+    return all(row[name] == value for name, value in trial.key.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[Trial]:
+    """All trials of the stages; rates are chosen from `rows`, which may grow meanwhile."""
+    for stage in stages:
+        methods = [method for method in stage.methods if stage.model in method.models]
+        for method in methods:
+            for subject in stage.tuned_on:
+                if method.lora_rate_of:
+                    alone = METHODS[method.lora_rate_of]
+                    yield from (
+                        Trial(alone, stage.model, subject, rates=each) for each in grid(alone, stage.model, rows)
+                    )
+                yield from (
+                    Trial(method, stage.model, subject, rates=each) for each in grid(method, stage.model, rows)
+                )
+        for seed in stage.seeds:
+            for subject in stage.subjects:
+                for method in methods:
+                    yield Trial(method, stage.model, subject, seed, chosen(method, stage.model, rows))
+
+
+def run(
+    stages: Sequence[Stage],
+    file: Path,
+    known: Sequence[Row] = (),
+    execute: Callable[[Trial], dict[str, float]] = run_trial,
+) -> list[Row]:
+    """Runs what the file does not have yet, and adds a whole line for each.
+
+    Args:
+        stages: of trials.
+        file: CSV; what it has is not run again.
+        known: rows of another file, of tuning.
+        execute: trial -> column -> value.
+    """
+    rows = [*known, *read(file)]
+    for trial in plan(stages, rows):
+        if any(is_of(row, trial) for row in rows):
+            continue
+        start = perf_counter()
+        values = execute(trial)
+        more = {"seconds": perf_counter() - start, "date": date.today().isoformat(), "torch": torch.__version__}
+        row = dict.fromkeys(COLUMNS, "") | trial.key | {name: shown(value) for name, value in (values | more).items()}
+        append(file, row)
+        rows.append(row)
+        print(f"{len(rows)}: {', '.join(trial.key.values())}: loss {row['loss_background']}", flush=True)
+    return rows
+
+
+def shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- file
+
+
+def read(file: Path) -> list[Row]:
+    """The whole lines of the file; none if there is no file.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    if not file.exists():
+        return []
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a line that was cut off is run again
+    if whole != text:
+        file.write_text(whole)
+    reader = csv.DictReader(io.StringIO(whole))
+    if reader.fieldnames is not None and list(reader.fieldnames) != COLUMNS:
+        raise ValueError(f"{file} has the columns {reader.fieldnames}, not {COLUMNS}: name another --csv")
+    return list(reader)
+
+
+def append(file: Path, row: Row) -> None:
+    """One write, of a whole line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not file.exists() or not file.stat().st_size:
+        writer.writeheader()
+    writer.writerow(row)
+    with open(file, "a") as target:
+        target.write(text.getvalue())
+        target.flush()
+        os.fsync(target.fileno())

@@ -1,0 +1,204 @@
+"""The table and the plots, out of the raw numbers.
+
+python examples/emojibooth/table.py        of results/trials.csv
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import sizes
+from methods import METHODS, Method
+from PIL import Image
+from plan import RESULTS, Row, chosen, is_of, read
+from trial import MODELS, REPORTED, Trial
+
+from coeff_diffusers.commands.sheet import sheet
+
+PAIRS = [
+    ("coefficients, SOAP", "coefficients, AdamW"),
+    *((f"LoRA, rank {rank} + coefficients", f"LoRA, rank {rank}") for rank in (1, 4, 16)),
+    ("coefficients, SOAP", "LoRA, rank 4"),
+    ("coefficients, SOAP", "LoRA, rank 1 on values and outputs"),
+    ("output mixing, SOAP", "coefficients, SOAP"),
+    ("coefficients + output mixing, SOAP", "LoRA, rank 1"),
+]
+KINDS = ("background", "size", "place")
+MEASURES = {  # heading -> columns that it is the mean of, and digits after the point
+    "loss, new backgrounds": (["loss_background"], 3),
+    "loss, new sizes and places": (["loss_size", "loss_place"], 3),
+    "likeness": (["likeness_background"], 3),
+    "PSNR, new backgrounds": (["psnr_background"], 1),
+    "PSNR, new sizes and places": (["psnr_size", "psnr_place"], 1),
+    "recognised": ([f"recognised_{kind}" for kind in KINDS], 2),
+    "colour": ([f"colour_{kind}" for kind in KINDS], 2),
+    "size": (["size_size"], 2),
+    "place": (["place_place"], 2),
+    "drift": (["drift"], 1),
+    "others recognised": (["unrelated_recognised"], 2),
+    "between seeds": (["diversity"], 1),
+}
+
+
+def of_method(rows: Sequence[Row], method: Method, model: str) -> dict[str, list[Row]]:
+    """Subject -> its rows, one for each seed, at the rates that tuning chose."""
+    try:
+        rates = chosen(method, model, rows)
+    except ValueError:
+        return {}
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        trial = Trial(method, model, row["subject"], int(row["seed"]), rates)
+        if row["subject"] in REPORTED and is_of(row, trial):
+            found.setdefault(row["subject"], []).append(row)
+    return found
+
+
+def value(row: Row, columns: Sequence[str]) -> float | None:
+    """The mean of the columns; `None` where one is empty."""
+    return mean(float(row[column]) for column in columns) if all(row[column] for column in columns) else None
+
+
+def by_subject(rows: dict[str, list[Row]], columns: Sequence[str]) -> dict[str, float]:
+    """Subject -> the mean over its seeds."""
+    found = {subject: [value(row, columns) for row in each] for subject, each in rows.items()}
+    return {subject: mean(values) for subject, values in found.items() if values and None not in values}  # type: ignore
+
+
+def with_error(values: Sequence[float], digits: int) -> str:
+    """Mean and standard error over subjects."""
+    if not values:
+        return ""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    parts = []
+    for model in MODELS:
+        found = {name: of_method(rows, method, model) for name, method in METHODS.items()}
+        found = {name: each for name, each in found.items() if each}
+        if found:
+            parts += [f"## {model}", quality(found), cost(found), paired(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def quality(found: dict[str, dict[str, list[Row]]]) -> str:
+    lines = [f"| | runs | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
+    for name, of_subjects in found.items():
+        values = [list(by_subject(of_subjects, columns).values()) for columns, _ in MEASURES.values()]
+        cells = [with_error(each, digits) for each, (_, digits) in zip(values, MEASURES.values())]
+        lines.append(f"| {name} | {runs(of_subjects)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs(of_subjects: dict[str, list[Row]]) -> str:
+    count = sum(map(len, of_subjects.values()))
+    return f"{count} ({len(of_subjects)} subjects)"
+
+
+def cost(found: dict[str, dict[str, list[Row]]]) -> str:
+    lines = ["| | rates | trainable parameters | file, KB | step, ms | memory, MB |", "|---|---|---|---|---|---|"]
+    for name, of_subjects in found.items():
+        rows = [row for each in of_subjects.values() for row in each]
+        if rows[0]["rates"]:
+            least = min(float(row["step_seconds"]) for row in rows) * 1000
+            lines.append(
+                f"| {name} | {rows[0]['rates']} | {int(rows[0]['parameters']):,} | "
+                f"{int(rows[0]['bytes']) / 1000:,.0f} | {least:.0f} | {float(rows[0]['memory_mb']):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
+
+
+def paired(found: dict[str, dict[str, list[Row]]]) -> str:
+    """Differences over the same subjects and seeds, with a sign-flip test."""
+    lines = [
+        "| first less second | pairs | loss, new backgrounds | PSNR, new backgrounds | drift |",
+        "|---|---|---|---|---|",
+    ]
+    for first, second in PAIRS:
+        if first in found and second in found:
+            cells = [
+                difference(found[first], found[second], MEASURES[name])
+                for name in ("loss, new backgrounds", "PSNR, new backgrounds", "drift")
+            ]
+            lines.append(
+                f"| {first}; {second} | {len(set(found[first]) & set(found[second]))} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def difference(first: dict[str, list[Row]], second: dict[str, list[Row]], measure: tuple[list[str], int]) -> str:
+    columns, digits = measure
+    one, other = by_subject(first, columns), by_subject(second, columns)
+    values = [one[subject] - other[subject] for subject in one if subject in other]
+    return f"{with_error(values, digits)}, p = {sign_flip(values):.3f}" if values else ""
+
+
+def sign_flip(values: Sequence[float]) -> float:
+    """Two-sided exact p: the share of sign patterns whose mean is as far from zero as that of `values`."""
+    reached = abs(sum(values)) - 1e-12
+    patterns = itertools.product((-1, 1), repeat=len(values))
+    return mean(abs(sum(sign * value for sign, value in zip(signs, values))) >= reached for signs in patterns)
+
+
+# ------------------------------------------------------------------------------------------------------------ plots
+
+
+def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
+    """PSNR on new backgrounds against a column, a panel for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for ax, model in zip(figure.subplots(1, len(MODELS)), MODELS):
+        for name, method in METHODS.items():
+            of_subjects = of_method(rows, method, model) if method.rates else {}
+            if not of_subjects:
+                continue
+            x = list(by_subject(of_subjects, [horizontal]).values())
+            y = list(by_subject(of_subjects, ["psnr_background"]).values())
+            error = stdev(y) / math.sqrt(len(y)) if len(y) > 1 else 0.0
+            ax.errorbar(mean(x), mean(y), error, fmt="o", markersize=5)
+            ax.annotate(name, (mean(x), mean(y)), (5, 4), textcoords="offset points", fontsize=7)
+        ax.set(title=model, xlabel=label, ylabel="PSNR to the true scene, new backgrounds (dB)")
+        if horizontal == "parameters":
+            ax.set_xscale("log")
+        ax.margins(x=0.25, y=0.1)
+    figure.savefig(path, dpi=110)
+
+
+def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> Image.Image | None:
+    """What each method paints of a subject, of the images that its trials left in `folder`."""
+    shown = []
+    for name, method in METHODS.items():
+        path = folder / f"{Trial(method, model, subject).slug}.png"
+        if path.exists():
+            strip = Image.open(path)
+            cells = [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
+            shown.append((name, cells, []))
+    return sheet(shown, title=f"{model}: {subject}", cell=96) if shown else None
+
+
+def write_report(rows: Sequence[Row], output: Path, images: Path) -> None:
+    """`table.md`, `parameters.png`, `drift.png`, and a sheet of images for each model."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(
+        markdown(rows) + "\n## Parameters on models of real size\n\n" + sizes.real_sizes()
+    )
+    plot(rows, "parameters", "trainable parameters", output / "parameters.png")
+    plot(rows, "drift", "drift: mean change of unrelated images, of 255", output / "drift.png")
+    for model in MODELS:
+        page = draw_sheet(rows, model, REPORTED[0], images)
+        if page is not None:
+            page.save(output / f"{model}.png")
+
+
+if __name__ == "__main__":
+    write_report(read(RESULTS / "trials.csv"), RESULTS, Path("outputs/emojibooth/images"))

@@ -1,0 +1,200 @@
+"""EmojiBooth: its measures on images whose quality is known, its file of raw numbers, its table, and a method."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import measures
+import methods
+import pytest
+import sizes
+import table
+import torch
+import trial
+from judge import load_judge
+from methods import METHODS, Method
+from PIL import Image, ImageFilter
+from plan import COLUMNS, Stage, append, chosen, plan, read, run
+from pretrain import to_tensor
+from scenes import PLACES, SIZES, Scene, render
+from torch import nn
+from trial import REPORTED, TUNING, Trial
+
+SCENE = Scene("panda face", "blue")
+
+
+def drawn(scene: Scene, move: tuple[int, int] = (0, 0)) -> Image.Image:
+    return render(scene, measures.glyph_of(scene.words), move)
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+
+
+@pytest.mark.parametrize("subject", ["panda face", "rocket", "pineapple"])
+def test_fidelity_falls_from_the_truth_over_blurred_ones_to_another_glyph(subject: str) -> None:
+    scene = Scene(subject, "blue")
+    true = drawn(scene)
+    images = [true, *(true.filter(ImageFilter.GaussianBlur(radius)) for radius in (1, 2)), drawn(Scene("owl", "blue"))]
+    for values in (
+        [measures.psnr(image, scene) for image in images],
+        [measures.likeness(load_judge(), image, scene) for image in images],
+    ):
+        assert values == sorted(values, reverse=True)
+        assert values[0] > values[1]
+        assert values[2] > values[3]
+
+
+def test_an_image_may_lie_two_pixels_off_and_not_more() -> None:
+    assert measures.psnr(drawn(SCENE, (2, -2)), SCENE) == pytest.approx(measures.psnr(drawn(SCENE), SCENE))
+    assert measures.psnr(drawn(SCENE, (4, 0)), SCENE) < 25
+
+
+def test_psnr_is_that_of_the_squared_error() -> None:
+    image = drawn(SCENE).point(lambda value: value + 10 if value < 128 else value - 10)
+    assert measures.psnr(image, SCENE) == pytest.approx(28.13, abs=0.01)  # 20 log10(255 / 10)
+
+
+def test_the_judge_names_held_out_and_trained_glyphs() -> None:
+    names = [*TUNING, *REPORTED]
+    named = load_judge().names(to_tensor([drawn(Scene(words, "purple")) for words in names]))
+    assert named == names
+    assert measures.likest_glyph(load_judge(), "tiger face") == "tiger"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_size_is_named_after_what_is_seen(size: str) -> None:
+    assert measures.name_size(drawn(Scene("panda face", "blue", size))) == size
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_place_is_named_after_what_is_seen(place: str) -> None:
+    assert measures.name_place(drawn(Scene("panda face", "blue", "", place))) == place
+
+
+def test_an_empty_image_has_no_size_and_no_place() -> None:
+    empty = Image.new("RGB", (64, 64), "pink")
+    assert measures.name_size(empty) is None
+    assert measures.name_place(empty) is None
+
+
+def test_drift_is_the_mean_change_of_the_images() -> None:
+    base = [Image.new("RGB", (64, 64), (100, 100, 100))] * len(measures.UNRELATED)
+    other = [Image.new("RGB", (64, 64), (106, 100, 100))] * len(measures.UNRELATED)
+    assert measures.drift(load_judge(), base, base)["drift"] == 0
+    assert measures.drift(load_judge(), other, base)["drift"] == pytest.approx(2.0, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+LEARNS = Method("learns", (0.1, 0.2))
+STAGES = [Stage("unet", [LEARNS], REPORTED[:2], tuned_on=TUNING[:1])]
+
+
+def losses(each: Trial) -> dict[str, float]:
+    return {"loss_background": abs(each.rates[0] - 0.2) + len(each.subject) / 100, "parameters": 3}
+
+
+def test_the_rate_is_chosen_on_tuning_subjects_before_others_are_run(tmp_path: Path) -> None:
+    rows = run(STAGES, tmp_path / "trials.csv", execute=losses)
+    assert [(row["subject"], row["rates"]) for row in rows] == [
+        ("fox face", "0.1"),
+        ("fox face", "0.2"),
+        (REPORTED[0], "0.2"),
+        (REPORTED[1], "0.2"),
+    ]
+
+
+def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
+    file = tmp_path / "trials.csv"
+    done = run(STAGES, file, execute=losses)
+    whole = file.read_text()
+    file.write_text(whole[:-40])
+    again: list[Trial] = []
+    assert run(STAGES, file, execute=lambda each: again.append(each) or losses(each))[:3] == done[:3]
+    assert [each.subject for each in again] == [REPORTED[1]]
+    assert len(file.read_text().splitlines()) == len(whole.splitlines())
+
+
+def test_rates_come_from_a_subject_that_has_seen_all_of_them() -> None:
+    first = Trial(LEARNS, "unet", "fox face", rates=(0.1,))
+    with pytest.raises(ValueError, match=re.escape("learns on unet has not been tuned")):
+        chosen(LEARNS, "unet", [first.key | {"loss_background": "0.1"}])
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trials.csv").write_text("method,loss\n")
+    with pytest.raises(ValueError, match="has the columns"):
+        read(tmp_path / "trials.csv")
+
+
+def test_a_lora_beside_coefficients_has_the_rate_that_it_has_alone(tmp_path: Path) -> None:
+    alone, both = METHODS["LoRA, rank 4"], METHODS["LoRA, rank 4 + coefficients"]
+    stages = [Stage("unet", [both], REPORTED[:1], tuned_on=TUNING[:1])]
+    rows = run(stages, tmp_path / "trials.csv", execute=lambda each: {"loss_background": each.rates[0]})
+    assert rows[-1]["rates"] == f"{both.rates[0]:g}/{alone.rates[0]:g}"
+    assert both.settings(*map(float, rows[-1]["rates"].split("/")))["lora_learning_rate"] == alone.rates[0]
+    assert not any(row["method"] == alone.name and row["subject"] in REPORTED for row in rows)
+    assert [each for each in plan(stages, rows) if each.key not in [read_key(row) for row in rows]] == []
+
+
+def read_key(row: dict[str, str]) -> dict[str, str]:
+    return {name: row[name] for name in COLUMNS[:6]}
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def test_the_table_says_means_errors_and_how_many_runs(tmp_path: Path) -> None:
+    file, names = tmp_path / "trials.csv", ("coefficients, SOAP", "coefficients, AdamW")
+    for name, base in zip(names, (10.0, 9.0)):
+        for rate in METHODS[name].rates:
+            append(file, Trial(METHODS[name], "unet", TUNING[0], rates=(rate,)).key | {"loss_background": str(rate)})
+        for n, subject in enumerate(REPORTED[:3]):
+            filled = dict.fromkeys(COLUMNS[6:], "1") | {"psnr_background": str(base + n)}
+            append(file, Trial(METHODS[name], "unet", subject, 0, (0.02,)).key | filled)
+    text = table.markdown(read(file))
+    assert "| coefficients, SOAP | 3 (3 subjects) | 1.000 ± 0.000 |" in text
+    assert "| 11.0 ± 0.6 |" in text
+    assert "1.0 ± 0.0, p = 0.250" in text  # the least that three pairs can have, of 8 patterns
+    table.plot(read(file), "drift", "drift", tmp_path / "drift.png")
+    assert Image.open(tmp_path / "drift.png").width > 500
+
+
+def test_models_of_real_size_are_counted_on_their_configs() -> None:
+    assert sizes.counts("SD 1.5")["coefficients"] == 2048
+    assert sizes.counts("SD 1.5")["LoRA, rank 4"] == 797_184
+    assert sizes.counts("FLUX.1")["coefficients"] == 57 * 24 * 24
+
+
+# ---------------------------------------------------------------------------------------------------------- methods
+
+
+def test_what_the_training_script_does_not_have_starts_as_the_base() -> None:
+    outputs = torch.randn(2, 5, 12)
+    assert methods.mixed(outputs, torch.zeros(3, 3)).equal(outputs)
+    gamma = torch.zeros(3, 3)
+    gamma[0, 2] = 0.5  # head 0 gets half of head 2
+    expected = outputs.clone()
+    expected[..., :4] += 0.5 * outputs[..., 8:]
+    torch.testing.assert_close(methods.mixed(outputs, gamma), expected)
+    model = nn.ModuleDict({"to_q": nn.Linear(6, 8)})
+    before = model["to_q"](outputs[..., :6])
+    [core] = methods.lora_xs(3)(model)["coefficients"]
+    torch.testing.assert_close(model["to_q"](outputs[..., :6]), before)
+    with torch.no_grad():
+        core.copy_(torch.eye(3))
+    u, s, v = torch.linalg.svd(model["to_q"].weight)
+    doubled = outputs[..., :6] @ (u[:, :3] * s[:3] @ v[:3]).T
+    torch.testing.assert_close(model["to_q"](outputs[..., :6]), before + doubled)
+
+
+def test_a_lora_and_coefficients_train_with_an_optimizer_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "LOSS_DRAWS", 1)
+    each = Trial(METHODS["LoRA, rank 4 + coefficients"], "unet", TUNING[0], rates=(2e-2, 1e-2), steps=3)
+    values = trial.run_trial(each)
+    assert values["parameters"] == 6144 + 55_552
+    assert values["bytes"] > 4 * values["parameters"]
+    assert 0 < values["loss_background"] < 1.5
+    assert values["step_seconds"] > 0
+    assert values["memory_mb"] > 1
