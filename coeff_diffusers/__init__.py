@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .checkpoint import coeff_state_dict, load_coeff_weights, read_coeff_metadata, save_coeff_weights
     from .config import CoeffConfig
     from .functional import mixed_attention
+    from .hub import push_coeff_to_hub
+    from .methods import add_coeff_methods
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
     from .store import AdapterStore
@@ -35,6 +37,7 @@ _MODULES = {
     "CoeffAttnProcessor": "processor",
     "CoeffConfig": "config",
     "add_coeff_adapter": "adapters",
+    "add_coeff_methods": "methods",
     "check_coeff_adapters": "check",
     "coeff_adapters": "adapters",
     "coeff_disabled": "adapters",
@@ -51,6 +54,7 @@ _MODULES = {
     "merge_coeff_files": "arithmetic",
     "mixed_attention": "functional",
     "prune_coeff_file": "arithmetic",
+    "push_coeff_to_hub": "hub",
     "read_coeff_metadata": "checkpoint",
     "save_coeff_weights": "checkpoint",
     "set_coeff_adapters": "adapters",
@@ -63,6 +67,7 @@ __all__ = [
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",
+    "add_coeff_methods",
     "check_coeff_adapters",
     "coeff_adapters",
     "coeff_disabled",
@@ -79,6 +84,7 @@ __all__ = [
     "merge_coeff_files",
     "mixed_attention",
     "prune_coeff_file",
+    "push_coeff_to_hub",
     "read_coeff_metadata",
     "save_coeff_weights",
     "set_coeff_adapters",

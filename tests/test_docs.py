@@ -46,7 +46,7 @@ def few_steps(pipe):
 
 def test_every_python_block_runs_after_the_one_before(pipe) -> None:
     names = {"pipe": few_steps(pipe)}
-    assert len(blocks("python")) == 13
+    assert len(blocks("python")) == 14
     for block in blocks("python"):
         exec(compile(block, str(ADAPTERS), "exec"), names)
     assert len(names["images"]) == 2

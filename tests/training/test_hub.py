@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
-from huggingface_hub import constants
+from hub_server import Hub, hub_server
 from running import main
 
 from coeff_diffusers.training.errors import InputError
@@ -20,61 +16,8 @@ from coeff_diffusers.training.results import hub
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
+server = hub_server
 REQUIRED = {"pretrained_model_name_or_path": "model", "instance_data_dir": "in", "instance_prompt": "a sks dog"}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Creates repositories of the user `me`, and takes commits whose files stand in the request."""
-
-    requests: list[tuple[str, str | None]]
-    files: dict[str, bytes]
-    refuse: str
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.requests.append((self.path, self.headers["Authorization"]))
-        address = f"http://{self.headers['Host']}/me/fox"
-        if self.refuse and self.refuse in self.path:
-            return self.answer({"error": "You don't have the rights"}, status=403)
-        if self.path == "/api/repos/create":
-            return self.answer({"url": address, "name": json.loads(body)["name"]})
-        if "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(
-                {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
-            )
-        if "/commit/" in self.path:
-            for line in map(json.loads, body.decode().splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"commitOid": "0" * 40, "commitUrl": f"{address}/commit/{'0' * 40}", "success": True})
-        return self.answer({"errors": [], "warnings": []})  # of the model card's first lines
-
-    def do_GET(self) -> None:
-        self.answer({"error": "Repository not found"}, status=404)
-
-    def answer(self, content: dict[str, Any], status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    handler = type("Handler", (Hub,), {"requests": [], "files": {}, "refuse": ""})
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.server_port}")
-    monkeypatch.setattr(hub, "get_token", lambda: None)
-    yield handler
-    listening.shutdown()
-    listening.server_close()
 
 
 def settings(**changes: Any) -> DreamBoothSettings:
@@ -108,6 +51,7 @@ def test_what_the_run_wrote_is_pushed_and_nothing_else(
         "validation/step-000002/grid.png",
         "validation/step-000002/prompt0-image0.png",
     }
+    assert 'load_coeff_weights(pipe, "me/fox")' in server.files["README.md"].decode()
     assert (out / "checkpoint-1" / "pytorch_coeff_weights.safetensors").exists()
     for name, content in server.files.items():
         assert content == (out / name).read_bytes()

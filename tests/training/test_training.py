@@ -182,8 +182,12 @@ def test_the_card_shows_images_and_its_lines_load_the_weights(
         f"![Images of the trained model, a row per prompt]({result.images[0].relative_to(result.model_card.parent)})"
         in card
     )
-    assert "base_model: tiny-sd\n" in card
+    assert "base_model" not in card.split("---\n")[1]  # which must be a name on the Hub
+    assert "library_name" not in card
+    assert "the frozen base model `tiny-sd`" in card
     assert "instance_prompt: a sks fox\n" in card
+    assert "- text: a fox\n  output:\n    url: validation/step-000003/prompt0-image0.png\n" in card
+    assert "| steps | 3 |" in card
     assert str(base.parent) not in card
     code = (
         card.partition("```python\n")[2]

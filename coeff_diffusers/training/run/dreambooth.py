@@ -45,7 +45,6 @@ from ..adapters import (
 )
 from ..errors import WriteError
 from ..families import Family, find_family, load_family
-from ..families.single_file import is_single_file
 from ..images.buckets import buckets_text, nearest_bucket
 from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
@@ -53,7 +52,7 @@ from ..images.latents import encode_crops, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
 from ..results.files import check_output_folder, missing_folders, size_text, write_grid
 from ..results.hub import check_hub, open_repository, push
-from ..results.model_card import how_to_use, write_card
+from ..results.model_card import card_of_run, write_card
 from ..results.trackers import check_trackers, end_training, log_images, start_trackers
 from ..results.validation import all_prompts, final_prompts, run_calls, validation_calls
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
@@ -219,7 +218,7 @@ class DreamBoothRun:
         family.check_prompts(prompts)
         self._prompt = prompts[0]
         check_adapters(family, settings, self._prompt)
-        self.repository = None
+        self.repository: str | None = None
         if settings.push_to_hub and accelerator.is_main_process:
             self.repository = open_repository(settings, settings.output_dir)
         for side in chain(*parse_buckets(settings.aspect_ratio_buckets)):
@@ -508,26 +507,22 @@ class DreamBoothRun:
         alone = self.alone[name]
         folder = Path(alone.output_dir)
         settings_file = self._write_config(alone)
-        model_card = write_card(
-            folder,
-            base_model=alone.pretrained_model_name_or_path,
+        card = card_of_run(
+            alone,
+            repository=self.repository,
             pipeline_class=type(self.family.pipeline).__name__,
-            instance_prompt=alone.instance_prompt,
-            steps=self.max_train_steps,
             trained=self.trained[name],
             weights=weights,
             validation_prompts=final_prompts(alone),
-            images_per_prompt=alone.num_validation_images,
-            sampling=self._sampling,
             images=images,
+            sampling=self._sampling,
+            training=metadata(alone),
         )
+        model_card = write_card(card, folder)
         print("Written:")
         for file in [*weights.values(), *images[:1], model_card, settings_file]:
             print(f"  {file} ({size_text(file)})")
-        base, kind = alone.pretrained_model_name_or_path, type(self.family.pipeline).__name__
-        lines = how_to_use(
-            base, kind, alone.instance_prompt, weights, alone.output_dir, is_single_file(base), self._sampling
-        )
+        lines = card.snippet(alone.pretrained_model_name_or_path, alone.output_dir)
         print("To use it:\n  " + lines.replace("\n\n", "\n").replace("\n", "\n  "))
         return TrainingResult(
             settings=alone,
