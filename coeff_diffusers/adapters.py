@@ -25,6 +25,7 @@ from .layers import accelerator_of, attention_layers, check_softmax, head_count,
 from .processor import CoeffAttnProcessor
 from .record import (
     GUARD,
+    Attention,
     ModelRecord,
     begin_outside,
     hook_record,
@@ -416,8 +417,9 @@ def find_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerC
 def _intact(model: nn.Module, record: ModelRecord) -> dict[str, Any] | None:
     """Path -> layer, of all that the record knows; `None` if one has lost its coefficients."""
     found: dict[str, Any] = {}
+    layers = known_attention_layers(model)
     for path, coefficients in record.layers.items():
-        layer = _at(model, path)
+        layer = layers.get(path)
         if layer is None:
             return None
         own = vars(layer)
@@ -432,33 +434,36 @@ def _intact(model: nn.Module, record: ModelRecord) -> dict[str, Any] | None:
 def known_attention_layers(model: nn.Module) -> dict[str, Any]:
     """As [`attention_layers`], without a walk where the record knows them and they are where they were."""
     record = known_record(model)
-    if record is None:
-        return attention_layers(model)
-    children = [id(child) for child in model._modules.values()]
-    if record.attention is not None and record.attention[0] == children:
-        layers = record.attention[1]
-        if all(_at(model, path) is layer for path, layer in layers.items()):
-            return layers
-    layers = attention_layers(model)
-    record.attention = children, layers, {path: head_count(layer) for path, layer in layers.items()}
-    return layers
+    return attention_layers(model) if record is None else _attention(model, record).layers
 
 
 def known_heads(model: nn.Module) -> dict[str, int]:
     """Path -> heads, of the same layers."""
-    layers, record = known_attention_layers(model), known_record(model)
-    known = None if record is None else record.attention
-    return {path: head_count(layer) for path, layer in layers.items()} if known is None else known[2]
+    record = known_record(model)
+    if record is not None:
+        return _attention(model, record).heads
+    return {path: head_count(layer) for path, layer in attention_layers(model).items()}
 
 
-def _at(model: nn.Module, path: str) -> Any:
-    """The module at this very path; `None` if there is none."""
-    module: Any = model
-    for name in path.split("."):
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module
+def _attention(model: nn.Module, record: ModelRecord) -> Attention:
+    known, children = record.attention, [id(child) for child in model._modules.values()]
+    if known is not None and known.children == children and all(m.get(name) is to for m, name, to in known.steps):
+        return known
+    layers = attention_layers(model)
+    heads = {path: head_count(layer) for path, layer in layers.items()}
+    record.attention = Attention(children, layers, heads, _steps(model, layers))
+    return record.attention
+
+
+def _steps(model: nn.Module, paths: Iterable[str]) -> list[tuple[dict[str, Any], str, Any]]:
+    """All steps from module to module that lead to these paths, each once: modules of one, name, module."""
+    found = {}
+    for path in paths:
+        module: Any = model
+        for name in path.split("."):
+            found[id(module), name] = module._modules, name, module._modules[name]
+            module = module._modules[name]
+    return list(found.values())
 
 
 def walk_layers(model: Any) -> tuple[dict[str, Any], dict[str, tuple[Any, LayerCoefficients]]]:
@@ -510,7 +515,7 @@ def put_adapter(
         active: whether it becomes the active one.
     """
     parts = components(model)
-    with CHANGES, all_or_nothing(model, [layer for layer in layers.values() if not _is_wrapped(layer)]):
+    with CHANGES, all_or_nothing(model, [layer for layer in layers.values() if not is_wrapped(layer)]):
         by_part: dict[str, dict[str, Any]] = {}
         for path, layer in layers.items():
             component, _, inner = path.partition(".")
@@ -530,13 +535,13 @@ def put_adapter(
         put_states({record: record.having(having, choice) for record, having in adapters.items()})
 
 
-def _is_wrapped(layer: Any) -> bool:
+def is_wrapped(layer: Any) -> bool:
     return GUARD in vars(layer) and isinstance(getattr(layer, "processor", None), CoeffAttnProcessor)
 
 
 def _wrap(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Gives layers, path -> layer, coefficients without any adapter, where they have none."""
-    record, new = model_record(model), {path: layer for path, layer in layers.items() if not _is_wrapped(layer)}
+    record, new = model_record(model), {path: layer for path, layer in layers.items() if not is_wrapped(layer)}
     for path, layer in new.items():
         processor, known = getattr(layer, "processor", None), record.paths.get(path)
         if isinstance(processor, CoeffAttnProcessor):

@@ -24,6 +24,7 @@ from .adapters import (
     DEFAULT_ADAPTER,
     check_new_adapter_name,
     components,
+    is_wrapped,
     known_attention_layers,
     known_coefficients,
     known_heads,
@@ -149,11 +150,9 @@ def load_coeff_weights(
     """
     if hotswap and not strict:
         raise ValueError("hotswap=True replaces a whole adapter or nothing; strict=False cannot be had with it")
-    if hotswap:
-        known_coefficients(model, [adapter_name])
-    else:
-        check_new_adapter_name(model, adapter_name, activate)
     source = pretrained_model_name_or_path_or_dict
+    if not isinstance(source, Mapping) and not os.path.lexists(source):  # before it is downloaded
+        _check_name(model, adapter_name, hotswap, activate)
     description: dict[str, Any] | None
     if isinstance(source, Mapping):
         _check_not_given("a state dict", weight_name=weight_name, subfolder=subfolder)
@@ -168,13 +167,17 @@ def load_coeff_weights(
         state_dict, header = read_file(path)
         description, origin = header["coeff_diffusers"], printable(path)
     with CHANGES:  # the checks are still true when the adapter is put in place
-        if hotswap:
-            known_coefficients(model, [adapter_name])
-        else:
-            check_new_adapter_name(model, adapter_name, activate)
+        _check_name(model, adapter_name, hotswap, activate)
         return _put(
             model, state_dict, description, origin, adapter_name, strict, hotswap, allow_large_values, activate
         )
+
+
+def _check_name(model: Any, adapter_name: str, hotswap: bool, activate: bool) -> None:
+    if hotswap:
+        known_coefficients(model, [adapter_name])
+    else:
+        check_new_adapter_name(model, adapter_name, activate)
 
 
 def _put(
@@ -188,17 +191,18 @@ def _put(
     allow_large_values: bool,
     activate: bool,
 ) -> dict[str, str]:
-    problems = differences(model, state_dict, description, allow_large_values)
+    layers = _keyed_layers(model)
+    problems = _base_differences(model, description)
+    problems |= _tensor_differences(state_dict, layers, allow_large_values)
     if hotswap:
         problems |= _other_layers(model, adapter_name, state_dict)
-    layers = _keyed_layers(model)
     chosen = {key: layers[key] for key in state_dict if key not in problems}
     if problems and (strict or not chosen):
         raise ValueError(
             f"{origin} does not fit {type(model).__name__}, which was left as it is:\n  "
             + "\n  ".join(f"{printable(what)}: {why}" for what, why in problems.items())
         )
-    check_softmax(chosen)
+    check_softmax({key: layer for key, layer in chosen.items() if not is_wrapped(layer)})
     for component, part in components(model).items():
         if is_text_encoder(part) and any(key.startswith(f"{component}.") for key in chosen):
             check_text_encoder(part)
@@ -418,7 +422,8 @@ def differences(
 ) -> dict[str, str]:
     """What does not fit `model`: key of the file, or part of the model -> why. Empty if everything does."""
     layers = _keyed_layers(model)
-    return _base_differences(model, description) | _tensor_differences(state_dict, layers, allow_large_values)
+    problems = _base_differences(model, description)
+    return problems | _tensor_differences(state_dict, layers, allow_large_values)
 
 
 def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict[str, str]:

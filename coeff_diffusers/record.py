@@ -93,6 +93,23 @@ class _Steps(threading.local):
 _slots = _Slots()
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """A model's attention layers, as they were found.
+
+    Args:
+        children: ids of the model's.
+        layers: by path.
+        heads: of each, by path.
+        steps: to them, from module to module: modules of one, name, module.
+    """
+
+    children: list[int]
+    layers: dict[str, Any]
+    heads: dict[str, int]
+    steps: list[tuple[dict[str, Any], str, Any]]
+
+
 class ModelRecord:
     """The coefficients of a model by module path, its adapters, and the hooks of its calls.
 
@@ -108,7 +125,7 @@ class ModelRecord:
         self.state = State()
         self.older: list[Any] = []  # frames of calls that began before there was this record
         self.entered = False  # whether a thread or a task has ever made a choice of its own
-        self.attention: tuple[list[int], dict[str, Any], dict[str, int]] | None  # children, layers, heads when walked
+        self.attention: Attention | None
         self.store: Any = None
         self.__setstate__({})
 

@@ -239,6 +239,7 @@ def test_help_and_version_load_no_torch() -> None:
         ["train", "--help"],
         ["generate", "--help"],
         ["score", "-h"],
+        ["serve", "--help"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", code.replace("{flags}", repr(flags))], capture_output=True, text=True, check=True
@@ -249,11 +250,12 @@ def test_help_and_version_load_no_torch() -> None:
         "--learning_rate RATE",
         "--coeff_weights",
         "--clip_model",
+        "--max_batch_size",
     ):
         assert told in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "score"])
+@pytest.mark.parametrize("command", ["train", "generate", "score", "serve"])
 def test_a_command_that_runs_a_model_is_in_the_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

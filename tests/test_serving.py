@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from coeff_diffusers.serving.door import Door
 from coeff_diffusers.serving.folder import SubjectFolder
 from coeff_diffusers.serving.pipeline import SubjectPipeline
 from coeff_diffusers.serving.requests import ImageRequest, Refusal
+from coeff_diffusers.serving.run import checked_names
 from coeff_diffusers.serving.settings import ServeSettings, parse_serve
 from coeff_diffusers.training import InputError
 
@@ -272,6 +274,19 @@ def test_flags_are_the_settings(folder: Path) -> None:
         parse_serve([*flags, "--port", "0"])
     with pytest.raises(SystemExit):
         parse_serve(["--adapters", "x"])
+
+
+def test_what_cannot_be_served_is_said_before_ray_starts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--pretrained_model_name_or_path: .*none"):
+        checked_names(replace(settings(folder), pretrained_model_name_or_path=str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"^--adapters: .*none is no folder here"):
+        checked_names(settings(tmp_path / "none"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match=r"--port \d+: Address already in use"):
+            checked_names(settings(folder, port=taken.getsockname()[1]))
+    assert checked_names(settings(folder)) == ["cat", "dog", "owl"]
 
 
 # -------------------------------------------------------------------------------------------------------- over HTTP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from diffusers import DiffusionPipeline
 from ray import serve
 
 from ..training.errors import InputError
+from ..training.families.single_file import is_single_file
 from .api import application
 from .folder import SubjectFolder
 from .settings import ServeSettings
@@ -27,13 +30,11 @@ def run(settings: ServeSettings) -> None:
     """Serves until SIGINT or SIGTERM asks it to stop.
 
     Raises:
-        InputError: if there is no such folder or repository of subjects, or the port is taken.
+        InputError: if there is no such model, or folder or repository of subjects, the port cannot be had, or the
+            replicas do not start.
     """
     settings = here(settings)
-    try:
-        names = SubjectFolder(settings.adapters).names()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
+    names = checked_names(settings)
     ray.init(**ray_options(settings))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's
@@ -43,9 +44,32 @@ def run(settings: ServeSettings) -> None:
         serve.run(application(settings), name="coeff_diffusers", route_prefix="/")
         print(f"{len(names)} subjects at http://{settings.host}:{settings.port}/docs; Ctrl-C stops", flush=True)
         stop.wait()
+    except RuntimeError as error:  # of replicas that do not start; what each of them said is above it
+        raise InputError(f"the server did not start: {error}") from error
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def checked_names(settings: ServeSettings) -> list[str]:
+    """The subjects that there are. What can be told before Ray starts is told here."""
+    model = settings.pretrained_model_name_or_path
+    try:
+        if not is_single_file(model):
+            DiffusionPipeline.load_config(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pretrained_model_name_or_path: {error}") from error
+    try:
+        names = SubjectFolder(settings.adapters).names()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
+    try:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((settings.host, settings.port))
+    except OSError as error:
+        raise InputError(f"--host {settings.host} --port {settings.port}: {error.strerror}; give others") from error
+    return names
 
 
 def here(settings: ServeSettings) -> ServeSettings:
