@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run.checkpoints import Checkpoint, check_same_run
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.optimizers import check_optimizer, make_optimizer, rates_in_use
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
@@ -108,7 +110,7 @@ def test_prodigy_trains_coefficients_and_lora(train: Train) -> None:
     [
         ("SGD", "torch", {"momentum": 0.9}),
         ("adafactor", "torch", {}),
-        ("soap", "pytorch_optimizer", {"precondition_frequency": 1, "betas": (0.9, 0.99)}),
+        ("soap", "coeff_diffusers", {"precondition_frequency": 1, "betas": (0.9, 0.9), "max_precondition_dim": 64}),
         ("Lion", "pytorch_optimizer", {"weight_decay": 0.125}),
         ("lion8bit", "bitsandbytes", {}),
     ],
@@ -117,7 +119,8 @@ def test_an_optimizer_of_any_of_the_packages_minimises_with_its_rates_and_argume
     name: str, package: str, args: dict[str, Any]
 ) -> None:
     texts = [f"{key}={value!r}" for key, value in args.items()]
-    chosen = settings(optimizer=name, optimizer_args=texts, learning_rate=0.01, lora_learning_rate=0.005, lora_rank=4)
+    rates = {"learning_rate": 0.01, "lora_learning_rate": 0.005}
+    chosen = settings(optimizer=name, lora_optimizer=name, optimizer_args=texts, lora_rank=4, **rates)
     check_optimizer(chosen)
     optimizer = make_optimizer(parameters(), chosen)
     assert type(optimizer).__module__.startswith(package)
@@ -136,14 +139,17 @@ def test_adams_flags_are_for_adams_alone() -> None:
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.25)
 
 
-def test_a_run_by_soap_resumes_to_the_same_bits(train: Train, tmp_path: Path) -> None:
+def test_a_run_by_soap_and_adamw_resumes_to_the_same_bits(train: Train, tmp_path: Path) -> None:
+    """Under a schedule that changes the rates of both."""
     flags = {"optimizer": "soap", "max_train_steps": 4, "optimizer_args": ["precondition_frequency=2"]}
+    flags |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, "lora_rank": 2, "lora_learning_rate": 0.1}
     whole = train(**flags, output_dir=tmp_path / "whole")
     train(**flags | {"max_train_steps": 2}, checkpointing_steps=2)
     resumed = train(**flags, resume_from_checkpoint="latest")
     assert resumed.losses == whole.losses
-    found, expected = load_file(resumed.coeff_file), load_file(whole.coeff_file)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for file, other in ((resumed.coeff_file, whole.coeff_file), (resumed.lora_file, whole.lora_file)):
+        found, expected = load_file(file), load_file(other)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +171,90 @@ def test_an_optimizer_that_cannot_be_had_is_refused(flags: dict[str, Any], probl
         check_optimizer(settings(**flags))
 
 
+# Coefficients and LoRA with an optimizer each
+
+
+@pytest.mark.parametrize(
+    ("flags", "of_coefficients", "of_lora"),
+    [
+        ({"optimizer": "soap"}, "soap", "adamw"),
+        ({"optimizer": "soap", "lora_optimizer": "SOAP"}, "soap", "soap"),
+        ({"optimizer": "soap", "coeff": False}, "soap", "soap"),
+        ({"optimizer": "prodigy"}, "prodigy", "prodigy"),
+        ({"lora_optimizer": "prodigy"}, "adamw", "prodigy"),
+    ],
+)
+def test_a_lora_has_the_optimizer_of_the_coefficients_but_for_soap(
+    flags: dict[str, Any], of_coefficients: str, of_lora: str
+) -> None:
+    chosen = settings(**flags, lora_rank=4)
+    assert (chosen.optimizer, chosen.lora_optimizer) == (of_coefficients, of_lora)
+    assert chosen.lora_learning_rate == (1.0 if of_lora == "prodigy" else 1e-4)
+    assert chosen.learning_rate == (1.0 if of_coefficients == "prodigy" else 0.01)
+
+
+def test_each_optimizer_has_its_own_rates_and_betas_and_groups_keep_their_order() -> None:
+    kinds = ("coefficients", "lora", "text_encoder_coefficients", "text_encoder_lora")
+    given = {kind: [nn.Parameter(torch.zeros(4, 4))] for kind in kinds}
+    optimizer = make_optimizer(given, settings(optimizer="soap", lora_rank=4, train_text_encoder=True))
+    assert [group["params"] for group in optimizer.param_groups] == list(given.values())
+    assert [group["betas"][1] for group in optimizer.param_groups] == [0.99, 0.999, 0.99, 0.999]
+    assert rates_in_use(optimizer) == [0.01, 1e-4, 1e-3, 5e-6]
+    losses = [step_towards(optimizer, 0.3) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert all(parameter.any() for (parameter,) in given.values())
+
+
+def test_what_several_optimizers_have_is_loaded_into_each() -> None:
+    chosen = settings(optimizer="soap", lora_rank=4)
+    optimizer, again = (make_optimizer(parameters(), chosen) for _ in range(2))
+    step_towards(optimizer, 0.3)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    again.load_state_dict(optimizer.state_dict())
+    assert rates_in_use(again) == [0.5, 0.5]
+    states = [[o.state_dict()["state"][0] for o in each.optimizers] for each in (optimizer, again)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="shorter"):
+        again.load_state_dict({"optimizers": optimizer.state_dict()["optimizers"][:1]})
+
+
+def test_a_beta_that_is_given_is_for_both() -> None:
+    optimizer = make_optimizer(parameters(), settings(optimizer="soap", lora_rank=4, adam_beta2=0.9))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.9), (0.9, 0.9)]
+
+
+def test_arguments_are_for_the_optimizer_of_the_coefficients() -> None:
+    chosen = settings(optimizer="soap", lora_rank=4, optimizer_args=["precondition_frequency=3"])
+    first, second = make_optimizer(parameters(), chosen).param_groups
+    assert first["precondition_frequency"] == 3
+    assert "precondition_frequency" not in second
+
+
+def test_a_loras_optimizer_that_cannot_be_had_is_refused() -> None:
+    with pytest.raises(InputError, match="--lora_optimizer lbfgs: .*closure"):
+        check_optimizer(settings(lora_optimizer="lbfgs", lora_rank=4))
+
+
+def test_checkpoints_of_when_there_was_one_optimizer_go_on() -> None:
+    chosen = asdict(settings(optimizer="lion", lora_rank=4, seed=0, max_train_steps=3))
+    facts = {"settings": chosen, "processes": 1, "images": []}
+    old = {name: value for name, value in chosen.items() if name != "lora_optimizer"}
+    checkpoint = Checkpoint(
+        Path("checkpoint-1"), {"facts": facts | {"settings": old, "denoiser": ""}, "losses": [1.0]}
+    )
+    check_same_run(checkpoint, facts | {"denoiser": ""})
+    changed = facts | {"settings": chosen | {"lora_optimizer": "adamw"}, "denoiser": ""}
+    with pytest.raises(InputError, match="--lora_optimizer was lion, is adamw"):
+        check_same_run(checkpoint, changed)
+
+
 # 8 bits
+
+
+def test_8_bits_are_for_the_lora_beside_soap() -> None:
+    optimizer = make_optimizer(parameters(), settings(optimizer="soap", use_8bit_adam=True, lora_rank=4))
+    assert [type(each).__name__ for each in optimizer.optimizers] == ["SOAP", "AdamW8bit"]
 
 
 def test_8_bits_are_for_the_lora_and_coefficients_keep_32() -> None:
@@ -213,14 +302,25 @@ def test_a_missing_package_is_named_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"optimizer": "soap", "use_8bit_adam": True, "lora_rank": 2}, "--use_8bit_adam is for --optimizer adamw"),
+        (
+            {"lora_optimizer": "soap", "use_8bit_adam": True, "lora_rank": 2},
+            "--use_8bit_adam is for --lora_optimizer adamw",
+        ),
         ({"use_8bit_adam": True}, "--use_8bit_adam would save nothing"),
         ({"prodigy_beta3": 0.9}, "--prodigy_beta3 needs --optimizer prodigy"),
         ({"prodigy_decouple": False}, "--prodigy_decouple needs --optimizer prodigy"),
         ({"optimizer": "prodigy", "prodigy_beta3": 1.0}, "--prodigy_beta3 must be in [0, 1), got 1.0"),
         ({"optimizer": "prodigy", "learning_rate": 1e-2}, "--learning_rate should be about 1 for --optimizer prodigy"),
         ({"optimizer": "prodigy", "scale_lr": True}, "--scale_lr is for --optimizer adamw"),
-        ({"optimizer": "prodigy", "use_8bit_adam": True}, "--use_8bit_adam is for --optimizer adamw"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, "--use_8bit_adam is for --lora_optimizer adamw"),
+        (
+            {"lora_optimizer": "prodigy", "lora_rank": 2, "lora_learning_rate": 1e-4},
+            "--lora_learning_rate should be about 1 for --lora_optimizer prodigy",
+        ),
+        (
+            {"lora_optimizer": "prodigy", "lora_rank": 2, "text_encoder_lora_lr": 0.5, "train_text_encoder": True},
+            "--text_encoder_lora_lr must be the --lora_learning_rate for --lora_optimizer prodigy",
+        ),
         (
             {"optimizer": "prodigy", "lora_rank": 2, "lora_learning_rate": 1e-4},
             "--lora_learning_rate must be the --learning_rate for --optimizer prodigy",

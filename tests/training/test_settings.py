@@ -296,7 +296,14 @@ BUCKETS = {"aspect_ratio_buckets": "16,24"}
             {"with_prior_preservation": True},
         ),
         ({"ema_decay": 0.9}, "needs --use_ema", {}, {"use_ema": True}),
-        ({"adam_beta1": 0.5}, "is for optimizers with Adam", {"optimizer": "lion"}, {"optimizer": "adamax"}),
+        ({"adam_beta1": 0.5}, "is for SOAP and optimizers with Adam", {"optimizer": "lion"}, {"optimizer": "adamax"}),
+        ({"adam_beta2": 0.5}, "is for SOAP and", {"optimizer": "lion"}, {"lora_rank": 4, "lora_optimizer": "adamw"}),
+        (
+            {"optimizer_args": "momentum=0.5"},
+            "is of the .*: the LoRA has --lora_optimizer lion$",
+            LORA_ALONE | {"lora_optimizer": "lion"},
+            {"lora_optimizer": "adamw"},
+        ),
         (
             {"lr_num_cycles": 2},
             "needs --lr_scheduler cosine_with_restarts",

@@ -78,11 +78,11 @@ def coefficients(result: TrainingResult) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"random_flip": True, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2},
+        {"random_flip": True, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2, "optimizer": "soap"},
         {"gradient_checkpointing": True, "lr_scheduler": "linear", "snr_gamma": 5.0, "coeff_dropout": 0.3},
         {"center_crop": True, "cache_latents": True, "train_batch_size": 1, "dataloader_num_workers": 1},
     ],
-    ids=["clipped and accumulated", "checkpointed with dropout", "cached"],
+    ids=["clipped and accumulated by SOAP", "checkpointed with dropout", "cached"],
 )
 def test_each_subject_gets_what_it_gets_alone(
     train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, changes: dict[str, Any]
@@ -367,7 +367,7 @@ def test_problems_of_all_subjects_images_are_told_before_anything_is_loaded(
         ({"num_train_epochs": 3}, "--num_train_epochs does not go with --subjects: subjects have other numbers of"),
         ({"lora_rank": 4}, "--lora_rank does not go with --subjects: it is for one subject"),
         ({"aspect_ratio_buckets": "16,16"}, "--aspect_ratio_buckets does not go with --subjects"),
-        ({"optimizer": "prodigy"}, "--optimizer does not go with --subjects"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy does not go with --subjects"),
     ],
 )
 def test_flags_that_do_not_go_with_subjects_are_told(changes: dict[str, Any], problem: str) -> None:

@@ -278,6 +278,7 @@ def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     old, new = there["settings"], dict(here["settings"])
     if new["lr_scheduler"] in GROWING_SCHEDULES and new["max_train_steps"] >= checkpoint.step:
         new["max_train_steps"] = old["max_train_steps"]
+    old = {"lora_optimizer": old["optimizer"]} | old  # one for all, in checkpoints of earlier releases
     defaults = {field.name: field.default for field in fields(DreamBoothSettings)}  # of those that are new since then
     old = {name: old.get(name, defaults.get(name)) for name in dict.fromkeys((*old, *new))}
     problems = [f"--{name} was {old[name]}, is {new.get(name)}" for name in old if old[name] != new.get(name)]

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from .dreambooth import DreamBoothSettings
 
 RATES = ("learning_rate", "lora_learning_rate", "text_encoder_lr", "text_encoder_lora_lr")
+COEFFICIENT_RATES, LORA_RATES = RATES[::2], RATES[1::2]
 
-# A run's config.yaml may hold these without a use: rates that it scaled, numbers of images for a subject that has no
-# prompt. So they are questioned on the command line alone.
+# A run's config.yaml may hold these without a use: what it filled in, rates that it scaled, numbers of images for a
+# subject that has no prompt. So they are questioned on the command line alone.
 FILLED_IN = (
     *RATES,
+    "lora_optimizer",
     "resolution",
     "num_validation_images",
     "validation_steps",
@@ -28,7 +30,7 @@ FILLED_IN = (
 
 def defaults_of(settings: DreamBoothSettings) -> dict[str, Any]:
     """Setting -> its default, beside the others."""
-    return {setting.name: setting.default for setting in fields(settings)} | settings.default_rates()
+    return {setting.name: setting.default for setting in fields(settings)} | settings.derived_defaults()
 
 
 def changed(settings: DreamBoothSettings, *names: str) -> list[str]:
@@ -85,10 +87,14 @@ def _subjects_problems(settings: DreamBoothSettings) -> list[str]:
         "caption_extension cache_dir class_data_dir class_prompt validation_prompt "
         "final_validation_prompt": "the file says this of each subject",
         "num_train_epochs validation_epochs repeats": "subjects have other numbers of images; count steps",
-        "aspect_ratio_buckets coeff lora_rank train_text_encoder optimizer "
-        "scale_lr push_to_hub fsdp": "it is for one subject",
+        "aspect_ratio_buckets coeff lora_rank train_text_encoder scale_lr push_to_hub fsdp": "it is for one subject",
     }
-    return [
+    problems = []
+    if settings.optimizer not in ("adamw", "soap"):
+        problems.append(
+            f"--optimizer {settings.optimizer} does not go with --subjects, which adamw and soap train as alone"
+        )
+    return problems + [
         f"--{'no_' if getattr(settings, name) is False else ''}{name} does not go with --subjects: {reason}"
         for names, reason in excluded.items()
         for name in changed(settings, *names.split())
@@ -107,9 +113,9 @@ def _folder_problems(settings: DreamBoothSettings) -> list[str]:
 
 def _optimizer_problems(settings: DreamBoothSettings) -> list[str]:
     problems = []
-    if settings.use_8bit_adam and settings.optimizer != "adamw":
-        problems.append(f"--use_8bit_adam is for --optimizer adamw, not for {settings.optimizer}")
-    if settings.optimizer == "prodigy":
+    if settings.use_8bit_adam and settings.lora_optimizer != "adamw":
+        problems.append(f"--use_8bit_adam is for --lora_optimizer adamw, not for {settings.lora_optimizer}")
+    if "prodigy" in (settings.optimizer, settings.lora_optimizer):
         return problems + _prodigy_problems(settings)
     prodigys = [setting.name for setting in fields(settings) if setting.name.startswith("prodigy_")]
     problems += [f"--{name} needs --optimizer prodigy" for name in changed(settings, *prodigys)]
@@ -126,12 +132,13 @@ def _prodigy_problems(settings: DreamBoothSettings) -> list[str]:
     problems = []
     if settings.scale_lr:
         problems.append("--scale_lr is for --optimizer adamw; prodigy finds the rate itself")
-    rate = settings.learning_rate
-    assert rate is not None  # filled in
+    flags = {"optimizer": COEFFICIENT_RATES, "lora_optimizer": LORA_RATES}
+    first, *others = [n for flag, names in flags.items() if getattr(settings, flag) == "prodigy" for n in names]
+    flag, rate = "lora_optimizer" if first in LORA_RATES else "optimizer", getattr(settings, first)
     if 0 < rate < 0.1:
-        problems.append(f"--learning_rate should be about 1 for --optimizer prodigy, which finds the rate, got {rate}")
-    others = [f"--{name}" for name in RATES if getattr(settings, name) != rate]
-    return problems + [f"{name} must be the --learning_rate for --optimizer prodigy, or left out" for name in others]
+        problems.append(f"--{first} should be about 1 for --{flag} prodigy, which finds the rate, got {rate}")
+    wrong = [f"--{name}" for name in others if getattr(settings, name) != rate]
+    return problems + [f"{name} must be the --{first} for --{flag} prodigy, or left out" for name in wrong]
 
 
 def _hub_problems(settings: DreamBoothSettings) -> list[str]:
@@ -155,17 +162,19 @@ def idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[
         "adam_weight_decay": (s.coeff, f"{no_coefficients}: use --lora_weight_decay"),
         "learning_rate": (s.coeff or s.optimizer == "prodigy", f"{no_coefficients}: use --lora_learning_rate"),
         "text_encoder_lr": (s.coeff, f"{no_coefficients}: use --text_encoder_lora_lr"),
-        "lora_alpha lora_dropout lora_layers use_dora lora_learning_rate lora_weight_decay text_encoder_lora_lr": (
-            s.lora_rank,
-            "needs a --lora_rank of 1 or more",
+        "lora_alpha lora_dropout lora_layers use_dora lora_optimizer lora_learning_rate lora_weight_decay "
+        "text_encoder_lora_lr": (s.lora_rank, "needs a --lora_rank of 1 or more"),
+        "optimizer optimizer_args": (
+            s.coeff or s.lora_optimizer == s.optimizer,
+            f"{no_coefficients}: the LoRA has --lora_optimizer {s.lora_optimizer}",
         ),
         "adam_weight_decay_text_encoder": (
             s.train_text_encoder and s.lora_rank,
             "needs --train_text_encoder and a --lora_rank of 1 or more",
         ),
         "adam_beta1 adam_beta2 adam_epsilon": (
-            "adam" in s.optimizer or s.optimizer == "prodigy",
-            f"is for optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
+            any("adam" in name or name in ("prodigy", "soap") for name in (s.optimizer, s.lora_optimizer)),
+            f"is for SOAP and optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
         ),
         "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
         "ema_decay": (s.use_ema, "needs --use_ema"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InputError
-from .combinations import FILLED_IN, RATES, combination_problems, idle_problems
+from .combinations import COEFFICIENT_RATES, FILLED_IN, LORA_RATES, RATES, combination_problems, idle_problems
 from .config_file import write_config
 from .rules import (
     Buckets,
@@ -262,12 +262,15 @@ class OptimizerSettings(Settings):
     """Optimizer and learning rates"""
 
     optimizer: str = flag(
-        "adamw, prodigy, or any other optimizer of torch, pytorch-optimizer or bitsandbytes by its name, such as "
-        "lion, adafactor, soap or adamw8bit.",
+        "Of the coefficients: soap, adamw, prodigy, or any other of torch, pytorch-optimizer or bitsandbytes by its "
+        "name, such as lion, adafactor or adamw8bit.",
         "adamw",
     )
+    lora_optimizer: str = flag(
+        "Of the LoRA, likewise. If not given, adamw beside coefficients that have soap, and else the --optimizer.", ""
+    )
     optimizer_args: Texts = flag(
-        "Arguments of the optimizer, such as weight_decay=0.1 'betas=(0.9, 0.99)'; they win over the flags.", ()
+        "Arguments of --optimizer, such as weight_decay=0.1 'betas=(0.9, 0.99)'; they win over the flags.", ()
     )
     use_8bit_adam: bool = flag(
         "AdamW with its state in 8 bits, by bitsandbytes, to save memory. For the LoRA: bitsandbytes keeps 32 bits "
@@ -292,12 +295,12 @@ class OptimizerSettings(Settings):
     lr_warmup_steps: WholeNumber = flag("Optimizer steps in which the learning rates rise from 0.", 0)
     lr_num_cycles: Count = flag("Restarts of --lr_scheduler cosine_with_restarts.", 1)
     lr_power: Positive = flag("Power of --lr_scheduler polynomial.", 1.0)
-    adam_beta1: Fraction = flag("AdamW's decay of the gradient's mean.", 0.9)
-    adam_beta2: Fraction = flag("AdamW's decay of the gradient's square.", 0.999)
+    adam_beta1: Fraction = flag("Decay of the gradient's mean, of AdamW and SOAP.", 0.9)
+    adam_beta2: Fraction | None = flag("Decay of the gradient's square; 0.999 if not given, and 0.99 for SOAP.", None)
     adam_weight_decay: NotNegative = flag("Weight decay of the coefficients.", 0.0)
     lora_weight_decay: NotNegative = flag("Weight decay of the LoRA.", 1e-2)
     adam_weight_decay_text_encoder: NotNegative = flag("Weight decay of the text encoders' LoRA.", 1e-3)
-    adam_epsilon: Positive = flag("AdamW's epsilon.", 1e-8)
+    adam_epsilon: Positive = flag("Epsilon of AdamW and SOAP.", 1e-8)
     max_grad_norm: Positive = flag("Gradients are clipped to this norm.", 1.0)
     prodigy_beta3: Fraction | None = flag(
         "Prodigy's decay of its estimate; the root of adam_beta2 if not given.", None
@@ -307,18 +310,27 @@ class OptimizerSettings(Settings):
     prodigy_safeguard_warmup: bool = flag("Prodigy's estimate leaves the rates of the warm-up out.", True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.optimizer, str):  # diffusers' scripts spell it AdamW
-            object.__setattr__(self, "optimizer", self.optimizer.lower())
-        for name, value in self.default_rates().items():
-            if getattr(self, name) is None:
+        for name in ("optimizer", "lora_optimizer"):
+            if isinstance(value := getattr(self, name), str):  # diffusers' scripts spell it AdamW
+                object.__setattr__(self, name, value.lower())
+        for name, value in self.derived_defaults().items():
+            if getattr(self, name) in (None, ""):
                 object.__setattr__(self, name, value)
         super().__post_init__()
 
-    def default_rates(self) -> dict[str, Any]:
+    def derived_defaults(self) -> dict[str, Any]:
         """The defaults that follow from other settings."""
+        beside_soap = self.optimizer == "soap" and getattr(self, "coeff", True)
+        default = "adamw" if beside_soap else self.optimizer
+        lora_optimizer = self.lora_optimizer or default
+        rates = dict(zip(RATES, (1e-2, 1e-4, 1e-3, 5e-6)))
         if self.optimizer == "prodigy":
-            return dict.fromkeys(RATES, 1.0 if self.learning_rate is None else self.learning_rate)
-        return dict(zip(RATES, (1e-2, 1e-4, 1e-3, 5e-6)))
+            rates |= dict.fromkeys(COEFFICIENT_RATES, 1.0 if self.learning_rate is None else self.learning_rate)
+        if lora_optimizer == "prodigy":
+            first = rates["learning_rate"] if self.optimizer == "prodigy" else self.lora_learning_rate
+            rates |= dict.fromkeys(LORA_RATES, 1.0 if first is None else first)
+        soap = "soap" in (self.optimizer, lora_optimizer)  # beside which another one may have another beta
+        return {"lora_optimizer": default, "adam_beta2": None if soap else 0.999, **rates}
 
 
 @dataclass(frozen=True)
