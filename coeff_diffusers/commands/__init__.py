@@ -10,7 +10,7 @@ from ..console import hush
 OF_MODELS = {
     "train": "trains coefficients, and a LoRA if asked for, on a few images of a subject",
     "generate": "generates images by coefficient files",
-    "score": "scores images of generate: CLIP-T, CLIP-I, DINO",
+    "score": "scores images of generate: CLIP-T, CLIP-I, DINO, DINOv2, LPIPS, drift",
     "serve": "serves images of many subjects over HTTP",
 }
 

@@ -31,10 +31,16 @@ SCORE = """Scores images of `coeff-diffusers generate`: do they show what the pr
     accelerate launch -m coeff_diffusers score --images outputs/many --reference dog=my-dog cat=my-cat \\
         --clip_model openai/clip-vit-base-patch32 --dino_model facebook/dino-vits16
 
-CLIP-T is the cosine of image and prompt (`clip_prompt` of the manifest), CLIP-I and DINO the mean cosine of an
-image with each reference image of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1). Scores
-depend on the encoders: compare none that were made with others. Writes `scores.json` beside the images. Reference
-images are turned as their EXIF entry says, and laid on white where they are transparent, as in training.
+CLIP-T is the cosine of image and prompt (`clip_prompt` of the manifest), CLIP-I, DINO and DINOv2 the mean cosine of
+an image with each reference image of its subject, as DreamBooth has them (arXiv 2208.12242, section 4.1); LPIPS, its
+measure of diversity, an image's mean distance to the others of its subject and prompt. Drift is 1 minus the cosine by
+DINOv2 of an image that shows no subject (`"unrelated": true` in the file of prompts) with the base model's image
+(`"coeff": null`) of the same prompt and seed, as PEFT's comparison of methods for image generation has it.
+
+Scores depend on the encoders: compare none that were made with others. Writes, beside the images, `scores.json` and
+`scores.csv`, `scores.md` with the means, and `scores.html` with the images; and what is known of each image to
+`scores-*.jsonl`, so that a run that was stopped goes on. Reference images are turned as their EXIF entry says, and
+laid on white where they are transparent, as in training.
 """
 
 
@@ -102,7 +108,10 @@ def parse_score(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", nargs="+", default=[], help="folders with images of the subjects, name=folder")
     parser.add_argument("--clip_model", required=True, help="a CLIP model: a folder, or a name on the Hub")
     parser.add_argument("--dino_model", help="a vision transformer: a folder, or a name on the Hub")
+    parser.add_argument("--dinov2_model", help="another, which measures drift, too: facebook/dinov2-base, say")
+    parser.add_argument("--lpips", choices=["alex", "vgg", "squeeze"], help="its network; needs the extra [score]")
     parser.add_argument("--batch_size", type=at_least(1), default=16)
+    parser.add_argument("--overwrite", action="store_true", help="score again what is scored already")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
     args = parser.parse_args(argv)
     try:

@@ -42,6 +42,8 @@ class ImageRequest:
         negative_prompt: what guidance leads away from; `None` is the pipeline's own default.
         coeff: name of the coefficients that it is made with; `None` is the base model.
         clip_prompt: what `score` compares it with, in the place of `prompt`: without a subject's rare word, say.
+        unrelated: whether it shows no subject. `score` then asks only how far it drifts from the base model's image of
+            the same prompt and seed.
     """
 
     file_name: str
@@ -50,6 +52,7 @@ class ImageRequest:
     negative_prompt: str | None
     coeff: str | None
     clip_prompt: str
+    unrelated: bool = False
 
 
 Manifest = dict[str, tuple[ImageRequest, dict[str, Any]]]  # file name -> the image, and what it was made with
@@ -58,7 +61,8 @@ Manifest = dict[str, tuple[ImageRequest, dict[str, Any]]]  # file name -> the im
 def read_prompts(path: Path, adapters: Sequence[str], seed: int, images_per_prompt: int) -> list[ImageRequest]:
     """The found that a file asks for: a prompt per line, or JSON objects, a line each, if it ends in `.jsonl`.
 
-    A JSON line has a `prompt`, and may have `seed`, `negative_prompt`, `coeff`, `clip_prompt` and `file_name`.
+    A JSON line has a `prompt`, and may have `seed`, `negative_prompt`, `coeff`, `clip_prompt`, `file_name` and
+    `unrelated`.
 
     Args:
         path: the file. Empty lines are passed over.
@@ -100,14 +104,16 @@ def _text(path: Path) -> str:
 
 def _checked(entry: Any, adapters: Sequence[str]) -> dict[str, Any]:
     """The entry with its `coeff` filled in."""
-    kinds = {"seed": int, **dict.fromkeys(("prompt", "negative_prompt", "coeff", "clip_prompt", "file_name"), str)}
+    texts = ("prompt", "negative_prompt", "coeff", "clip_prompt", "file_name")
+    kinds = {"seed": int, **dict.fromkeys(texts, str), "unrelated": bool}
+    words = {int: "a whole number", str: "text", bool: "true or false"}
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError('must be an object with a "prompt"')
     for name, value in entry.items():
         if name not in kinds:
             raise ValueError(f"{name!r} is none of {', '.join(kinds)}")
-        if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
-            raise ValueError(f"{name} must be {'a whole number' if name == 'seed' else 'text'}, got {value!r}")
+        if value is not None and type(value) is not kinds[name]:
+            raise ValueError(f"{name} must be {words[kinds[name]]}, got {value!r}")
     if entry.get("seed") is not None and entry["seed"] not in SEEDS:
         raise ValueError(f"seed must be from 0 to 2^63 - 1, got {entry['seed']}")
     if "coeff" not in entry:
@@ -141,6 +147,7 @@ def _images(number: int, entry: dict[str, Any], seed: int, images_per_prompt: in
                 negative_prompt=entry.get("negative_prompt"),
                 coeff=entry["coeff"],
                 clip_prompt=entry.get("clip_prompt") or prompt,
+                unrelated=bool(entry.get("unrelated")),
             )
         )
     return found
@@ -163,6 +170,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         names = [field.name for field in fields(ImageRequest)]
+        entries = [{"unrelated": False} | entry for entry in entries]  # which earlier releases did not know
         return {e["file_name"]: (ImageRequest(**{name: e[name] for name in names}), e["made_with"]) for e in entries}
     except FileNotFoundError as error:
         raise PromptsError(f"there is no {path}, which coeff-diffusers generate --prompts_file writes") from error

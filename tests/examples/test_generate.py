@@ -14,21 +14,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
+from tiny_encoders import tiny_clip, tiny_vit
 from two_processes import on_two_processes
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, save_coeff_weights
 from coeff_diffusers.commands import generate, score
 from coeff_diffusers.commands.flags import parse_generate, parse_score
-from coeff_diffusers.commands.requests import ImageRequest, PromptsError, read_manifest, read_prompts, write_manifest
+from coeff_diffusers.commands.requests import PromptsError, read_manifest, read_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -350,108 +342,3 @@ def test_prompts_of_any_script_are_read_and_name_files(tmp_path: Path) -> None:
     path.write_bytes("a f\xf6x".encode("latin-1"))
     with pytest.raises(PromptsError, match=r"prompts.txt must be in UTF-8: .*0xf6"):
         read_prompts(path, ["default"], 0, 1)
-
-
-def test_reference_images_are_upright_and_on_white(tmp_path: Path) -> None:
-    upright = Image.new("RGB", (32, 48), "red")
-    upright.paste("blue", (0, 0, 32, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    turned, clear = score.open_all([tmp_path / "turned.png", tmp_path / "clear.png"])
-    np.testing.assert_array_equal(np.asarray(turned), np.asarray(upright))
-    assert clear.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_scores_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--images", str(tmp_path), "--clip_model", "none"]
-    with pytest.raises(PromptsError, match=r"there is no .*manifest.jsonl, which coeff-diffusers generate"):
-        score.main(parse_score(flags))
-    with pytest.raises(SystemExit):
-        parse_score([*flags, "--reference", "a", "b"])
-    assert "--reference: each needs a name of its own (name=path), got default, default" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse_score([*flags, "--batch_size", "0"])
-    assert "argument --batch_size: must be 1 or more, got 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flag", ["--clip_model", "--dino_model"])
-def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) -> None:
-    write_one_image(tmp_path)
-    models = {"--clip_model": str(tiny_clip(tmp_path / "clip")), "--dino_model": str(tiny_vit(tmp_path / "vit"))}
-    given = [text for name, path in (models | {flag: str(tmp_path / "none")}).items() for text in (name, path)]
-    with pytest.raises(PromptsError, match=f"{flag}: .*none"):
-        score.main(parse_score(["--images", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
-
-
-@pytest.mark.usefixtures("one_process")
-def test_scores_leave_no_process_group(tmp_path: Path) -> None:
-    write_one_image(tmp_path)
-    clip = str(tiny_clip(tmp_path / "clip"))
-    score.main(parse_score(["--images", str(tmp_path), "--clip_model", clip, "--device", "cpu"]))
-    assert not torch.distributed.is_initialized()
-
-
-def write_one_image(folder: Path) -> None:
-    """As `generate`, with the coefficients x."""
-    image = ImageRequest("a.png", prompt="a", seed=0, negative_prompt=None, coeff="x", clip_prompt="a")
-    write_manifest({"a.png": (image, {})}, folder / "manifest.jsonl")
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
-
-
-def test_scores_are_cosines_of_the_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        Image.new("RGB", (32, 32), colour).save(folder / name)
-    entries: list[dict[str, Any]] = [
-        {"file_name": name, "prompt": "a", "seed": 0, "negative_prompt": None, "coeff": "x", "clip_prompt": "a fox",
-         "made_with": {}} for name in ("a.png", "b.png")
-    ]  # fmt: skip
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    (tmp_path / "x").mkdir()
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "x" / "1.png")
-    clip = tiny_clip(tmp_path / "clip")
-    flags = ["--images", str(folder), "--clip_model", str(clip), "--device", "cpu"]
-    rows = score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"]
-    assert rows[0]["clip_i"] == pytest.approx(1.0, abs=1e-5)  # the same image
-    assert rows[1]["clip_i"] < 0.999
-    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-    inputs = processor(text=["a fox"], images=[Image.open(folder / "b.png")], return_tensors="pt")
-    logits = model(**inputs).logits_per_image / model.logit_scale.exp()
-    assert rows[1]["clip_t"] == pytest.approx(logits.item(), abs=1e-5)
-    with monkeypatch.context() as patched:  # as accelerate 1.4 does with fewer batches than processes
-        patched.setattr(score, "gather_object", lambda rows: [*rows, *rows])
-        assert score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))["images"] == rows
-    (tmp_path / "x" / "2.png").write_bytes(b"no image")
-    (tmp_path / "x" / "3.jpg").write_bytes((tmp_path / "x" / "1.png").read_bytes()[:60])
-    with pytest.raises(PromptsError, match=r"(?s)cannot be read as images:.*/2.png: .*/3.jpg: "):
-        score.main(parse_score([*flags, "--reference", f"x={tmp_path / 'x'}"]))
-    (folder / "b.png").unlink()
-    surplus = "(?s)b.png is in the manifest.*x has no reference.*--reference y: .* coefficients of that name, only x"
-    with pytest.raises(PromptsError, match=surplus):
-        score.main(parse_score([*flags, "--reference", f"y={tmp_path / 'x'}"]))
-
-
-def tiny_clip(folder: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = StableDiffusionPipeline.from_pretrained(demo.MODEL).tokenizer
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
-            "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
-
-
-def tiny_vit(folder: Path) -> Path:
-    torch.manual_seed(1)
-    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
-                       patch_size=8)  # fmt: skip
-    ViTModel(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
