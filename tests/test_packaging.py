@@ -118,7 +118,7 @@ def test_every_address_of_the_repository_is_that_of_setup_py(metadata) -> None:
 def test_the_sdist_holds_what_its_tests_need(tmp_path) -> None:
     setup("egg_info", "--egg-base", str(tmp_path))
     (sources,) = tmp_path.rglob("SOURCES.txt")
-    folders = (".ci", ".github", "coeff_diffusers", "docs", "examples", "tests", "training")
+    folders = (".ci", ".github", "coeff_diffusers", "comfyui", "docs", "examples", "tests", "training")
     files = {file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()}
     wanted = {file.relative_to(ROOT).as_posix() for file in files if file.suffix not in {".pyc", ".so"}}
     assert not wanted - {Path(line).as_posix() for line in sources.read_text(encoding="utf-8").splitlines()}
