@@ -1,6 +1,6 @@
 """The whole job on the model that ships with the project: a subject, its training, a file, and the image it makes.
 
-    make demo            or            python examples/demo.py --subject "fox face"
+    make demo            or            python examples/demo.py --subject "fox face" --model dit
 
 Trains coefficients for one glyph that the embedded model has never seen, and writes to `outputs/demo`: the file, and
 `demo.png` with the training images and what the base model and the tuned one answer to the same prompts and seeds.
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -20,7 +21,7 @@ from coeff_diffusers import coeff_disabled, load_coeff_weights
 from coeff_diffusers.console import escaped_output, hush
 
 hush()  # before diffusers loads its pipelines, and transformers logs what it makes of them
-from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
 
 from coeff_diffusers.commands.generate import generate  # noqa: E402
 from coeff_diffusers.commands.sheet import sheet  # noqa: E402
@@ -38,38 +39,66 @@ NEW_BACKGROUNDS = ("blue", "yellow", "pink", "black")  # that are asked for afte
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 2.5, "guidance_rescale": 0.7}
 
 
+class Base(NamedTuple):
+    """A model of emoji/: its folder, how its images are made, and what training takes if no flag says otherwise."""
+
+    folder: Path
+    sampling: dict[str, Any]
+    max_train_steps: int
+    learning_rate: float
+    max_sequence_length: int | None = None
+
+
+BASES = {
+    "unet": Base(MODEL, SAMPLING, max_train_steps=1500, learning_rate=2e-2),
+    "dit": Base(
+        HERE / "emoji" / "model_dit",
+        {"num_inference_steps": 25, "guidance_scale": 2.5, "max_sequence_length": 1},
+        max_train_steps=1500,
+        learning_rate=2e-2,
+        max_sequence_length=1,  # of zeros, in the place of T5
+    ),
+}
+
+
 @escaped_output()
 def main(args: argparse.Namespace) -> Path:
     output = args.output_dir
     instance_dir = output / "instance_images"
     images = write_instance_images(args.subject, instance_dir)
-    result = train_dreambooth(parse_settings(training_flags(args, instance_dir)))
+    base = BASES[args.model]
+    result = train_dreambooth(parse_settings(training_flags(args, instance_dir, base)))
     assert isinstance(result, TrainingResult)
     prompts = [prompt(args.subject, background) for background in NEW_BACKGROUNDS]
 
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe = DiffusionPipeline.from_pretrained(base.folder, **left_out(base.folder))
     pipe.set_progress_bar_config(disable=True)
     print("generating ...")
     load_coeff_weights(pipe, result.coeff_file)
-    tuned = generate(pipe, prompts, [0, 1], **SAMPLING)
+    tuned = generate(pipe, prompts, [0, 1], **base.sampling)
     with coeff_disabled(pipe):
-        base = generate(pipe, prompts, [0, 1], **SAMPLING)
+        untuned = generate(pipe, prompts, [0, 1], **base.sampling)
     captions = [f"{asked}, seed {seed}" for asked, seed in tuned]
     rows = [
         ("training images", images, [prompt(args.subject, background) for background in BACKGROUNDS]),
-        ("base model", list(base.values()), captions),
+        ("base model", list(untuned.values()), captions),
         (f"the same with {result.trained['coefficients']:,} coefficients", list(tuned.values()), captions),
     ]
     path = output / "demo.png"
     sheet(rows, title=f"A subject the model has never seen: {args.subject}").save(path)
-    report(path, result, prompts[0])
+    report(path, result, prompts[0], pipe, base)
     return path
 
 
-def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
+def left_out(folder: Path) -> dict[str, None]:
+    """The parts that the model has not, as Stable Diffusion 3 has no T5 here: from_pretrained wants to be told."""
+    return {name: None for name, kind in DiffusionPipeline.load_config(folder).items() if kind == [None, None]}
+
+
+def training_flags(args: argparse.Namespace, instance_dir: Path, base: Base = BASES["unet"]) -> list[str]:
     """The flags of training/train_dreambooth.py, but for what is `None`; examples/compare_adapters.py has them too."""
     flags = {
-        "pretrained_model_name_or_path": MODEL,
+        "pretrained_model_name_or_path": base.folder,
         "instance_data_dir": instance_dir,
         "instance_prompt": f"a sks {args.subject}",
         "caption_column": "text",
@@ -80,6 +109,7 @@ def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
         "lr_scheduler": "cosine",
         "report_to": "none",
         "seed": args.seed,
+        "max_sequence_length": base.max_sequence_length,
     }
     return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -104,18 +134,19 @@ def prompt(subject: str, background: str) -> str:
     return Scene(f"sks {subject}", background).caption
 
 
-def report(path: Path, result: TrainingResult, asked: str) -> None:
-    file = result.coeff_file
+def report(path: Path, result: TrainingResult, asked: str, pipe: Any, base: Base) -> None:
+    file, kind = result.coeff_file, type(pipe).__name__
     assert file is not None
-    options = ", ".join(f"{name}={value}" for name, value in SAMPLING.items())
+    options = ", ".join(f"{name}={value}" for name, value in base.sampling.items())
+    parts = "".join(f", {name}=None" for name in left_out(base.folder))
     print(
         f"\nwrote {path}, with the training images and both models' answers\n"
         f"wrote {file}: {result.trained['coefficients']:,} parameters, {file.stat().st_size / 1e3:.0f} KB\n\n"
         "To use it, after\n"
-        "    from diffusers import StableDiffusionPipeline\n"
+        f"    from diffusers import {kind}\n"
         "    from coeff_diffusers import load_coeff_weights\n"
         "three lines:\n"
-        f'    pipe = StableDiffusionPipeline.from_pretrained("{os.path.relpath(MODEL)}")\n'
+        f'    pipe = {kind}.from_pretrained("{os.path.relpath(base.folder)}"{parts})\n'
         f'    load_coeff_weights(pipe, "{file}")\n'
         f'    pipe("{asked}", {options}).images[0].save("image.png")'
     )
@@ -124,11 +155,20 @@ def report(path: Path, result: TrainingResult, asked: str) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--learning_rate", type=float, default=2e-2)
+    parser.add_argument("--model", choices=BASES, default="unet", help="of examples/emoji: model, or model_dit")
+    parser.add_argument("--max_train_steps", type=int, help=f"{_own('max_train_steps')} if not given")
+    parser.add_argument("--learning_rate", type=float, help=f"{_own('learning_rate')} if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("max_train_steps", "learning_rate"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(BASES[args.model], name))
+    return args
+
+
+def _own(name: str) -> str:
+    return ", ".join(f"{getattr(base, name)} of {model}" for model, base in BASES.items())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,14 @@ from accelerate.state import AcceleratorState
 from hosts import HOSTS, Host, visible
 from torch import nn
 
+# A minute or more each: started last, one of them would keep one process busy when all others are through.
+SLOWEST = ("test_gpu.py", "test_resume.py", "test_generate.py", "test_distributed.py", "test_choice.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For xdist's --dist loadfile, which gives out files in this order."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
 
 def pytest_collection_finish() -> None:
     """What was imported stays: a run's `gc.collect()` took longer to walk it than its three steps."""

@@ -65,6 +65,7 @@ SCORING = (
 
 
 def main(args: argparse.Namespace) -> Path:
+    """Returns the table of scores."""
     subjects = read_subjects(args.dataset_dir)
     templates = read_templates(args.dataset_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,4 +202,4 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    print(f"wrote {main(parse_args())}")
+    main(parse_args())
