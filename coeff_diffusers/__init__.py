@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import CoeffConfig
     from .functional import mixed_attention
     from .hub import push_coeff_to_hub
+    from .maps import attention_maps, overlay_map
     from .methods import add_coeff_methods
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
@@ -38,6 +39,7 @@ _MODULES = {
     "CoeffConfig": "config",
     "add_coeff_adapter": "adapters",
     "add_coeff_methods": "methods",
+    "attention_maps": "maps",
     "check_coeff_adapters": "check",
     "coeff_adapters": "adapters",
     "coeff_disabled": "adapters",
@@ -53,6 +55,7 @@ _MODULES = {
     "load_coeff_weights": "checkpoint",
     "merge_coeff_files": "arithmetic",
     "mixed_attention": "functional",
+    "overlay_map": "maps",
     "prune_coeff_file": "arithmetic",
     "push_coeff_to_hub": "hub",
     "read_coeff_metadata": "checkpoint",
@@ -68,6 +71,7 @@ __all__ = [
     "CoeffConfig",
     "add_coeff_adapter",
     "add_coeff_methods",
+    "attention_maps",
     "check_coeff_adapters",
     "coeff_adapters",
     "coeff_disabled",
@@ -83,6 +87,7 @@ __all__ = [
     "load_coeff_weights",
     "merge_coeff_files",
     "mixed_attention",
+    "overlay_map",
     "prune_coeff_file",
     "push_coeff_to_hub",
     "read_coeff_metadata",

@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("file", help=what)
     sub.add_argument("--top", type=int, default=8, help="how many heads to list")
     sub.add_argument("--plot", type=Path, metavar="PNG", help="draws Delta of every layer (pip install matplotlib)")
+    sub.add_argument("--growth", type=Path, metavar="PNG", help="draws how Delta grew over the checkpoints of a run")
 
     sub = _command(commands, "merge", "adds files up: sum_k weight_k Delta_k",
                    "merge dog.safetensors style.safetensors -o both.safetensors --weights 1 0.5",

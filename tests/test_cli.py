@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,24 @@ def test_plots_are_written(answer, dog, cat, tmp_path) -> None:
             assert image.width > 500
             assert len(image.convert("RGB").getcolors(2**20)) > 50
         (tmp_path / "delta.png").unlink()
+
+
+def test_growth_is_drawn_from_a_runs_checkpoints(answer, dog, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    for step in (20, 100):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        shutil.copy(dog, folder / "pytorch_coeff_weights.safetensors")
+    shutil.copy(dog, tmp_path / "run" / "pytorch_coeff_weights.safetensors")
+    code, result = answer("info", tmp_path / "run", "--growth", tmp_path / "growth.png", "--json")
+    assert code == 0
+    assert result["steps"] == [20, 100]
+    with Image.open(tmp_path / "growth.png") as image:
+        assert image.width > 500
+    shutil.rmtree(tmp_path / "run" / "checkpoint-100")
+    code, text = answer("info", tmp_path / "run", "--growth", tmp_path / "growth.png")
+    assert code == 2
+    assert "has 1 checkpoints with a pytorch_coeff_weights.safetensors, and growth takes two" in text
 
 
 def test_without_matplotlib_a_plot_is_refused_with_the_way_out(answer, dog, tmp_path, monkeypatch) -> None:

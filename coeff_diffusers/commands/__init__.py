@@ -11,6 +11,7 @@ OF_MODELS = {
     "train": "trains coefficients, and a LoRA if asked for, on a few images of a subject",
     "generate": "generates images by coefficient files",
     "score": "scores images of generate: CLIP-T, CLIP-I, DINO, DINOv2, LPIPS, drift",
+    "maps": "draws where each head looks for a word of the prompt",
     "serve": "serves images of many subjects over HTTP",
 }
 
@@ -26,13 +27,13 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
         return serve(argv)
     from . import flags
 
-    args = flags.parse_generate(argv) if name == "generate" else flags.parse_score(argv)
+    args = {"generate": flags.parse_generate, "score": flags.parse_score, "maps": flags.parse_maps}[name](argv)
     hush()
-    from . import generate, score
+    from . import generate, maps, score
     from .requests import PromptsError
 
     try:
-        (generate if name == "generate" else score).main(args)
+        {"generate": generate, "score": score, "maps": maps}[name].main(args)
     except PromptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -39,6 +39,11 @@ def info(args: argparse.Namespace) -> Answer:
 
         plot_layers(tensors, args.plot, f"{printable(path.name)}: {result['coefficients']:,} coefficients")
         result["plot"] = str(args.plot)
+    if args.growth:
+        from ..plot import plot_growth
+
+        result["steps"] = plot_growth(path.parent, args.growth)
+        result["growth"] = str(args.growth)
     return DONE, result, _info_text(result)
 
 
@@ -200,7 +205,8 @@ def _info_text(result: dict[str, Any]) -> str:
         lines.append(
             f"  {head['norm']:6.3f}  {head['layer']} head {head['head']}: {head['entry']:+.3f} of map {head['source']}"
         )
-    return "\n".join(lines + (["", f"wrote {printable(result['plot'])}"] if "plot" in result else []))
+    wrote = [f"wrote {printable(result[name])}" for name in ("plot", "growth") if name in result]
+    return "\n".join([*lines, "", *wrote] if wrote else lines)
 
 
 def _diff_text(result: dict[str, Any], count: int) -> str:

@@ -26,6 +26,13 @@ Writes the images and `manifest.jsonl`, which `coeff-diffusers score` reads; tho
 again; it is an error if they were made of other prompts, settings or weights. The images are the same whatever the
 number of processes.
 """
+MAPS = """Draws where each head looks for a word of the prompt, before and after its maps are mixed, over the image.
+
+    coeff-diffusers maps --pretrained_model_name_or_path examples/emoji/model --coeff_weights outputs/demo \\
+        --prompt "a sks panda face on a blue background" --word "panda face" --output_file maps.png
+
+docs/attention_maps.md explains how to read them.
+"""
 SCORE = """Scores images of `coeff-diffusers generate`: do they show what the prompt says, and the subject?
 
     accelerate launch -m coeff_diffusers score --images outputs/many --reference dog=my-dog cat=my-cat \\
@@ -48,6 +55,56 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "coeff-diffusers generate", description=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_model(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
+    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt per line")
+    parser.add_argument(
+        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
+    parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
+    _add_sampling(parser)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
+    _add_device(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
+    args = parser.parse_args(argv)
+    try:
+        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.prompt and len(args.coeff_weights) > 1:
+        parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
+    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
+    if args.prompt and given:
+        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its images anew, one at a time")
+    args.batch_size = args.batch_size or 1
+    if args.num_images_per_prompt is None:
+        args.num_images_per_prompt = 2 if args.prompt else 1
+    return args
+
+
+def parse_maps(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser("coeff-diffusers maps", description=MAPS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--word", required=True, help="of the prompt, or several in a row")
+    parser.add_argument("--layers", nargs="+", help="patterns of layers' paths; those that change most if not given")
+    parser.add_argument("--top", type=at_least(1), default=3, help="how many layers to draw")
+    parser.add_argument("--steps", type=at_least(0), nargs="+", help="denoising steps, from 0 on; all if not given")
+    _add_sampling(parser)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    _add_device(parser)
+    parser.add_argument("--output_file", type=Path, default=Path("outputs/maps.png"))
+    args = parser.parse_args(argv)
+    try:
+        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
@@ -65,14 +122,9 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight_name", help="the file in that folder, where it holds several")
     parser.add_argument("--coeff_scale", type=float, default=1.0, help="weight of the coefficients")
     parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", help="prompts to compare with the base model, on a sheet")
-    what.add_argument("--prompts_file", type=Path, help="a .txt or .jsonl file with a prompt per line")
-    parser.add_argument(
-        "--num_images_per_prompt", type=at_least(1), help="2 of --prompt, 1 of --prompts_file by default"
-    )
-    parser.add_argument("--batch_size", type=at_least(1), help="images at a time, of --prompts_file; 1 by default")
-    parser.add_argument("--overwrite", action="store_true", help="make images of --prompts_file again that are there")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=at_least(1), help="the pipeline's own default if not given")
     parser.add_argument(
         "--guidance_scale", type=float, help="the model's own (generation_config.json), or the pipeline's default"
@@ -80,24 +132,11 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_rescale", type=float, help="of pipelines that take it")
     parser.add_argument("--height", type=at_least(1), help="in pixels; the pipeline's own default if not given")
     parser.add_argument("--width", type=at_least(1), help="in pixels; the pipeline's own default if not given")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
-    args = parser.parse_args(argv)
-    try:
-        args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.prompt and len(args.coeff_weights) > 1:
-        parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
-    given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
-    if args.prompt and given:
-        parser.error(f"{', '.join(given)}: of --prompts_file; --prompt makes all its images anew, one at a time")
-    args.batch_size = args.batch_size or 1
-    if args.num_images_per_prompt is None:
-        args.num_images_per_prompt = 2 if args.prompt else 1
-    return args
 
 
 def parse_score(argv: Sequence[str] | None = None) -> argparse.Namespace:
