@@ -109,7 +109,8 @@ class Trial:
 
 def run_trial(trial: Trial, folder: Path | None = None) -> dict[str, float]:
     """Column -> value; of a subject for tuning, the losses alone. Images of the subject are written to `folder`."""
-    pipe, base = load_base(trial.model), base_images(trial.model)
+    pipe = load_base(trial.model)
+    base = [] if trial.subject in TUNING else base_images(trial.model)
     denoiser, facts = train(trial) if trial.rates else (None, {"parameters": 0, "bytes": 0})
     with having(pipe, denoiser):
         values = facts if trial.method.name in CEILINGS else facts | losses(trial, pipe)
@@ -136,9 +137,6 @@ class Run(DreamBoothRun):
             parameters = self.method.put_on(self.family.denoiser)
             subject = {self.own[0]: [each for group in parameters.values() for each in group]}
             self.state = TrainingState(parameters, subject, self.settings, self.max_train_steps)
-        if self.settings.optimizer == "soap":  # for the coefficients; SOAP that turns no matrix is the LoRA's Adam
-            for kind, group in zip(self.state.parameters, self.state.optimizer.param_groups):
-                group.update({"max_precondition_dim": 1, "betas": (0.9, 0.999)} if kind == "lora" else {})
 
 
 def train(trial: Trial) -> tuple[Any, dict[str, float]]:
@@ -176,7 +174,7 @@ def follow(run: Run) -> dict[str, float]:
         next(steps)
     times = [perf_counter()] + [perf_counter() for _ in steps]
     seconds = sorted(later - earlier for earlier, later in itertools.pairwise(times))
-    state = [value for each in run.state.optimizer.state.values() for value in tensors(each)]
+    state = tensors(run.state.optimizer.state_dict())
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "bytes": len(serialised({str(n): value.detach() for n, value in enumerate(parameters)})),
