@@ -55,8 +55,8 @@ EVERYTHING = [*MAIN, *MORE, *ABLATIONS]
 
 # What says most comes first.
 FULL = [
-    Stage("unet", [*UNTRAINED, *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
-    Stage("dit", [*UNTRAINED, *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
+    Stage("unet", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
     Stage("unet", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
     Stage("dit", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
     Stage("unet", MAIN),
