@@ -46,9 +46,9 @@ class Judge:
         return torch.nn.functional.normalize(raw - self._mean, dim=1)
 
     @torch.no_grad()
-    def names(self, images: Tensor, of: int = len(WORDS)) -> list[str]:
-        """The most probable of all glyphs, trained and held out, for each image; or of the first `of`."""
-        return [WORDS[i] for part in images.split(64) for i in self._last(self._trunk(part))[:, :of].argmax(1)]
+    def names(self, images: Tensor) -> list[str]:
+        """The most probable of all glyphs, trained and held out, for each image."""
+        return [WORDS[i] for part in images.split(64) for i in self._last(self._trunk(part)).argmax(1)]
 
 
 @cache

@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.append(str(HERE.parent / "emoji"))
 from evaluate import name_background
 from pretrain import to_tensor
-from scenes import GLYPHS, IMAGE_SIZE, PLACES, SIZES, Scene, render
+from scenes import IMAGE_SIZE, PLACES, SIZES, Scene, render
 
 SHIFT = 2  # pixels: an image may lie so far off and is compared with the truth moved along
 SUBJECTS_FOLDER = HERE.parent / "emoji" / "subjects"
@@ -147,8 +147,3 @@ def drift(judge: Judge, images: list[Image.Image], base: list[Image.Image]) -> d
 def diversity(first: list[Image.Image], second: list[Image.Image]) -> float:
     """Mean absolute difference of the images of two seeds, of 255. There is one right image, so it is noise here."""
     return float((to_tensor(first) - to_tensor(second)).abs().mean() * 127.5)
-
-
-def likest_glyph(judge: Judge, subject: str) -> str:
-    """What the judge takes the subject for if it may name no held-out one: the best prompt without training."""
-    return judge.names(to_tensor([render(Scene(subject, "white"), glyph_of(subject))]), of=len(GLYPHS))[0]

@@ -16,7 +16,7 @@ from coeff_diffusers import add_coeff_adapter, coeff_parameters
 
 Parameters = dict[str, list[nn.Parameter]]  # "coefficients" and "lora", which have a learning rate each
 
-SOAP = {"optimizer": "soap", "optimizer_args": ("betas=(0.9, 0.99)", "weight_decay=0.0")}
+SOAP, ADAMW = {"optimizer": "soap"}, {"optimizer": "adamw"}  # of the coefficients; a LoRA has AdamW
 VALUES = ("to_v", "to_out.0")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -148,7 +148,7 @@ MAIN = [
     Method("coefficients, SOAP", COEFFICIENTS, SOAP),
     Method("LoRA, rank 4", LOW_RANK, RANK_4),
     Method("LoRA, rank 4 + coefficients", SMALLER, SOAP | RANK_4 | BOTH, lora_rate_of="LoRA, rank 4"),
-    Method("coefficients, AdamW", COEFFICIENTS),
+    Method("coefficients, AdamW", COEFFICIENTS, ADAMW),
     Method("LoRA, rank 1 on values and outputs", SMALLER, RANK_1_VALUES, models=("unet",)),
     Method("output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=False)),
     Method("coefficients + output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=True)),
@@ -158,7 +158,7 @@ MORE = [
     Method("LoRA, rank 1", LOW_RANK, RANK_1),
     Method("LoRA, rank 1 + coefficients", SMALLER, SOAP | RANK_1 | BOTH, lora_rate_of="LoRA, rank 1"),
     Method("LoRA-XS, SOAP", SMALLER, SOAP, lora_xs(10)),
-    Method("full fine-tuning", (1e-4, 3e-4, 1e-3), {}, all_weights),
+    Method("full fine-tuning", (1e-4, 3e-4, 1e-3), put_on=all_weights),
     Method("LoRA, rank 16", (2.5e-3, 5e-3, 1e-2), RANK_16),
     Method("LoRA, rank 16 + coefficients", SMALLER, SOAP | RANK_16 | BOTH, lora_rate_of="LoRA, rank 16"),
     Method(

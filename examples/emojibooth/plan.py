@@ -55,11 +55,12 @@ EVERYTHING = [*MAIN, *MORE, *ABLATIONS]
 
 # What says most comes first.
 FULL = [
-    Stage("unet", [*UNTRAINED, *MAIN[:4]], REPORTED[:4], tuned_on=TUNING[:1]),
-    Stage("dit", [*UNTRAINED, *MAIN[:3]], REPORTED[:4], tuned_on=TUNING[:1]),
-    Stage("unet", MAIN, REPORTED[:4], tuned_on=TUNING[:1]),
-    Stage("unet", [*UNTRAINED, *MAIN]),
-    Stage("dit", [*UNTRAINED, *MAIN]),
+    Stage("unet", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
+    Stage("unet", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
+    Stage("unet", MAIN),
+    Stage("dit", MAIN),
     Stage("unet", MORE),
     Stage("unet", ABLATIONS),
     Stage("unet", EVERYTHING, seeds=(1, 2)),

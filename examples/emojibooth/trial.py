@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from judge import HERE, Judge, load_judge
-from measures import SCENES, UNRELATED, diversity, drift, glyph_of, likest_glyph, measure, scenes_of
+from measures import SCENES, UNRELATED, diversity, drift, glyph_of, measure, psnr, scenes_of
 from methods import Method
 from PIL import Image
 from safetensors.torch import save as serialised
@@ -33,7 +33,7 @@ from coeff_diffusers.training.run.step import DenoisingStep
 sys.path += [str(HERE.parent), str(HERE.parent / "emoji")]
 from demo import BACKGROUNDS
 from evaluate import load_pipeline, reconstruct
-from scenes import Scene, render
+from scenes import GLYPHS, Scene, render
 
 STEPS, BATCH = 250, 4
 INFERENCE_STEPS = 8  # at which the models paint as at 25
@@ -109,7 +109,8 @@ class Trial:
 
 def run_trial(trial: Trial, folder: Path | None = None) -> dict[str, float]:
     """Column -> value; of a subject for tuning, the losses alone. Images of the subject are written to `folder`."""
-    pipe, base = load_base(trial.model), base_images(trial.model)
+    pipe = load_base(trial.model)
+    base = [] if trial.subject in TUNING else base_images(trial.model)
     denoiser, facts = train(trial) if trial.rates else (None, {"parameters": 0, "bytes": 0})
     with having(pipe, denoiser):
         values = facts if trial.method.name in CEILINGS else facts | losses(trial, pipe)
@@ -136,9 +137,6 @@ class Run(DreamBoothRun):
             parameters = self.method.put_on(self.family.denoiser)
             subject = {self.own[0]: [each for group in parameters.values() for each in group]}
             self.state = TrainingState(parameters, subject, self.settings, self.max_train_steps)
-        if self.settings.optimizer == "soap":  # for the coefficients; SOAP that turns no matrix is the LoRA's Adam
-            for kind, group in zip(self.state.parameters, self.state.optimizer.param_groups):
-                group.update({"max_precondition_dim": 1, "betas": (0.9, 0.999)} if kind == "lora" else {})
 
 
 def train(trial: Trial) -> tuple[Any, dict[str, float]]:
@@ -176,7 +174,7 @@ def follow(run: Run) -> dict[str, float]:
         next(steps)
     times = [perf_counter()] + [perf_counter() for _ in steps]
     seconds = sorted(later - earlier for earlier, later in itertools.pairwise(times))
-    state = [value for each in run.state.optimizer.state.values() for value in tensors(each)]
+    state = tensors(run.state.optimizer.state_dict())
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "bytes": len(serialised({str(n): value.detach() for n, value in enumerate(parameters)})),
@@ -236,7 +234,7 @@ def paint(trial: Trial, pipe: Any, scenes: Sequence[Scene], seed: int) -> list[I
     if trial.method.name in CEILINGS:
         return CEILINGS[trial.method.name](pipe, [render(scene, glyph_of(scene.words)) for scene in scenes])
     likest = trial.method.name.endswith("likest glyph")
-    words = likest_glyph(load_judge(), trial.subject) if likest else f"sks {trial.subject}"
+    words = likest_glyph(trial.model, trial.subject) if likest else f"sks {trial.subject}"
     return generate(trial.model, pipe, [replace(scene, words=words).caption for scene in scenes], seed)
 
 
@@ -299,6 +297,20 @@ def save_strip(images: list[Image.Image], path: Path) -> None:
 def base_images(model: str) -> list[Image.Image]:
     """Of what has nothing to do with a subject. To be called while the pipeline has its own denoiser."""
     return generate(model, load_base(model), [scene.caption for scene in UNRELATED], seed=0)
+
+
+@cache
+def glyphs_of(model: str) -> dict[str, Image.Image]:
+    """Of the base model, each on white. To be called while the pipeline has its own denoiser."""
+    prompts = [Scene(words, "white").caption for words in GLYPHS]
+    batches = [generate(model, load_base(model), prompts[n : n + 20], seed=0) for n in range(0, len(prompts), 20)]
+    return dict(zip(GLYPHS, itertools.chain(*batches)))
+
+
+def likest_glyph(model: str, subject: str) -> str:
+    """The one that the base model paints nearest to the subject: the best prompt without training."""
+    painted = glyphs_of(model)
+    return max(painted, key=lambda words: psnr(painted[words], Scene(subject, "white")))
 
 
 def generate(model: str, pipe: Any, prompts: list[str], seed: int) -> list[Image.Image]:

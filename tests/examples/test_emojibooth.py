@@ -59,7 +59,12 @@ def test_the_judge_names_held_out_and_trained_glyphs() -> None:
     names = [*TUNING, *REPORTED]
     named = load_judge().names(to_tensor([drawn(Scene(words, "purple")) for words in names]))
     assert named == names
-    assert measures.likest_glyph(load_judge(), "tiger face") == "tiger"
+
+
+def test_the_likest_glyph_is_the_one_painted_nearest_to_the_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted = {words: drawn(Scene(words, "white")) for words in ("rocket", "koala face", "peach")}
+    monkeypatch.setattr(trial, "glyphs_of", lambda model: painted)
+    assert trial.likest_glyph("unet", "panda face") == "koala face"
 
 
 @pytest.mark.parametrize("size", SIZES)
