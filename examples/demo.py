@@ -77,7 +77,6 @@ def training_flags(args: argparse.Namespace, instance_dir: Path) -> list[str]:
         "max_train_steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
         "train_batch_size": 4,
-        "lr_scheduler": "cosine",
         "report_to": "none",
         "seed": args.seed,
     }
@@ -124,8 +123,8 @@ def report(path: Path, result: TrainingResult, asked: str) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--learning_rate", type=float, default=2e-2)
+    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--learning_rate", type=float, help="that of the training script if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     return parser.parse_args()
