@@ -45,17 +45,15 @@ class Base(NamedTuple):
     folder: Path
     sampling: dict[str, Any]
     max_train_steps: int
-    learning_rate: float
     max_sequence_length: int | None = None
 
 
 BASES = {
-    "unet": Base(MODEL, SAMPLING, max_train_steps=1500, learning_rate=2e-2),
+    "unet": Base(MODEL, SAMPLING, max_train_steps=500),
     "dit": Base(
         HERE / "emoji" / "model_dit",
         {"num_inference_steps": 25, "guidance_scale": 2.5, "max_sequence_length": 1},
         max_train_steps=1500,
-        learning_rate=2e-2,
         max_sequence_length=1,  # of zeros, in the place of T5
     ),
 }
@@ -106,7 +104,6 @@ def training_flags(args: argparse.Namespace, instance_dir: Path, base: Base = BA
         "max_train_steps": args.max_train_steps,
         "learning_rate": args.learning_rate,
         "train_batch_size": 4,
-        "lr_scheduler": "cosine",
         "report_to": "none",
         "seed": args.seed,
         "max_sequence_length": base.max_sequence_length,
@@ -156,19 +153,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
     parser.add_argument("--model", choices=BASES, default="unet", help="of examples/emoji: model, or model_dit")
-    parser.add_argument("--max_train_steps", type=int, help=f"{_own('max_train_steps')} if not given")
-    parser.add_argument("--learning_rate", type=float, help=f"{_own('learning_rate')} if not given")
+    own = ", ".join(f"{base.max_train_steps} of {model}" for model, base in BASES.items())
+    parser.add_argument("--max_train_steps", type=int, help=f"{own} if not given")
+    parser.add_argument("--learning_rate", type=float, help="that of the training script if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     args = parser.parse_args()
-    for name in ("max_train_steps", "learning_rate"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(BASES[args.model], name))
+    args.max_train_steps = args.max_train_steps or BASES[args.model].max_train_steps
     return args
-
-
-def _own(name: str) -> str:
-    return ", ".join(f"{getattr(base, name)} of {model}" for model, base in BASES.items())
 
 
 if __name__ == "__main__":

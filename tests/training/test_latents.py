@@ -25,6 +25,7 @@ from coeff_diffusers.training.images.latents import encode_crops, moments_of, re
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.settings import parse_settings
 
+WORDS = ["small=s", "large=l", "left=w", "right=e", "top=n", "bottom=b"]  # for the tokenizer takes 16 tokens
 Train = Callable[..., TrainingResult]
 SIZES = [(24, 16), (26, 17), (16, 16), (15, 28)]  # width and height
 
@@ -53,10 +54,16 @@ def coefficients(result: TrainingResult) -> dict[str, torch.Tensor]:
     "changes",
     [
         {"center_crop": True},
-        {"center_crop": True, "random_flip": True, "gradient_accumulation_steps": 2},
+        {
+            "center_crop": True,
+            "random_flip": True,
+            "gradient_accumulation_steps": 2,
+            "augment": 0.5,
+            "augment_words": WORDS,
+        },
         {"aspect_ratio_buckets": "16,16;16,24;24,16", "random_flip": True, "repeats": 2},
     ],
-    ids=["centre crop", "flips and accumulation", "buckets"],
+    ids=["centre crop", "flips, augmented and accumulated", "buckets"],
 )
 def test_a_run_is_bit_for_bit_the_same_with_cached_latents(
     train: Train, tmp_path: Path, changes: dict[str, Any]

@@ -26,6 +26,21 @@ def test_each_images_error_is_its_weighted_mean(weighted: bool) -> None:
         torch.testing.assert_close(errors[b], expected, rtol=1e-5, atol=0)  # sums of 60 float32 in another order
 
 
+def test_what_lies_outside_of_an_images_box_does_not_count() -> None:
+    prediction, target = random(0), random(1)
+    boxes = torch.tensor(
+        [[0.0, 0, 1, 1], [0.2, 0, 1, 0.75], [0.5, 0.5, 1, 1], [0, 0, 0.31, 1], [0, 0.1, 1, 1], [0, 0, 1, 1]]
+    )
+    parts = [(0, 5, 0, 4), (1, 5, 0, 3), (3, 5, 2, 4), (0, 2, 0, 4), (0, 5, 0, 4), (0, 5, 0, 4)]  # by pixels' centres
+    weights = torch.arange(1.0, 7.0)
+    errors = squared_errors(prediction, target, weights, boxes)
+    for b, (top, bottom, left, right) in enumerate(parts):
+        part = ((prediction - target)[b, :, top:bottom, left:right] ** 2).mean() * weights[b]
+        torch.testing.assert_close(errors[b], part, rtol=1e-5, atol=0)  # as above
+    videos = squared_errors(prediction[:, :, None], target[:, :, None], weights, boxes)
+    torch.testing.assert_close(videos, errors, rtol=1e-6, atol=0)  # as above
+
+
 @pytest.mark.parametrize("order", [range(6), [0, 3, 1, 4, 2, 5]])
 def test_class_images_are_weighed_as_a_half_of_their_own_wherever_they_stand(order: list[int]) -> None:
     errors = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0, 60.0])

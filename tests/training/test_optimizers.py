@@ -48,7 +48,8 @@ def step_towards(optimizer: torch.optim.Optimizer, target: float) -> float:
 def test_each_kind_of_parameters_has_its_own_rate_and_decay() -> None:
     changes = {"learning_rate": 0.3, "lora_learning_rate": 0.02, "adam_weight_decay": 0.1, "lora_weight_decay": 0.2}
     given = parameters()
-    optimizer = make_optimizer(given, settings(**changes, lora_rank=4, adam_beta1=0.5, adam_epsilon=1e-3))
+    adamw = {"optimizer": "adamw", "adam_beta1": 0.5, "adam_epsilon": 1e-3}
+    optimizer = make_optimizer(given, settings(**changes, **adamw, lora_rank=4))
     assert type(optimizer) is torch.optim.AdamW
     assert [(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
         (0.3, 0.1, (0.5, 0.999), 1e-3),
@@ -160,9 +161,12 @@ def test_a_run_by_soap_and_adamw_resumes_to_the_same_bits(train: Train, tmp_path
         ({"optimizer": "schedulefreeadamw"}, "--optimizer schedulefreeadamw keeps other weights for training"),
         ({"optimizer_args": ["lr"]}, "--optimizer_args: 'lr' is not name=value"),
         ({"optimizer_args": ["amsgrad=yes"]}, "--optimizer_args: 'amsgrad=yes' is not name=value"),
-        ({"optimizer_args": ["amsgrat=True"]}, "--optimizer_args: adamw has no amsgrat; it has lr, betas, eps"),
+        (
+            {"optimizer": "adamw", "optimizer_args": ["amsgrat=True"]},
+            "--optimizer_args: adamw has no amsgrat; it has lr, betas, eps",
+        ),
         ({"optimizer": "soap", "optimizer_args": ["frequency=2"]}, "soap has no frequency; it has lr, betas"),
-        ({"optimizer_args": ["betas=(2.0, 0.9)"]}, "--optimizer adamw: Invalid beta parameter"),
+        ({"optimizer": "adamw", "optimizer_args": ["betas=(2.0, 0.9)"]}, "--optimizer adamw: Invalid beta parameter"),
         ({"optimizer": "adan", "optimizer_args": ["betas=(0.9,)"]}, "--optimizer adan: tuple index out of range"),
     ],
 )
@@ -181,7 +185,10 @@ def test_an_optimizer_that_cannot_be_had_is_refused(flags: dict[str, Any], probl
         ({"optimizer": "soap", "lora_optimizer": "SOAP"}, "soap", "soap"),
         ({"optimizer": "soap", "coeff": False}, "soap", "soap"),
         ({"optimizer": "prodigy"}, "prodigy", "prodigy"),
-        ({"lora_optimizer": "prodigy"}, "adamw", "prodigy"),
+        ({"lora_optimizer": "prodigy"}, "soap", "prodigy"),
+        ({}, "soap", "adamw"),
+        ({"coeff": False}, "adamw", "adamw"),
+        ({"optimizer": "adamw"}, "adamw", "adamw"),
     ],
 )
 def test_a_lora_has_the_optimizer_of_the_coefficients_but_for_soap(
@@ -190,7 +197,9 @@ def test_a_lora_has_the_optimizer_of_the_coefficients_but_for_soap(
     chosen = settings(**flags, lora_rank=4)
     assert (chosen.optimizer, chosen.lora_optimizer) == (of_coefficients, of_lora)
     assert chosen.lora_learning_rate == (1.0 if of_lora == "prodigy" else 1e-4)
-    assert chosen.learning_rate == (1.0 if of_coefficients == "prodigy" else 0.01)
+    of_rest = {"prodigy": (1.0, 0.0, "constant"), "adamw": (0.01, 0.0, "constant"), "soap": (0.04, 0.3, "cosine")}
+    expected = of_rest[of_coefficients] if chosen.coeff else of_rest["adamw"]
+    assert (chosen.learning_rate, chosen.adam_weight_decay, chosen.lr_scheduler) == expected
 
 
 def test_each_optimizer_has_its_own_rates_and_betas_and_groups_keep_their_order() -> None:
@@ -199,7 +208,8 @@ def test_each_optimizer_has_its_own_rates_and_betas_and_groups_keep_their_order(
     optimizer = make_optimizer(given, settings(optimizer="soap", lora_rank=4, train_text_encoder=True))
     assert [group["params"] for group in optimizer.param_groups] == list(given.values())
     assert [group["betas"][1] for group in optimizer.param_groups] == [0.99, 0.999, 0.99, 0.999]
-    assert rates_in_use(optimizer) == [0.01, 1e-4, 1e-3, 5e-6]
+    assert rates_in_use(optimizer) == [0.04, 1e-4, 1e-3, 5e-6]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 1e-2, 0.3, 1e-3]
     losses = [step_towards(optimizer, 0.3) for _ in range(20)]
     assert losses[-1] < losses[0]
     assert all(parameter.any() for (parameter,) in given.values())
@@ -258,7 +268,7 @@ def test_8_bits_are_for_the_lora_beside_soap() -> None:
 
 
 def test_8_bits_are_for_the_lora_and_coefficients_keep_32() -> None:
-    optimizer = make_optimizer(parameters(), settings(use_8bit_adam=True, lora_rank=4))
+    optimizer = make_optimizer(parameters(), settings(optimizer="adamw", use_8bit_adam=True, lora_rank=4))
     losses = [step_towards(optimizer, 0.3) for _ in range(2)]
     assert losses[1] < losses[0]
     dtypes = [
@@ -337,6 +347,6 @@ def test_what_does_not_go_together_is_named(changes: dict[str, Any], problem: st
 
 def test_names_may_be_spelled_as_in_diffusers(tmp_path: Path) -> None:
     required = [f"--{name}={value}" for name, value in REQUIRED.items()]
-    assert parse_settings([*required, "--optimizer", "AdamW"]) == settings()
+    assert parse_settings([*required, "--optimizer", "AdamW"]) == settings(optimizer="adamw")
     (tmp_path / "a.yaml").write_text("optimizer: AdamW\n")
-    assert parse_settings([*required, "--config", str(tmp_path / "a.yaml")]) == settings()
+    assert parse_settings([*required, "--config", str(tmp_path / "a.yaml")]) == settings(optimizer="adamw")

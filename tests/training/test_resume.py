@@ -47,6 +47,7 @@ from coeff_diffusers.training.run.stopping import stop_request
 from coeff_diffusers.training.run.subjects import OneSubject
 from coeff_diffusers.training.settings import parse_settings
 
+WORDS = ["small=s", "large=l", "left=w", "right=e", "top=n", "bottom=b"]  # for the tokenizer takes 16 tokens
 Train = Callable[..., TrainingResult]
 SCRIPT = Path(__file__).parents[2] / "training" / "train_dreambooth.py"
 
@@ -104,6 +105,8 @@ def everything(tmp_path: Path) -> dict[str, Any]:
         "coeff_dropout": 0.3,
         "use_ema": True,
         "random_flip": True,
+        "augment": 0.5,
+        "augment_words": WORDS,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
         "with_prior_preservation": True,

@@ -137,7 +137,7 @@ def test_settings_are_saved_as_yaml_and_read_back(tmp_path: Path) -> None:
 def test_flags_win_over_the_file_and_defaults_do_not(tmp_path: Path) -> None:
     text = settings(seed=3, center_crop=True, coeff=False, lora_rank=4, learning_rate=1.0).to_yaml()
     found = configured(tmp_path, text, "--lora_rank", "2", "--no_center_crop", "--coeff", "--learning_rate", "0.01")
-    assert found == settings(seed=3, lora_rank=2)
+    assert found == settings(seed=3, lora_rank=2, optimizer="adamw")  # which the file says
 
 
 def test_a_file_need_not_hold_every_setting_and_may_lack_none_that_is_required(
@@ -238,7 +238,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         ({"coeff": False}, "--no_coeff leaves nothing to train: give a --lora_rank of 1 or more"),
         ({"lora_alpha": 4.0}, "--lora_alpha needs a --lora_rank of 1 or more"),
         ({"max_train_steps": 3, "num_train_epochs": 1}, "--max_train_steps and --num_train_epochs exclude each other"),
-        ({"lr_warmup_steps": 5}, "--lr_warmup_steps has no effect on constant"),
+        ({"lr_warmup_steps": 5, "lr_scheduler": "constant"}, "--lr_warmup_steps has no effect on constant"),
         (
             {"with_prior_preservation": True, "class_prompt": "a", "class_data_dir": "./in/"},
             "--instance_data_dir and --class_data_dir must be different folders",
@@ -268,7 +268,6 @@ BUCKETS = {"aspect_ratio_buckets": "16,24"}
         ({"coeff_kinds": ("self",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
         ({"coeff_include": ("attn1",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
         ({"coeff_exclude": ("attn1",)}, "is of the coefficients", LORA_ALONE, {"coeff": True}),
-        ({"adam_weight_decay": 0.1}, "is of .* leaves out: use --lora_weight_decay", LORA_ALONE, {"coeff": True}),
         ({"lora_weight_decay": 0.1}, "needs a --lora_rank of 1 or more", {}, {"lora_rank": 4}),
         (
             {"adam_weight_decay_text_encoder": 0.1},
@@ -336,6 +335,7 @@ def test_a_setting_without_effect_is_refused_with_what_it_needs(
     ("idle", "problem", "beside", "way_out"),
     [
         ("--learning_rate 0.1", "is of .*: use --lora_learning_rate", "--no_coeff --lora_rank 4", "--coeff"),
+        ("--adam_weight_decay 0.1", "is of .*: use --lora_weight_decay", "--no_coeff --lora_rank 4", "--coeff"),
         ("--learning_rate 0.5", "is of the coeff", "--no_coeff --lora_rank 4", "--optimizer prodigy"),
         (
             "--text_encoder_lr 0.1",

@@ -31,6 +31,8 @@ from coeff_diffusers.training.run.subjects import ManySubjects
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 from coeff_diffusers.training.settings.subjects import read_subjects
 
+WORDS = ["small=s", "large=l", "left=w", "right=e", "top=n", "bottom=b"]  # for the tokenizer takes 16 tokens
+MARKS = "{size}{place}"  # which are nothing without --augment
 Argv = Callable[..., list[str]]
 SUBJECTS = {"instance_data_dir": None, "instance_prompt": None}
 NAMES = ["fox", "cat", "old-dog"]
@@ -44,8 +46,8 @@ def file(tmp_path: Path) -> Path:
         for n in range(i + 2):
             noise = np.random.default_rng([i, n]).integers(0, 256, (16, 18 + n, 3), dtype=np.uint8)
             Image.fromarray(noise).save(tmp_path / name / f"{n}.png")
-            (tmp_path / name / f"{n}.txt").write_text(f"a sks {name}, number {n}"[:14])
-    entries: list[dict[str, Any]] = [{"name": n, "images": n, "prompt": f"a sks {n}"} for n in NAMES]
+            (tmp_path / name / f"{n}.txt").write_text(f"a sks {name}, number {n}"[:14] + MARKS)
+    entries: list[dict[str, Any]] = [{"name": n, "images": n, "prompt": f"a sks {n}{MARKS}"} for n in NAMES]
     entries[1]["caption_extension"] = "txt"
     return written(tmp_path / "subjects.yaml", entries)
 
@@ -80,9 +82,16 @@ def coefficients(result: TrainingResult) -> dict[str, Tensor]:
     [
         {"random_flip": True, "max_grad_norm": 0.01, "gradient_accumulation_steps": 2, "optimizer": "soap"},
         {"gradient_checkpointing": True, "lr_scheduler": "linear", "snr_gamma": 5.0, "coeff_dropout": 0.3},
-        {"center_crop": True, "cache_latents": True, "train_batch_size": 1, "dataloader_num_workers": 1},
+        {
+            "center_crop": True,
+            "cache_latents": True,
+            "augment": 0.6,
+            "augment_words": WORDS,
+            "train_batch_size": 1,
+            "dataloader_num_workers": 1,
+        },
     ],
-    ids=["clipped and accumulated by SOAP", "checkpointed with dropout", "cached"],
+    ids=["clipped and accumulated by SOAP", "checkpointed with dropout", "cached and augmented"],
 )
 def test_each_subject_gets_what_it_gets_alone(
     train_all: Callable[..., dict[str, TrainingResult]], tmp_path: Path, changes: dict[str, Any]

@@ -230,6 +230,7 @@ class Family(ABC):
         conditions: Conditions,
         sizes: Tensor,
         generators: list[torch.Generator],
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """The weighted squared error of each image, (B,) in float32.
 
@@ -239,6 +240,7 @@ class Family(ABC):
             conditions: of the images' prompts.
             sizes: (B, 6) integers: height and width of the file, top and left of the crop, height and width of it.
             generators: one per image, for all that is random about it.
+            boxes: (B, 4), what of each image counts, as of [`squared_errors`].
         """
 
     @abstractmethod
@@ -278,6 +280,7 @@ class DiffusionFamily(Family):
         conditions: Conditions,
         sizes: Tensor,
         generators: list[torch.Generator],
+        boxes: Tensor | None = None,
     ) -> Tensor:
         scheduler, last = self.noise_scheduler, self.noise_scheduler.config.num_train_timesteps
         noise = self.noise(latents, generators)
@@ -286,7 +289,7 @@ class DiffusionFamily(Family):
         prediction = self.predict(denoiser, noisy, timesteps, conditions, sizes)
         gamma = self.settings.snr_gamma
         weights = None if gamma is None else self.min_snr_weights(timesteps, gamma)
-        return squared_errors(prediction, self.target(latents, noise, timesteps), weights)
+        return squared_errors(prediction, self.target(latents, noise, timesteps), weights, boxes)
 
     def noise(self, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
         noise = randn(latents, generators)
@@ -338,6 +341,7 @@ class FlowFamily(Family):
         conditions: Conditions,
         sizes: Tensor,
         generators: list[torch.Generator],
+        boxes: Tensor | None = None,
     ) -> Tensor:
         noise = randn(latents, generators)
         places = self._places(generators)
@@ -349,7 +353,7 @@ class FlowFamily(Family):
         weights = compute_loss_weighting_for_sd3(self.settings.weighting_scheme, sigmas)
         if self.settings.precondition_outputs:
             weights = weights * sigmas**2
-        return squared_errors(prediction, noise - latents, weights)
+        return squared_errors(prediction, noise - latents, weights, boxes)
 
     def training_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """At every timestep, shifted towards noise as the model was trained."""

@@ -74,9 +74,10 @@ class StableDiffusionXL(DiffusionFamily):
         conditions: Conditions,
         sizes: Tensor,
         generators: list[torch.Generator],
+        boxes: Tensor | None = None,
     ) -> Tensor:
         if self.edm is None:
-            return super().errors(denoiser, latents, conditions, sizes, generators)
+            return super().errors(denoiser, latents, conditions, sizes, generators, boxes)
         noise = self.noise(latents, generators)
         places = torch.cat([torch.randint(len(self.edm.timesteps), (1,), generator=g) for g in generators])
         timesteps = self.edm.timesteps[places].to(latents.device)
@@ -85,7 +86,8 @@ class StableDiffusionXL(DiffusionFamily):
         prediction = self.predict(denoiser, asked, timesteps, conditions, sizes)
         data = self.edm.config.sigma_data
         target = (sigma / data * latents - data * noise) / (sigma**2 + data**2).sqrt()
-        return squared_errors(prediction, -target if self.edm.config.prediction_type == "v_prediction" else target)
+        target = -target if self.edm.config.prediction_type == "v_prediction" else target
+        return squared_errors(prediction, target, boxes=boxes)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, sizes: Tensor

@@ -7,7 +7,7 @@ is the same whatever the number of workers and processes, and however a batch is
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,16 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..settings.rules import WORDS
+from .augment import (
+    AS_IT_IS,
+    Augmentation,
+    caption_of,
+    covered,
+    draw_augmentation,
+    offsets,
+    place,
+)
 from .buckets import Size, bucket_of_step, nearest_bucket, shuffled
 from .colours import to_srgb
 from .files import TrainingImage
@@ -69,41 +79,67 @@ class Crop:
         size: height and width of the crop.
         where: it lies along the side that is too long: from 0, its start, to 1, its end.
         mirrored: left and right are exchanged.
+        augmentation: how large it is shown, and where.
     """
 
     image: TrainingImage
     size: Size
     where: float
     mirrored: bool
+    augmentation: Augmentation = AS_IT_IS
 
     @classmethod
     def draw(
-        cls, image: TrainingImage, size: Size, center_crop: bool, random_flip: bool, generator: torch.Generator
+        cls,
+        image: TrainingImage,
+        size: Size,
+        center_crop: bool,
+        random_flip: bool,
+        generator: torch.Generator,
+        augmentation: Augmentation = AS_IT_IS,
     ) -> Crop:
         # both are drawn in any case, so that one option does not change what another one draws
         where, mirror = torch.rand(2, generator=generator).tolist()
         nothing_is_cut = image.height * size[1] == image.width * size[0]
-        return cls(image, size, 0.5 if center_crop or nothing_is_cut else where, random_flip and mirror < 0.5)
+        where = 0.5 if center_crop or nothing_is_cut else where
+        return cls(image, size, where, random_flip and mirror < 0.5, augmentation)
+
+    @property
+    def part(self) -> Size:
+        """Height and width of what is taken of the scaled image: the crop's, times the augmentation's scale."""
+        return round(self.size[0] * self.augmentation.scale), round(self.size[1] * self.augmentation.scale)
 
     @property
     def covering(self) -> Size:
         """Height and width that the image is scaled to."""
-        return cover(self.image.height, self.image.width, self.size)
+        return cover(self.image.height, self.image.width, self.part)
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """Top and left of the part in the scaled image, which is mirrored already if it is to be."""
+        rest = [whole - part for whole, part in zip(self.covering, self.part)]
+        top, left = (int(self.where * (length + 1)) for length in rest)
+        return top, rest[1] - left if self.mirrored else left
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Top and left in the scaled image, which is mirrored already if it is to be."""
-        rest = [whole - part for whole, part in zip(self.covering, self.size)]
-        top, left = (int(self.where * (length + 1)) for length in rest)
-        return top, rest[1] - left if self.mirrored else left
+        """Top and left in the scaled image of what is shown of it."""
+        top, left = (max(0, -offset) for offset in offsets(self.size, self.part, self.augmentation))
+        return self.start[0] + top, self.start[1] + left
+
+    @property
+    def covered(self) -> tuple[float, ...]:
+        """Top, left, bottom and right of what the image covers of the crop, as parts of its sides."""
+        return covered(self.size, self.part, self.augmentation)
 
 
 def crop_image(image: Image.Image, crop: Crop) -> Tensor:
     """(3, height, width) in [-1, 1] of a scaled image."""
-    (top, left), (height, width) = crop.corner, crop.size
+    (top, left), (height, width) = crop.start, crop.part
     image = ImageOps.mirror(image) if crop.mirrored else image
     box = image.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(box)).permute(2, 0, 1).float() / 127.5 - 1.0
+    shown = place(np.array(box), crop.size, crop.augmentation)
+    return torch.from_numpy(shown).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def seed_of(*parts: object) -> int:
@@ -123,6 +159,7 @@ class Example:
         moments: (2, ...), mean and deviation of its latents, if they have been encoded before.
         sizes: height and width of the file, top and left of the crop, height and width of it.
         seed: of the noise that is added to it.
+        box: what of the crop is trained on, as of [`Crop.covered`]; `None` is all.
     """
 
     kind: str
@@ -132,6 +169,7 @@ class Example:
     moments: Tensor | None
     sizes: tuple[int, ...]
     seed: int
+    box: tuple[float, ...] | None = None
 
 
 class DreamBoothDataset(Dataset[list[Example]]):
@@ -151,6 +189,9 @@ class DreamBoothDataset(Dataset[list[Example]]):
         random_flip: mirror half of the images.
         background_color: of what is transparent.
         caption_dropout: probability with which the empty prompt takes the place of an image's.
+        augment: share of the subject's draws that show it smaller, larger or elsewhere.
+        words: of the captions of these.
+        masked: no error is taken where such an image lacks pixels.
         first: the first draw, in a run that is continued.
         buckets: sizes, of which each image of the subject has the one that is most like it.
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
@@ -171,6 +212,9 @@ class DreamBoothDataset(Dataset[list[Example]]):
         random_flip: bool = False,
         background_color: str = "white",
         caption_dropout: float = 0.0,
+        augment: float = 0.0,
+        words: Mapping[str, str] = WORDS,
+        masked: bool = False,
         first: int = 0,
         buckets: Sequence[Size] = (),
         step_draws: int = 1,
@@ -178,6 +222,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         self.draws, self.first, self.step_draws, self.seed = draws, first, step_draws, seed
         self.center_crop, self.random_flip = center_crop or bool(buckets), random_flip
         self.background_color, self.caption_dropout = background_color, caption_dropout
+        self.augment, self.words, self.masked = augment, words, masked
         sizes = buckets or [(resolution, resolution)]
         self.sizes = tuple(nearest_bucket(image.height, image.width, sizes) for image in instance_images)
         self.instance_images = {
@@ -205,7 +250,9 @@ class DreamBoothDataset(Dataset[list[Example]]):
         epoch, place = divmod(shown, len(images))
         image = shuffled(images, seed_of(self.seed, kind, "order", epoch))[place]
         generator = torch.Generator().manual_seed(seed_of(self.seed, kind, "crop", draw))
-        return Crop.draw(image, size, self.center_crop, self.random_flip, generator)
+        share = self.augment if kind == "instance" else 0.0
+        augmentation = draw_augmentation(share, seed_of(self.seed, kind, "augment", draw))
+        return Crop.draw(image, size, self.center_crop, self.random_flip, generator, augmentation)
 
     def crops(self) -> list[Crop]:
         """All that will be shown, each once."""
@@ -214,20 +261,24 @@ class DreamBoothDataset(Dataset[list[Example]]):
 
     def pixels(self, crop: Crop) -> Tensor:
         """(3, height, width) in [-1, 1]."""
-        return crop_image(load_image(crop.image, crop.size, self.background_color), crop)
+        return crop_image(load_image(crop.image, crop.part, self.background_color), crop)
 
     def _example(self, kind: str, draw: int) -> Example:
         crop = self.crop(kind, draw)
         moments = self.moments.get(crop)
         dropped = random.Random(seed_of(self.seed, kind, "caption", draw)).random() < self.caption_dropout
+        prompt = crop.image.prompt
+        if kind == "instance":
+            prompt = caption_of(prompt, crop.augmentation, self.words)
         return Example(
             kind=kind,
             name=crop.image.name,
-            prompt="" if dropped else crop.image.prompt,
+            prompt="" if dropped else prompt,
             pixels=self.pixels(crop) if moments is None else None,
             moments=moments,
             sizes=(crop.image.height, crop.image.width, *crop.corner, *crop.size),
             seed=seed_of(self.seed, kind, "noise", draw),
+            box=crop.covered if self.masked else None,
         )
 
 
@@ -235,6 +286,7 @@ def collate(draws: list[list[Example]]) -> dict[str, Any]:
     """A batch, the subject's images first, then as many of the class; with moments if all have them, or pixels."""
     examples = [example for kind in zip(*draws) for example in kind]
     content = "pixels" if examples[0].moments is None else "moments"
+    boxes = [example.box for example in examples]
     return {
         "kinds": [example.kind for example in examples],
         "names": [example.name for example in examples],
@@ -243,4 +295,5 @@ def collate(draws: list[list[Example]]) -> dict[str, Any]:
         content: torch.stack([getattr(example, content) for example in examples]),
         "sizes": torch.tensor([example.sizes for example in examples]),  # (B, 6)
         "seeds": torch.tensor([example.seed for example in examples]),  # (B,)
+        **({} if None in boxes else {"boxes": torch.tensor(boxes)}),  # (B, 4)
     }

@@ -11,8 +11,10 @@ from typing import Any
 from PIL import Image
 
 from ..errors import InputError
-from ..settings.dreambooth import DreamBoothSettings, SubjectSettings
+from ..settings.dreambooth import DreamBoothSettings, ImageSettings, SubjectSettings
+from ..settings.rules import parse_words
 from ..settings.subjects import Subject, reserved_names
+from .augment import captions_of
 from .class_images import check_class_folder
 from .files import TrainingImage, folder_images, open_images
 from .hub_datasets import dataset_images
@@ -33,9 +35,11 @@ class SubjectImages:
     instance: list[TrainingImage]
     classes: list[TrainingImage] = field(default_factory=list)
 
-    @property
-    def prompts(self) -> list[str]:
-        return [image.prompt for image in chain(self.instance, self.classes)]
+    def prompts(self, settings: ImageSettings) -> list[str]:
+        """All that they may train with, but the empty one."""
+        words = parse_words(settings.augment_words)
+        captions = (captions_of(image.prompt, settings.augment, words) for image in self.instance)
+        return [*chain(*captions), *(image.prompt for image in self.classes)]
 
 
 def read_images(settings: SubjectSettings, given: GivenImages | None = None) -> list[TrainingImage]:

@@ -9,6 +9,7 @@ from typing import Any
 from coeff_diffusers.model_card import Card, license_of
 
 from ..families.single_file import is_single_file
+from ..images.augment import plain
 from ..settings.dreambooth import DreamBoothSettings
 from ..writing import write_text
 
@@ -46,7 +47,7 @@ def card_of_run(
         pipeline_class=pipeline_class,
         trained=trained,
         weights={kind: file.name for kind, file in weights.items()},
-        instance_prompt=settings.instance_prompt,
+        instance_prompt=plain(settings.instance_prompt),
         repository=repository,
         single_file=is_single_file(base),
         sampling=sampling,

@@ -45,6 +45,7 @@ from ..adapters import (
 )
 from ..errors import WriteError
 from ..families import Family, find_family, load_family
+from ..images.augment import plain
 from ..images.buckets import buckets_text, nearest_bucket
 from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
@@ -213,7 +214,7 @@ class DreamBoothRun:
         self.family: Family = family
         self._sampling = sampling_defaults(family.pipeline)
         alone = self.subjects.settings(settings)
-        prompts = [image.prompt for image in chain(*self.images.values())]
+        prompts = [*chain(*(SubjectImages(images).prompts(settings) for images in self.images.values()))]
         prompts += chain(*((*filter(None, [each.class_prompt]), *all_prompts(each)) for each in alone.values()))
         family.check_prompts(prompts)
         self._prompt = prompts[0]
@@ -306,7 +307,7 @@ class DreamBoothRun:
     def _encode_prompts(self) -> None:
         family = self.family
         self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
-        prompts = [*chain(*(each.prompts for each in self._shown.values()))]
+        prompts = [*chain(*(each.prompts(self.settings) for each in self._shown.values()))]
         prompts += [""] if self.settings.caption_dropout else []
         calls = [call for name in self.own for call in chain(*self._calls(name, all_prompts(self.alone[name])))]
         if self.settings.train_text_encoder:
@@ -568,7 +569,7 @@ def with_defaults_of_run(
 def metadata(settings: DreamBoothSettings) -> dict[str, str]:
     """What a coefficient file says of its training."""
     values = {
-        "instance_prompt": settings.instance_prompt,
+        "instance_prompt": plain(settings.instance_prompt),
         "class_prompt": settings.class_prompt,
         "steps": settings.max_train_steps,
         "batch_size": settings.train_batch_size,

@@ -24,7 +24,7 @@ from ..images.subject_images import SubjectImages
 from ..images.subjects_dataset import SubjectsDataset, collate_subjects
 from ..results.trackers import end_training, log
 from ..settings.dreambooth import ImageSettings, StepSettings
-from ..settings.rules import parse_buckets
+from ..settings.rules import parse_buckets, parse_words
 from .checkpoints import Checkpoints
 from .losses import clip_gradients, losses_by_subject
 from .state import TrainingState
@@ -84,6 +84,9 @@ def make_dataset(
                 random_flip=settings.random_flip,
                 background_color=settings.background_color,
                 caption_dropout=settings.caption_dropout,
+                augment=settings.augment,
+                words=parse_words(settings.augment_words),
+                masked=bool(settings.augment) and settings.augment_padding == "mask",
                 buckets=parse_buckets(settings.aspect_ratio_buckets),
                 step_draws=step_draws,
                 first=first_step * step_draws,
@@ -151,7 +154,8 @@ def training_steps(
             several = len(state.by_subject) > 1
             rows = coeff_per_sample(family.denoiser, batch["subjects"]) if several else nullcontext()
             with accelerator.accumulate(step), rows:
-                errors = step(moments_of(family, batch), batch["prompts"], batch["sizes"], batch["seeds"])
+                given = (batch["prompts"], batch["sizes"], batch["seeds"], batch.get("boxes"))
+                errors = step(moments_of(family, batch), *given)
                 losses = losses_by_subject(errors, batch, prior_loss_weight)
                 loss = torch.stack(list(losses.values())).sum()
                 check_finite("the loss", loss, state, steps, batch, safe_text)

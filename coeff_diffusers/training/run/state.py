@@ -45,7 +45,7 @@ class TrainingState:
         self.parameters, self.by_subject = parameters, by_subject
         self.optimizer: Any = make_optimizer(parameters, settings)
         self.lr_scheduler: LRScheduler = get_scheduler(
-            settings.lr_scheduler,
+            str(settings.lr_scheduler),
             self.optimizer,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=steps,

@@ -26,8 +26,14 @@ class DenoisingStep(nn.Module):
         # frozen and shared out: of no concern to what averages gradients
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
 
-    def forward(self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor) -> Tensor:
-        """Weighted squared errors (B,) of moments (B, 2, ...), prompts, sizes (B, 6) and the seeds (B,) of noise."""
+    def forward(
+        self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor, boxes: Tensor | None = None
+    ) -> Tensor:
+        """Weighted squared errors (B,) of moments (B, 2, ...), prompts, sizes (B, 6) and the seeds (B,) of noise.
+
+        In `boxes` (B, 4) alone, if there are any: top, left, bottom and right, as parts of the sides.
+        """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         latents = self.family.sample_latents(moments, generators)
-        return self.family.errors(self.denoiser, latents, self.family.conditions(prompts), sizes, generators)
+        conditions = self.family.conditions(prompts)
+        return self.family.errors(self.denoiser, latents, conditions, sizes, generators, boxes)

@@ -18,7 +18,9 @@ COEFFICIENT_RATES, LORA_RATES = RATES[::2], RATES[1::2]
 # subject that has no prompt. So they are questioned on the command line alone.
 FILLED_IN = (
     *RATES,
+    "optimizer",
     "lora_optimizer",
+    "adam_weight_decay",
     "resolution",
     "num_validation_images",
     "validation_steps",
@@ -176,6 +178,7 @@ def idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[
             any("adam" in name or name in ("prodigy", "soap") for name in (s.optimizer, s.lora_optimizer)),
             f"is for SOAP and optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
         ),
+        "augment_words augment_padding": (s.augment, "needs --augment"),
         "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
         "ema_decay": (s.use_ema, "needs --use_ema"),
         "lr_num_cycles": (s.lr_scheduler == "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),

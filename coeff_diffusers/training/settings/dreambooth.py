@@ -31,6 +31,7 @@ from .rules import (
     Text,
     Texts,
     WholeNumber,
+    Words,
     adapter,
     problems_of,
 )
@@ -176,6 +177,19 @@ class ImageSettings(Settings):
     center_crop: bool = flag("Crop images that are not square at the centre, not at random.", False)
     caption_dropout: Fraction = flag("Probability with which an image trains with the empty prompt.", 0.0)
     random_flip: bool = flag("Mirror every other image, at random.", False)
+    augment: Fraction = flag(
+        "Share of draws that show the subject smaller, larger or elsewhere, with the words for it in the caption.", 0.0
+    )
+    augment_words: Words = flag(
+        "Words of --augment for small, large, left, right, top, bottom, such as small=tiny 'left=on the left side'. "
+        "They stand where a caption has {size} and {place}, else at its end.",
+        (),
+    )
+    augment_padding: Literal["mask", "edge"] = flag(
+        "What lies around an image that is smaller than its crop: pixels of its edge, which are trained on (edge) or "
+        "not (mask).",
+        "mask",
+    )
     background_color: Colour = flag("Colour that transparent images are laid on: a name, or '#rrggbb'.", "white")
     cache_latents: bool = flag(
         "Encode every image once before training, and free the VAE. Not for random crops.", False
@@ -263,8 +277,8 @@ class OptimizerSettings(Settings):
 
     optimizer: str = flag(
         "Of the coefficients: soap, adamw, prodigy, or any other of torch, pytorch-optimizer or bitsandbytes by its "
-        "name, such as lion, adafactor or adamw8bit.",
-        "adamw",
+        "name, such as lion, adafactor or adamw8bit. soap if not given, and adamw with --no_coeff.",
+        "",
     )
     lora_optimizer: str = flag(
         "Of the LoRA, likewise. If not given, adamw beside coefficients that have soap, and else the --optimizer.", ""
@@ -278,7 +292,8 @@ class OptimizerSettings(Settings):
         False,
     )
     learning_rate: Positive | None = flag(
-        "Learning rate of the coefficients; 0.01 if not given, or 1 for Prodigy, which has one for all parameters.",
+        "Learning rate of the coefficients. If not given, 0.04 for SOAP, 1 for Prodigy, which has one for all "
+        "parameters, and 0.01 for others.",
         None,
     )
     lora_learning_rate: Positive | None = flag(
@@ -291,13 +306,18 @@ class OptimizerSettings(Settings):
         "Learning rate of the text encoders' LoRA; 0.000005 if not given, and learning_rate for Prodigy.", None
     )
     scale_lr: bool = flag("Multiply the learning rates by batch size, accumulation steps and processes.", False)
-    lr_scheduler: LrScheduler = flag("How the learning rates change over the run.", "constant")
+    lr_scheduler: LrScheduler | None = flag(
+        "How the learning rates change over the run; cosine if coefficients have SOAP, else constant, if not given.",
+        None,
+    )
     lr_warmup_steps: WholeNumber = flag("Optimizer steps in which the learning rates rise from 0.", 0)
     lr_num_cycles: Count = flag("Restarts of --lr_scheduler cosine_with_restarts.", 1)
     lr_power: Positive = flag("Power of --lr_scheduler polynomial.", 1.0)
     adam_beta1: Fraction = flag("Decay of the gradient's mean, of AdamW and SOAP.", 0.9)
     adam_beta2: Fraction | None = flag("Decay of the gradient's square; 0.999 if not given, and 0.99 for SOAP.", None)
-    adam_weight_decay: NotNegative = flag("Weight decay of the coefficients.", 0.0)
+    adam_weight_decay: NotNegative | None = flag(
+        "Weight decay of the coefficients, times the learning rate a step; 0.3 for SOAP if not given, else 0.", None
+    )
     lora_weight_decay: NotNegative = flag("Weight decay of the LoRA.", 1e-2)
     adam_weight_decay_text_encoder: NotNegative = flag("Weight decay of the text encoders' LoRA.", 1e-3)
     adam_epsilon: Positive = flag("Epsilon of AdamW and SOAP.", 1e-8)
@@ -320,17 +340,25 @@ class OptimizerSettings(Settings):
 
     def derived_defaults(self) -> dict[str, Any]:
         """The defaults that follow from other settings."""
-        beside_soap = self.optimizer == "soap" and getattr(self, "coeff", True)
-        default = "adamw" if beside_soap else self.optimizer
-        lora_optimizer = self.lora_optimizer or default
-        rates = dict(zip(RATES, (1e-2, 1e-4, 1e-3, 5e-6)))
-        if self.optimizer == "prodigy":
+        coeff = getattr(self, "coeff", True)
+        optimizer = self.optimizer or ("soap" if coeff else "adamw")
+        by_soap = coeff and optimizer == "soap"
+        beside = "adamw" if by_soap else optimizer
+        lora_optimizer = self.lora_optimizer or beside
+        rates = dict(zip(RATES, (4e-2 if by_soap else 1e-2, 1e-4, 1e-3, 5e-6)))
+        if optimizer == "prodigy":
             rates |= dict.fromkeys(COEFFICIENT_RATES, 1.0 if self.learning_rate is None else self.learning_rate)
         if lora_optimizer == "prodigy":
-            first = rates["learning_rate"] if self.optimizer == "prodigy" else self.lora_learning_rate
+            first = rates["learning_rate"] if optimizer == "prodigy" else self.lora_learning_rate
             rates |= dict.fromkeys(LORA_RATES, 1.0 if first is None else first)
-        soap = "soap" in (self.optimizer, lora_optimizer)  # beside which another one may have another beta
-        return {"lora_optimizer": default, "adam_beta2": None if soap else 0.999, **rates}
+        return {
+            "optimizer": "soap" if coeff else "adamw",
+            "lora_optimizer": beside,
+            "adam_beta2": None if "soap" in (optimizer, lora_optimizer) else 0.999,  # each has its own then
+            "adam_weight_decay": 0.3 if by_soap else 0.0,
+            "lr_scheduler": "cosine" if by_soap else "constant",
+            **rates,
+        }
 
 
 @dataclass(frozen=True)

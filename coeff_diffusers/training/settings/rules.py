@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -14,6 +14,14 @@ from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 Size = tuple[int, int]  # height and width in pixels
+WORDS = {  # of --augment, for photographs
+    "small": "far away",
+    "large": "close up",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
 KINDS = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -72,6 +80,23 @@ def parse_buckets(text: str | None) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
+def parse_words(texts: Sequence[str]) -> dict[str, str]:
+    """`WORDS`, changed by `small=tiny` and the like. Raises ValueError."""
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, _, words) in zip(texts, pairs) if name not in WORDS or not words.strip()]
+    if wrong:
+        raise ValueError(f"must be of {', '.join(f'{name}=WORDS' for name in WORDS)}, got {', '.join(wrong)}")
+    return WORDS | {name: words.strip() for name, _, words in pairs}
+
+
+def _are_words(texts: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        parse_words(texts)
+    except ValueError as error:
+        raise PydanticCustomError("whole", "{problem}", {"problem": str(error)}) from None
+    return texts
+
+
 def _is_buckets(text: str) -> str:
     try:
         parse_buckets(text)
@@ -86,6 +111,7 @@ Folder = Annotated[Text, within("the name of a folder", lambda value: bool(value
 Texts = Annotated[tuple[str, ...], Several]
 Colour = Annotated[str, within("a colour such as white or #ffffff", _is_colour)]
 Buckets = Annotated[str, AfterValidator(_is_buckets)]
+Words = Annotated[Texts, AfterValidator(_are_words)]
 
 Count = Annotated[int, within("at least 1", lambda value: value >= 1)]
 WholeNumber = Annotated[int, within("0 or more", lambda value: value >= 0)]
