@@ -1,6 +1,6 @@
 """Many subjects in one run, on the model that ships with the project.
 
-    python examples/train_subjects.py --subjects "fox face" "panda face" owl rocket --max_train_steps 1500
+    python examples/train_subjects.py --subjects "fox face" "panda face" owl rocket
 
 Writes images of glyphs that the embedded model has never seen, and `subjects.yaml`, to `outputs/subjects`; trains
 all of them at once; and shows in `subjects.png` what one call of the pipeline then makes, each image by its own
@@ -67,9 +67,7 @@ def training_flags(file: Path, args: argparse.Namespace) -> list[str]:
         "subjects": file,
         "output_dir": args.output_dir / "trained",
         "max_train_steps": args.max_train_steps,
-        "learning_rate": 2e-2,
         "train_batch_size": args.train_batch_size,
-        "lr_scheduler": "cosine",
         "report_to": "none",
         "seed": args.seed,
     }
@@ -84,7 +82,7 @@ def parse_args() -> argparse.Namespace:
         default=["fox face", "panda face", "owl", "rocket"],
         help="of examples/emoji/subjects/subjects.json",
     )
-    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--max_train_steps", type=int, default=500)
     parser.add_argument("--train_batch_size", type=int, default=4, help="images of each subject a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/subjects"))
