@@ -37,7 +37,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     lora = ["--lora_rank", str(args.lora_rank), "--lora_learning_rate", str(args.lora_learning_rate)]
     kinds = {
         "coefficients": [],
-        f"LoRA, rank {args.lora_rank}": [*lora, "--no_coeff"],
+        f"LoRA, rank {args.lora_rank}": [
+            *lora,
+            "--no_coeff",
+            "--lr_scheduler",
+            "cosine",
+        ],  # as the coefficients have it
         "LoRA + coefficients": lora,
     }
     captions = [demo.prompt(args.subject, background) for background in demo.BACKGROUNDS]
@@ -91,8 +96,8 @@ def subject_loss(pipe: Any, subject: str, flags: list[str], draws: int = 16) -> 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--learning_rate", type=float, default=2e-2, help="of the coefficients")
+    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--learning_rate", type=float, help="of the coefficients")
     parser.add_argument("--lora_rank", type=int, default=4)
     parser.add_argument("--lora_learning_rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)

@@ -67,9 +67,7 @@ def training_flags(file: Path, args: argparse.Namespace) -> list[str]:
         "subjects": file,
         "output_dir": args.output_dir / "trained",
         "max_train_steps": args.max_train_steps,
-        "learning_rate": 2e-2,
         "train_batch_size": args.train_batch_size,
-        "lr_scheduler": "cosine",
         "report_to": "none",
         "seed": args.seed,
     }

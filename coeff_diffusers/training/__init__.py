@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .errors import InputError, Stopped
     from .run.dreambooth import DreamBoothRun, TrainingResult, train_dreambooth
     from .run.loop import TrainingStep
+    from .run.soap import SOAP
     from .settings import DreamBoothSettings, parse_settings
 
 # Modules are loaded by what is asked for: --help needs neither torch nor diffusers, which take seconds.
 _MODULES = {
+    "SOAP": "run.soap",
     "DreamBoothRun": "run.dreambooth",
     "DreamBoothSettings": "settings",
     "InputError": "errors",
@@ -28,6 +30,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "SOAP",
     "DreamBoothRun",
     "DreamBoothSettings",
     "InputError",

@@ -137,10 +137,8 @@ def image(name: str, prompt: str, side: int = 24) -> TrainingImage:
 IMAGES, CLASSES = [image("dog", "a sks dog")], [image("class", "a dog")]
 
 
-def dataset(augment: float, draws: int = 40, first: int = 0, masked: bool = False) -> DreamBoothDataset:
-    return DreamBoothDataset(
-        draws, IMAGES, CLASSES, resolution=16, seed=0, augment=augment, first=first, masked=masked
-    )
+def dataset(augment: float, draws: int = 40, first: int = 0) -> DreamBoothDataset:
+    return DreamBoothDataset(draws, IMAGES, CLASSES, resolution=16, seed=0, augment=augment, first=first)
 
 
 def settings(**changes: Any) -> DreamBoothSettings:
@@ -182,9 +180,9 @@ def test_a_large_image_says_where_it_was_cut_in_its_own_scale() -> None:
     assert (small.part, small.covering, small.corner) == ((8, 8), (8, 10), (0, 0))
 
 
-def test_boxes_are_there_where_errors_are_masked_alone() -> None:
-    batch = collate([dataset(0.9, masked=True)[n] for n in range(6)])
+def test_what_is_trained_on_is_said_of_each_image_and_not_without_augmentation() -> None:
+    batch = collate([dataset(0.9)[n] for n in range(6)])
     assert batch["boxes"].shape == (12, 4)
     assert batch["boxes"][6:].tolist() == [[0, 0, 1, 1]] * 6  # of the class
     assert (batch["boxes"][:6] != torch.tensor([0.0, 0.0, 1.0, 1.0])).any()
-    assert "boxes" not in collate([dataset(0.9)[0]])
+    assert "boxes" not in collate([dataset(0.0)[0]])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coeff_diffusers.training.run.soap import SOAP
+from coeff_diffusers.training import SOAP
 
 SHAPES = ((5, 5), (3, 3), (5, 5), (4, 6))
 OPTIONS: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5}

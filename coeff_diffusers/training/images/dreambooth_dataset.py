@@ -191,7 +191,6 @@ class DreamBoothDataset(Dataset[list[Example]]):
         caption_dropout: probability with which the empty prompt takes the place of an image's.
         augment: share of the subject's draws that show it smaller, larger or elsewhere.
         words: of the captions of these.
-        masked: no error is taken where such an image lacks pixels.
         first: the first draw, in a run that is continued.
         buckets: sizes, of which each image of the subject has the one that is most like it.
         step_draws: how many draws an optimizer step takes, over all processes. These are of one bucket.
@@ -214,7 +213,6 @@ class DreamBoothDataset(Dataset[list[Example]]):
         caption_dropout: float = 0.0,
         augment: float = 0.0,
         words: Mapping[str, str] = WORDS,
-        masked: bool = False,
         first: int = 0,
         buckets: Sequence[Size] = (),
         step_draws: int = 1,
@@ -222,7 +220,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
         self.draws, self.first, self.step_draws, self.seed = draws, first, step_draws, seed
         self.center_crop, self.random_flip = center_crop or bool(buckets), random_flip
         self.background_color, self.caption_dropout = background_color, caption_dropout
-        self.augment, self.words, self.masked = augment, words, masked
+        self.augment, self.words = augment, words
         sizes = buckets or [(resolution, resolution)]
         self.sizes = tuple(nearest_bucket(image.height, image.width, sizes) for image in instance_images)
         self.instance_images = {
@@ -278,7 +276,7 @@ class DreamBoothDataset(Dataset[list[Example]]):
             moments=moments,
             sizes=(crop.image.height, crop.image.width, *crop.corner, *crop.size),
             seed=seed_of(self.seed, kind, "noise", draw),
-            box=crop.covered if self.masked else None,
+            box=crop.covered if self.augment else None,
         )
 
 

@@ -86,7 +86,6 @@ def make_dataset(
                 caption_dropout=settings.caption_dropout,
                 augment=settings.augment,
                 words=parse_words(settings.augment_words),
-                masked=bool(settings.augment) and settings.augment_padding == "mask",
                 buckets=parse_buckets(settings.aspect_ratio_buckets),
                 step_draws=step_draws,
                 first=first_step * step_draws,

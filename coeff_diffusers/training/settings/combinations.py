@@ -178,7 +178,7 @@ def idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[
             any("adam" in name or name in ("prodigy", "soap") for name in (s.optimizer, s.lora_optimizer)),
             f"is for SOAP and optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
         ),
-        "augment_words augment_padding": (s.augment, "needs --augment"),
+        "augment_words": (s.augment, "needs --augment"),
         "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
         "ema_decay": (s.use_ema, "needs --use_ema"),
         "lr_num_cycles": (s.lr_scheduler == "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),

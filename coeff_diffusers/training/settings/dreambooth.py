@@ -185,11 +185,6 @@ class ImageSettings(Settings):
         "They stand where a caption has {size} and {place}, else at its end.",
         (),
     )
-    augment_padding: Literal["mask", "edge"] = flag(
-        "What lies around an image that is smaller than its crop: pixels of its edge, which are trained on (edge) or "
-        "not (mask).",
-        "mask",
-    )
     background_color: Colour = flag("Colour that transparent images are laid on: a name, or '#rrggbb'.", "white")
     cache_latents: bool = flag(
         "Encode every image once before training, and free the VAE. Not for random crops.", False
