@@ -94,7 +94,7 @@ def left_out(folder: Path) -> dict[str, None]:
 
 
 def training_flags(args: argparse.Namespace, instance_dir: Path, base: Base = BASES["unet"]) -> list[str]:
-    """The flags of training/train_dreambooth.py, but for what is `None`; examples/compare_adapters.py has them too."""
+    """The flags of training/train_dreambooth.py, but for what is `None`."""
     flags = {
         "pretrained_model_name_or_path": base.folder,
         "instance_data_dir": instance_dir,

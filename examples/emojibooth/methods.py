@@ -16,7 +16,9 @@ from coeff_diffusers import add_coeff_adapter, coeff_parameters
 
 Parameters = dict[str, list[nn.Parameter]]  # "coefficients" and "lora", which have a learning rate each
 
-SOAP, ADAMW = {"optimizer": "soap"}, {"optimizer": "adamw"}  # of the coefficients; a LoRA has AdamW
+SOAP, ADAMW = ({"optimizer": name, "adam_weight_decay": 0.0} for name in ("soap", "adamw"))  # a LoRA has AdamW
+DECAY = {"adam_weight_decay": 0.3}  # as the training script has it
+AUGMENT = {"augment": 0.25, "augment_words": ("small=small", "large=large")}
 VALUES = ("to_v", "to_out.0")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
@@ -154,27 +156,35 @@ MAIN = [
     Method("coefficients + output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=True)),
 ]
 
+WITH_MORE = [
+    Method("coefficients, SOAP, weight decay 0.3", COEFFICIENTS, SOAP | DECAY),
+    Method("coefficients, SOAP, augmented", COEFFICIENTS, SOAP | AUGMENT),
+    Method("coefficients, SOAP, weight decay 0.3, augmented", COEFFICIENTS, SOAP | DECAY | AUGMENT),
+    Method("LoRA, rank 4, augmented", LOW_RANK, RANK_4 | AUGMENT),
+]
+
 MORE = [
     Method("LoRA, rank 1", LOW_RANK, RANK_1),
     Method("LoRA, rank 1 + coefficients", SMALLER, SOAP | RANK_1 | BOTH, lora_rate_of="LoRA, rank 1"),
     Method("LoRA-XS, SOAP", SMALLER, SOAP, lora_xs(10)),
-    Method("full fine-tuning", (1e-4, 3e-4, 1e-3), put_on=all_weights),
+    Method("full fine-tuning", (1e-4, 3e-4, 1e-3), ADAMW, all_weights),
     Method("LoRA, rank 16", (2.5e-3, 5e-3, 1e-2), RANK_16),
     Method("LoRA, rank 16 + coefficients", SMALLER, SOAP | RANK_16 | BOTH, lora_rate_of="LoRA, rank 16"),
     Method(
         "IA3",
         (2e-2, 5e-2, 1e-1),
-        put_on=of_peft(
+        ADAMW,
+        of_peft(
             IA3Config(
                 target_modules=["to_k", "to_v", "add_k_proj", "add_v_proj", "ff.net.2"],
                 feedforward_modules=["ff.net.2"],
             )
         ),
     ),
-    Method("OFT", LOW_RANK, put_on=of_peft(OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION))),
-    Method("VeRA", SMALLER, put_on=of_peft(VeraConfig(r=16, target_modules=ATTENTION))),
-    Method("FourierFT", SMALLER, put_on=of_peft(FourierFTConfig(n_frequency=100, target_modules=ATTENTION))),
-    Method("TinyLoRA", SMALLER, put_on=of_peft(TinyLoraConfig(r=10, u=100, target_modules=ATTENTION))),
+    Method("OFT", LOW_RANK, ADAMW, of_peft(OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION))),
+    Method("VeRA", SMALLER, ADAMW, of_peft(VeraConfig(r=16, target_modules=ATTENTION))),
+    Method("FourierFT", SMALLER, ADAMW, of_peft(FourierFTConfig(n_frequency=100, target_modules=ATTENTION))),
+    Method("TinyLoRA", SMALLER, ADAMW, of_peft(TinyLoraConfig(r=10, u=100, target_modules=ATTENTION))),
 ]
 
 ABLATIONS = [
@@ -185,4 +195,4 @@ ABLATIONS = [
     Method("alpha from a random start, SOAP", COEFFICIENTS, SOAP, random_start),
 ]
 
-METHODS = {method.name: method for method in [*UNTRAINED, *MAIN, *MORE, *ABLATIONS]}
+METHODS = {method.name: method for method in [*UNTRAINED, *MAIN, *WITH_MORE, *MORE, *ABLATIONS]}

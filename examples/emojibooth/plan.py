@@ -14,7 +14,7 @@ from time import perf_counter
 
 import torch
 from judge import HERE
-from methods import ABLATIONS, MAIN, METHODS, MORE, UNTRAINED, Method
+from methods import ABLATIONS, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
 from trial import REPORTED, TUNING, Trial, run_trial
 
 RESULTS = HERE / "results"
@@ -37,7 +37,7 @@ class Stage:
     """Methods by subjects, the subjects outside: a stage that is broken off has compared all methods on some.
 
     Args:
-        model: of `trial.MODELS`.
+        model: of `trial.FAMILIES`.
         methods: those that can be put on the model are run.
         subjects: that are reported.
         seeds: of training.
@@ -51,16 +51,16 @@ class Stage:
     tuned_on: Sequence[str] = TUNING
 
 
-EVERYTHING = [*MAIN, *MORE, *ABLATIONS]
+EVERYTHING = [*MAIN, *WITH_MORE, *MORE, *ABLATIONS]
 
 # What says most comes first.
 FULL = [
     Stage("unet", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
     Stage("dit", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
-    Stage("unet", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
-    Stage("dit", [*UNTRAINED, *MAIN[:5]], tuned_on=TUNING[:1]),
-    Stage("unet", MAIN),
-    Stage("dit", MAIN),
+    Stage("unet", [*UNTRAINED, *MAIN[:4], *WITH_MORE], tuned_on=TUNING[:1]),
+    Stage("dit", [*UNTRAINED, *MAIN[:4], *WITH_MORE], tuned_on=TUNING[:1]),
+    Stage("unet", [*MAIN, *WITH_MORE]),
+    Stage("dit", [*MAIN, *WITH_MORE]),
     Stage("unet", MORE),
     Stage("unet", ABLATIONS),
     Stage("unet", EVERYTHING, seeds=(1, 2)),

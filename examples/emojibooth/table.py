@@ -15,7 +15,7 @@ import sizes
 from methods import METHODS, Method
 from PIL import Image
 from plan import RESULTS, Row, chosen, is_of, read
-from trial import MODELS, REPORTED, Trial
+from trial import FAMILIES, REPORTED, Trial
 
 from coeff_diffusers.commands.sheet import sheet
 
@@ -79,7 +79,7 @@ def with_error(values: Sequence[float], digits: int) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     parts = []
-    for model in MODELS:
+    for model in FAMILIES:
         found = {name: of_method(rows, method, model) for name, method in METHODS.items()}
         found = {name: each for name, each in found.items() if each}
         if found:
@@ -157,7 +157,7 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    for ax, model in zip(figure.subplots(1, len(MODELS)), MODELS):
+    for ax, model in zip(figure.subplots(1, len(FAMILIES)), FAMILIES):
         for name, method in METHODS.items():
             of_subjects = of_method(rows, method, model) if method.rates else {}
             if not of_subjects:
@@ -194,7 +194,7 @@ def write_report(rows: Sequence[Row], output: Path, images: Path) -> None:
     )
     plot(rows, "parameters", "trainable parameters", output / "parameters.png")
     plot(rows, "drift", "drift: mean change of unrelated images, of 255", output / "drift.png")
-    for model in MODELS:
+    for model in FAMILIES:
         page = draw_sheet(rows, model, REPORTED[0], images)
         if page is not None:
             page.save(output / f"{model}.png")

@@ -31,7 +31,7 @@ from coeff_diffusers.training.run.state import TrainingState
 from coeff_diffusers.training.run.step import DenoisingStep
 
 sys.path += [str(HERE.parent), str(HERE.parent / "emoji")]
-from demo import BACKGROUNDS
+from demo import BACKGROUNDS, BASES
 from evaluate import load_pipeline, reconstruct
 from scenes import GLYPHS, Scene, render
 
@@ -47,29 +47,7 @@ REPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A folder of examples/emoji, with flags of training and arguments of the pipeline's call."""
-
-    folder: str
-    family: Any
-    flags: dict[str, Any]
-    sampling: dict[str, Any]
-
-    @property
-    def path(self) -> str:
-        return str(HERE.parent / "emoji" / self.folder)
-
-
-MODELS = {
-    "unet": Model("model", StableDiffusion, {}, {"guidance_scale": 2.5, "guidance_rescale": 0.7}),
-    "dit": Model(
-        "model_dit",
-        StableDiffusion3,
-        {"max_sequence_length": 1},
-        {"guidance_scale": 2.5, "max_sequence_length": 1},
-    ),
-}
+FAMILIES = {"unet": StableDiffusion, "dit": StableDiffusion3}
 
 
 @dataclass(frozen=True)
@@ -78,7 +56,7 @@ class Trial:
 
     Args:
         method: what learns.
-        model: of `MODELS`.
+        model: of `FAMILIES`, and of `demo.BASES`.
         subject: of the held-out ones.
         seed: of training.
         rates: the learning rate, and the LoRA's if that is another; none where nothing is trained.
@@ -141,11 +119,8 @@ class Run(DreamBoothRun):
 
 def train(trial: Trial) -> tuple[Any, dict[str, float]]:
     """The denoiser with what was trained on it, and what that took."""
-    model, words = MODELS[trial.model], f"sks {trial.subject}"
-    images = [
-        (render(Scene(trial.subject, colour), glyph_of(trial.subject)), Scene(words, colour).caption)
-        for colour in BACKGROUNDS
-    ]
+    words, glyph = f"sks {trial.subject}", glyph_of(trial.subject)
+    images = [(render(Scene(trial.subject, colour), glyph), caption(trial, colour)) for colour in BACKGROUNDS]
     with tempfile.TemporaryDirectory() as output:
         flags = {
             "instance_prompt": f"a {words}",
@@ -157,13 +132,25 @@ def train(trial: Trial) -> tuple[Any, dict[str, float]]:
             "cache_latents": True,
             "seed": trial.seed,
         }
-        run = Run(DreamBoothSettings(model.path, **flags | model.flags | trial.method.settings(*trial.rates)), images)
+        run = Run(settings_of(trial.model, **flags | trial.method.settings(*trial.rates)), images)
         run.method = trial.method
         run.load_model()
         run.add_adapters()
         run.encode_prompts()
         facts = follow(run)
     return run.family.denoiser.eval(), facts
+
+
+def settings_of(model: str, **flags: Any) -> DreamBoothSettings:
+    base = BASES[model]
+    return DreamBoothSettings(str(base.folder), max_sequence_length=base.max_sequence_length, **flags)
+
+
+def caption(trial: Trial, colour: str) -> str:
+    """Of a training image, with places for the words of `--augment` where the method has it."""
+    if "augment" not in trial.method.flags:
+        return Scene(f"sks {trial.subject}", colour).caption
+    return Scene(f"{{size}} sks {trial.subject}", colour, place="{place}").caption
 
 
 def follow(run: Run) -> dict[str, float]:
@@ -212,7 +199,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 @cache
 def load_base(model: str) -> Any:
-    pipe = load_pipeline(MODELS[model].path)
+    pipe = load_pipeline(BASES[model].folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -253,8 +240,7 @@ CEILINGS: dict[str, Callable[[Any, list[Image.Image]], list[Image.Image]]] = {
 @torch.no_grad()
 def losses(trial: Trial, pipe: Any) -> dict[str, float]:
     """The training loss of scenes that training did not show, the same noises and timesteps for all methods."""
-    model = MODELS[trial.model]
-    family = model.family(pipe, DreamBoothSettings(model.path, instance_prompt="a", **model.flags))
+    family = FAMILIES[trial.model](pipe, settings_of(trial.model, instance_prompt="a"))
     step = DenoisingStep(family, [], [])
     found = {}
     for kind in SCENES:
@@ -316,8 +302,6 @@ def likest_glyph(model: str, subject: str) -> str:
 def generate(model: str, pipe: Any, prompts: list[str], seed: int) -> list[Image.Image]:
     """An image per prompt; prompt n has the same noise for every method."""
     generators = [torch.Generator().manual_seed(1000 * seed + n) for n in range(len(prompts))]
-    options = MODELS[model].sampling
-    images: list[Image.Image] = pipe(
-        prompts, num_inference_steps=INFERENCE_STEPS, generator=generators, **options
-    ).images
+    options = BASES[model].sampling | {"num_inference_steps": INFERENCE_STEPS}
+    images: list[Image.Image] = pipe(prompts, generator=generators, **options).images
     return images

@@ -1,4 +1,4 @@
-"""What the README tells its reader to run, run: the demo, generation, and the comparison, each with few steps."""
+"""What the README tells its reader to run, run: the demo and generation, each with few steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import compare_adapters
 import demo
 import pytest
 from PIL import Image
@@ -80,21 +79,6 @@ def test_generate_shows_base_and_tuned_for_the_same_prompts_and_seeds(demo_run, 
     assert {path.name for path in tmp_path.iterdir()} == names | {"sheet.png"}
     base, tuned = (Image.open(tmp_path / f"1-a-pig-face-seed0-{kind}.png") for kind in ("base", "tuned"))
     assert base.tobytes() != tuned.tobytes()
-
-
-def test_comparison_trains_coefficients_lora_and_both(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(compare_adapters.subject_loss, "__defaults__", (2,))  # draws of noise, in the place of 16
-    monkeypatch.setattr(demo, "NEW_BACKGROUNDS", ("blue",))
-    args = argparse.Namespace(
-        subject="owl", max_train_steps=2, learning_rate=1e-2, lora_rank=2, lora_learning_rate=1e-3, seed=0,
-        output_dir=tmp_path,
-    )  # fmt: skip
-    results = compare_adapters.main(args)
-    counts = [entry["trainable parameters"] for entry in results.values()]
-    assert counts[0] == 0
-    assert counts[1] + counts[2] == counts[3]
-    assert len({entry["loss"] for entry in results.values()}) > 1
-    assert (tmp_path / "compare.png").exists()
 
 
 def test_a_sheet_has_room_for_every_row_and_caption() -> None:
