@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Base(NamedTuple):
     sampling: dict[str, Any]
     max_train_steps: int
     max_sequence_length: int | None = None
+    left_out: tuple[str, ...] = ()  # parts that it has not, which from_pretrained wants to be told
 
 
 BASES = {
@@ -55,6 +57,7 @@ BASES = {
         {"num_inference_steps": 25, "guidance_scale": 2.5, "max_sequence_length": 1},
         max_train_steps=1500,
         max_sequence_length=1,  # of zeros, in the place of T5
+        left_out=("text_encoder_3", "tokenizer_3"),
     ),
 }
 
@@ -69,7 +72,7 @@ def main(args: argparse.Namespace) -> Path:
     assert isinstance(result, TrainingResult)
     prompts = [prompt(args.subject, background) for background in NEW_BACKGROUNDS]
 
-    pipe = DiffusionPipeline.from_pretrained(base.folder, **left_out(base.folder))
+    pipe = DiffusionPipeline.from_pretrained(base.folder, **dict.fromkeys(base.left_out))
     pipe.set_progress_bar_config(disable=True)
     print("generating ...")
     load_coeff_weights(pipe, result.coeff_file)
@@ -86,11 +89,6 @@ def main(args: argparse.Namespace) -> Path:
     sheet(rows, title=f"A subject the model has never seen: {args.subject}").save(path)
     report(path, result, prompts[0], pipe, base)
     return path
-
-
-def left_out(folder: Path) -> dict[str, None]:
-    """The parts that the model has not, as Stable Diffusion 3 has no T5 here: from_pretrained wants to be told."""
-    return {name: None for name, kind in DiffusionPipeline.load_config(folder).items() if kind == [None, None]}
 
 
 def training_flags(args: argparse.Namespace, instance_dir: Path, base: Base = BASES["unet"]) -> list[str]:
@@ -135,7 +133,7 @@ def report(path: Path, result: TrainingResult, asked: str, pipe: Any, base: Base
     file, kind = result.coeff_file, type(pipe).__name__
     assert file is not None
     options = ", ".join(f"{name}={value}" for name, value in base.sampling.items())
-    parts = "".join(f", {name}=None" for name in left_out(base.folder))
+    parts = "".join(f", {name}=None" for name in base.left_out)
     print(
         f"\nwrote {path}, with the training images and both models' answers\n"
         f"wrote {file}: {result.trained['coefficients']:,} parameters, {file.stat().st_size / 1e3:.0f} KB\n\n"
@@ -149,7 +147,7 @@ def report(path: Path, result: TrainingResult, asked: str, pipe: Any, base: Base
     )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
     parser.add_argument("--model", choices=BASES, default="unet", help="of examples/emoji: model, or model_dit")
@@ -158,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, help="that of the training script if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.max_train_steps = args.max_train_steps or BASES[args.model].max_train_steps
     return args
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,14 +24,15 @@ pytestmark = pytest.mark.slow
 def one_inference_step() -> Iterator[None]:
     """In the place of 25: what is asked here is what is written, not how it looks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo.SAMPLING, "num_inference_steps", 1)
+        for base in demo.BASES.values():
+            patch.setitem(base.sampling, "num_inference_steps", 1)
         yield
 
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory, one_inference_step) -> Path:
     output = tmp_path_factory.mktemp("demo")
-    args = argparse.Namespace(subject="panda face", max_train_steps=3, learning_rate=1e-2, seed=0, output_dir=output)
+    args = demo.parse_args(["--subject", "panda face", "--max_train_steps", "3", "--output_dir", str(output)])
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert demo.main(args) == output / "demo.png"
     (output / "said.txt").write_text(said.getvalue())
@@ -60,8 +60,22 @@ def test_demo_says_what_it_did_and_how_to_use_it(demo_run) -> None:
     assert f'load_coeff_weights(pipe, "{demo_run}/pytorch_coeff_weights.safetensors")' in out
 
 
+def test_demo_trains_the_transformer_too(tmp_path, capsys) -> None:
+    flags = ["--model", "dit", "--subject", "owl", "--max_train_steps", "1", "--output_dir", str(tmp_path)]
+    assert demo.main(demo.parse_args(flags)) == tmp_path / "demo.png"
+    tensors = load_file(tmp_path / "pytorch_coeff_weights.safetensors")
+    assert len(tensors) == 3
+    assert all(tensor.shape == (8, 8) and tensor.abs().sum() > 0 for tensor in tensors.values())
+    out = capsys.readouterr().out
+    assert 'StableDiffusion3Pipeline.from_pretrained("' in out
+    assert 'model_dit", text_encoder_3=None, tokenizer_3=None)' in out
+    assert "max_sequence_length=1)" in out
+    own = demo.parse_args(["--model", "dit"])
+    assert (own.max_train_steps, own.learning_rate) == demo.BASES["dit"][2:4]
+
+
 def test_demo_names_the_subjects_it_has(tmp_path) -> None:
-    args = argparse.Namespace(subject="gryphon", max_train_steps=1, learning_rate=1e-2, seed=0, output_dir=tmp_path)
+    args = demo.parse_args(["--subject", "gryphon", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="must be one of .*'fox face'.*, got 'gryphon'"):
         demo.main(args)
 
