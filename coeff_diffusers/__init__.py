@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .config import CoeffConfig
     from .functional import mixed_attention
     from .hub import push_coeff_to_hub
-    from .maps import attention_maps, overlay_map
+    from .maps import AttentionMaps, attention_maps, overlay_map
     from .methods import add_coeff_methods
     from .per_sample import coeff_per_sample
     from .processor import CoeffAttnProcessor
@@ -35,6 +35,7 @@ __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 # Modules are loaded by what is asked for: the command line's --help needs no torch, which takes seconds.
 _MODULES = {
     "AdapterStore": "store",
+    "AttentionMaps": "maps",
     "CoeffAttnProcessor": "processor",
     "CoeffConfig": "config",
     "add_coeff_adapter": "adapters",
@@ -67,6 +68,7 @@ _MODULES = {
 
 __all__ = [
     "AdapterStore",
+    "AttentionMaps",
     "CoeffAttnProcessor",
     "CoeffConfig",
     "add_coeff_adapter",

@@ -97,7 +97,7 @@ def attention_maps(
     positions = token_positions(pipe, prompt, word) if isinstance(word, str) else tuple(word)
     record = _Record(positions, None if steps is None else frozenset(steps))
     with record.attached(pipe, (layers,) if isinstance(layers, str) else layers):
-        image = pipe(prompt, **call).images[0]
+        image = pipe(prompt=prompt, **call).images[0]
     missing = sorted((record.wanted or set()) - set(range(record.step + 1)))
     if missing:
         raise ValueError(f"the call has the denoising steps 0 to {record.step}, and not {missing}")
@@ -247,7 +247,10 @@ class _Record(TorchFunctionMode):
         if coeff is not None:
             delta = (coeff if coeff.ndim == 2 else coeff[-1]).float()
             after = before + delta.to(before.device) @ before
-        found = torch.stack([before, after]).unflatten(-1, self.grid or _grid(before.shape[1], self.size))
+        grid = self.grid or _grid(before.shape[1], self.size)
+        if math.prod(grid) != before.shape[1]:
+            raise ValueError(f"{before.shape[1]} tokens are no image of {grid}: call without reference images")
+        found = torch.stack([before, after]).unflatten(-1, grid)
         self.sums[path] = self.sums[path] + found if path in self.sums else found
         self.counts[path] = self.counts.get(path, 0) + 1
 

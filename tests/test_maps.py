@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from diffusers import FluxKontextPipeline
 from hosts import randomise
 from PIL import Image
 from tiny_sd import tiny_pipeline
@@ -240,6 +243,13 @@ def test_what_cannot_be_recorded_is_named(sd) -> None:
         attention_maps(built("ZImagePipeline"), PROMPT, [1])
 
 
+def test_tokens_of_reference_images_are_refused() -> None:
+    pipe = FluxKontextPipeline.from_pipe(built("FluxPipeline"), image_encoder=None, feature_extractor=None)
+    image = Image.new("RGB", (32, 32), "red")
+    with pytest.raises(ValueError, match="tokens are no image of .*: call without reference images"):
+        attention_maps(pipe, PROMPT, "fox", image=image, _auto_resize=False, **settings(pipe, height=32, width=32))
+
+
 def test_a_map_is_drawn_over_the_image() -> None:
     image = Image.new("RGB", (8, 4), (200, 200, 200))
     weights = torch.zeros(2, 4)
@@ -264,3 +274,14 @@ def test_the_command_draws_the_layers_that_change_most(sd, tmp_path, capsys) -> 
         assert drawn.height > 5 * 96  # the image, and two layers before and after
     assert main(["maps", *flags, "--word", "hat"]) == 1
     assert "error: the prompt 'a red fox' has no 'hat'" in capsys.readouterr().err
+
+
+def test_what_the_page_shows_runs(sd, tmp_path, monkeypatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "attention_maps.md").read_text(encoding="utf-8")
+    set_timesteps = sd.scheduler.set_timesteps
+    monkeypatch.setattr(sd.scheduler, "set_timesteps", lambda steps, **options: set_timesteps(2, **options))
+    monkeypatch.chdir(tmp_path)
+    names = {"pipe": sd}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "attention_maps.md", "exec"), names)
+    assert (tmp_path / "head-0.png").exists()
