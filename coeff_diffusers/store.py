@@ -80,9 +80,10 @@ class AdapterStore:
         """All names that can be asked for."""
         folder = self.folder()
         if folder is None:
-            return sorted(self._of_hub())
+            return sorted(filter(self.is_name, self._of_hub()))
         files = [path.stem for path in folder.glob("*.safetensors")]
-        return sorted({*files, *(path.parent.name for path in folder.glob(f"*/{COEFF_WEIGHT_NAME}"))})
+        found = {*files, *(path.parent.name for path in folder.glob(f"*/{COEFF_WEIGHT_NAME}"))}
+        return sorted(name for name in found if name in self)
 
     def __contains__(self, name: str) -> bool:
         return isinstance(name, str) and self.path(name) is not None

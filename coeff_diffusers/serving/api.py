@@ -7,13 +7,12 @@ import io
 import json
 import logging
 import math
-import os
 import time
 from typing import Annotated, Any
 
 import ray
 import torch
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -22,16 +21,21 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ReplicaState
+from starlette.exceptions import HTTPException as NoSuchPath
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..console import hush
 from .door import Door, Place
 from .folder import SubjectFolder
 from .pipeline import DeviceError, SubjectPipeline
+from .ports import stay_on_this_machine
 from .requests import Answer, Image, ImageRequest, ImageResponse, Problem, Refusal, Subject, Subjects
-from .settings import ServeSettings
+from .settings import ServeSettings, token_of
 
 TRIES = 3  # of a request whose replica dies
+MAX_JSON = 1 << 20  # bytes of a request's body, a file's apart
+MESSAGE = 4000  # characters of one that a client may have made long
 Batched = tuple[ImageRequest, Place]
 logger = logging.getLogger("ray.serve")
 
@@ -45,6 +49,7 @@ class Images:
     """A pipeline."""
 
     def __init__(self, settings: ServeSettings) -> None:
+        stay_on_this_machine()
         hush()
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.pipeline = SubjectPipeline(settings)
@@ -110,6 +115,29 @@ def png(image: Any, settings: dict[str, Any]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- HTTP
 
 app = FastAPI(title="coeff_diffusers", version=__version__, description="Images of many subjects by one model.")
+
+
+class LimitedBody:
+    """Reads no more of a body than `MAX_JSON`: FastAPI reads all of it before it asks for the token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_JSON and scope["method"] != "PUT":  # a file has a limit of its own
+                raise HTTPException(413, f"the body must have {MAX_JSON:,} bytes at most")
+            return message
+
+        await self.app(scope, limited if scope["type"] == "http" else receive, send)
+
+
+app.add_middleware(LimitedBody)
 bearer = HTTPBearer(auto_error=False, description="Asked for where the server has a token.")
 
 
@@ -131,9 +159,29 @@ def refused(request: Request, refusal: Refusal) -> JSONResponse:
 @app.exception_handler(RequestValidationError)
 def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """Of several problems the first, and the others in the message."""
-    listed = [(".".join(str(part) for part in each["loc"][1:]), each["msg"]) for each in error.errors()]
-    message = listed[0][1] if len(listed) == 1 else "; ".join(f"{field}: {text}" for field, text in listed)
-    return JSONResponse(Problem(field=listed[0][0] or None, message=message).model_dump(), 422)
+    listed: dict[str | None, str] = {}
+    for each in error.errors():
+        known = each["type"] != "json_invalid" and len(each["loc"]) > 1
+        text = f"the body is no JSON: {each['ctx']['error']}" if each["type"] == "json_invalid" else each["msg"]
+        field = str(each["loc"][1]) if known else None  # further down are names of pydantic's own, and of clients
+        listed[field] = f"{listed[field]}, or: {text}" if field in listed else text
+    if None in listed and "json" not in request.headers.get("content-type", ""):
+        listed[None] += "; the body must be JSON, and the header Content-Type must be application/json"
+    texts = [f"{field}: {text}" if field else text for field, text in listed.items()]
+    message = "; ".join(texts) if len(listed) > 1 else next(iter(listed.values()))
+    return JSONResponse(Problem(field=next(iter(listed)), message=message[:MESSAGE]).model_dump(), 422)
+
+
+@app.exception_handler(NoSuchPath)
+def unknown(request: Request, error: NoSuchPath) -> JSONResponse:
+    """Of paths and methods that there are not, and of bodies that cannot be read."""
+    return JSONResponse(Problem(message=str(error.detail)).model_dump(), error.status_code, headers=error.headers)
+
+
+@app.exception_handler(Exception)
+def failed(request: Request, error: Exception) -> JSONResponse:
+    """Of what nobody thought of; the log has all of it."""
+    return JSONResponse(Problem(message=f"the server failed: {type(error).__name__}").model_dump(), 500)
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -164,8 +212,9 @@ class Api:
     """
 
     def __init__(self, settings: ServeSettings, images: Any) -> None:
+        stay_on_this_machine()
         self.settings, self.images = settings, images
-        self.token = settings.token or os.environ.get("COEFF_SERVE_TOKEN") or None
+        self.token = token_of(settings)
         self.folder = SubjectFolder(settings.adapters)
         self.seconds = 1.0  # that a request takes, of late
 
@@ -258,19 +307,24 @@ class Api:
         return bytes(data)
 
 
-def application(settings: ServeSettings) -> Any:
-    """Both deployments, as the settings have them; a config file of Ray may say otherwise."""
+def resources(settings: ServeSettings) -> dict[str, float]:
+    """What Ray sets aside for a replica: a GPU if there is any, else an equal share of this machine's threads."""
     gpus = settings.num_gpus
     if gpus is None:
         gpus = 1 if torch.cuda.is_available() else 0
     cpus = settings.num_cpus
     if cpus is None:
         cpus = 1 if gpus else max(1, torch.get_num_threads() // settings.num_replicas)
+    return {"num_gpus": gpus, "num_cpus": cpus}
+
+
+def application(settings: ServeSettings) -> Any:
+    """Both deployments, as the settings have them; a config file of Ray may say otherwise."""
     api: Any = Api  # a deployment, and no class, since it was decorated
     pipelines: Any = Images
     images = pipelines.options(
         num_replicas=settings.num_replicas,
-        ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
+        ray_actor_options=resources(settings),
         max_ongoing_requests=2 * settings.max_batch_size,  # a batch that runs, and one that waits for it
         max_queued_requests=settings.max_queued_requests,
     ).bind(settings)

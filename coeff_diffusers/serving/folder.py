@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from ..coeff_file import read_file
-from ..files import check_file_name, whole_file
+from ..files import check_file_name, printable, whole_file
 from ..store import AdapterStore
-from .requests import Refusal, Subject
+from .requests import MAX_NAME, Refusal, Subject
 
 
 class SubjectFolder:
@@ -22,17 +22,19 @@ class SubjectFolder:
         self.store = AdapterStore(source)
 
     def names(self) -> list[str]:
+        self._folder_if_any()
         return self.store.names()
 
     def describe(self, name: str) -> Subject:
         """What its file says of itself. Raises Refusal if there is none, or it cannot be read."""
+        self._folder_if_any()
         path = self.store.path(name)
         if path is None:
             raise no_subject(name)
         try:
             header = read_file(path, values=False)[1]
         except (ValueError, OSError) as error:
-            raise Refusal(422, str(error), "name") from error
+            raise Refusal(422, without_folder(error, path.parent), "name") from error
         text = {key: value for key, value in header.items() if isinstance(value, str)}
         return Subject(name=name, instance_prompt=text.get("instance_prompt"), metadata=text)
 
@@ -41,6 +43,8 @@ class SubjectFolder:
         self._folder()
         if not self.store.is_name(name):
             raise Refusal(422, "must be letters, digits, spaces, _ and -, and not begin with a space", "name")
+        if len(name.encode()) > MAX_NAME:
+            raise Refusal(422, f"must have {MAX_NAME} bytes at most, got {len(name.encode())}", "name")
         try:
             check_file_name(name, "name")
         except ValueError as error:
@@ -60,10 +64,16 @@ class SubjectFolder:
         if self.store.path(name) is None:
             raise no_subject(name)
         while (path := self.store.path(name)) is not None:  # one of training may come to light
-            os.unlink(path)
+            path.unlink(missing_ok=True)  # another request may have been faster
+
+    def _folder_if_any(self) -> Path | None:
+        try:
+            return self.store.folder()
+        except FileNotFoundError as error:
+            raise no_folder() from error
 
     def _folder(self) -> Path:
-        folder = self.store.folder()
+        folder = self._folder_if_any()
         if folder is None:
             raise Refusal(405, f"the subjects are those of {self.store.source} on the Hub; put them there")
         return folder
@@ -71,3 +81,12 @@ class SubjectFolder:
 
 def no_subject(name: str, field: str = "name") -> Refusal:
     return Refusal(404, f"there is no subject {name!r}", field)
+
+
+def no_folder() -> Refusal:
+    return Refusal(503, "the folder of subjects cannot be found any more, or yet", headers={"Retry-After": "5"})
+
+
+def without_folder(error: Exception, folder: Path | None) -> str:
+    """Of an error that names a file: where the server has it is not the client's."""
+    return str(error) if folder is None else str(error).replace(f"{printable(folder)}{os.sep}", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import secrets
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +23,7 @@ from ..files import printable
 from ..per_sample import coeff_per_sample
 from ..sampling import sampling_defaults
 from ..store import AdapterStore
-from .folder import no_subject
+from .folder import no_folder, no_subject, without_folder
 from .requests import ImageRequest, Refusal
 from .settings import ServeSettings
 
@@ -108,13 +109,22 @@ class SubjectPipeline:
 
     def _load(self, request: ImageRequest) -> None:
         names = list(request.mixture or {})
-        for name in names:
-            if name not in self.store:
-                raise no_subject(name, "subject")
+        self._refuse_unknown(names)
+        if infinite := [name for name, weight in (request.mixture or {}).items() if not math.isfinite(weight)]:
+            raise Refusal(422, f"times that of {infinite[0]!r} is more than a number can be", "weight")
         try:
             self.store.load(names)
         except (ValueError, OSError) as error:  # a file that was put there by hand
-            raise Refusal(422, str(error), "subject") from error
+            self._refuse_unknown(names)
+            raise Refusal(422, without_folder(error, self.store.folder()), "subject") from error
+
+    def _refuse_unknown(self, names: Sequence[str]) -> None:
+        try:
+            unknown = [name for name in names if name not in self.store]
+        except FileNotFoundError as error:
+            raise no_folder() from error
+        if unknown:
+            raise no_subject(unknown[0], "subject")
 
     def make(
         self, requests: Sequence[ImageRequest], abandoned: Callable[[], bool] = lambda: False
@@ -132,6 +142,10 @@ class SubjectPipeline:
         except Exception as error:  # one of them may be to blame, or the memory of all
             if len(requests) > 1 and not isinstance(error, DeviceError):
                 return [answer for request in requests for answer in self.make([request], abandoned)]
+            try:
+                self._refuse_unknown(list(requests[0].mixture or {}))  # one that was deleted since
+            except Refusal as refusal:
+                return [refusal]
             logger.exception("a batch failed")
             if isinstance(error, DeviceError):
                 raise
@@ -177,7 +191,7 @@ class SubjectPipeline:
             try:
                 state_dict, header = read_file(path)
             except (ValueError, OSError) as error:
-                raise Refusal(422, str(error).replace(printable(path), path.name)) from error
+                raise Refusal(422, without_folder(error, path.parent)) from error
         problems = differences(self.pipe, state_dict, header["coeff_diffusers"])
         known = denoisers(self.pipe)
         problems |= {

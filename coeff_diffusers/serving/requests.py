@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+MAX_NAME = 200  # of a subject, in bytes of UTF-8: files have longer ones, with what is put before and after
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
 
 

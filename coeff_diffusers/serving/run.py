@@ -19,36 +19,75 @@ import ray
 from diffusers import DiffusionPipeline
 from ray import serve
 
+from ..store import AdapterStore
 from ..training.errors import InputError
 from ..training.families.single_file import is_single_file
-from .api import application
-from .folder import SubjectFolder
-from .settings import ServeSettings
+from .api import application, resources
+from .settings import ServeSettings, token_of
+
+NAME = "coeff_diffusers"  # of the application
 
 
 def run(settings: ServeSettings) -> None:
-    """Serves until SIGINT or SIGTERM asks it to stop.
+    """Serves until SIGINT or SIGTERM asks it to stop, which may be while it starts.
 
     Raises:
-        InputError: if there is no such model, or folder or repository of subjects, the port cannot be had, or the
-            replicas do not start.
+        InputError: if there is no such model, or folder or repository of subjects, the token, the port or the
+            place for the replicas cannot be had, or they do not start.
     """
-    settings = here(settings)
+    settings = replace(here(settings), token=token_of(settings))  # replicas elsewhere have another environment
     names = checked_names(settings)
-    ray.init(**ray_options(settings))
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's
-        signal.signal(number, lambda *_: stop.set())
     try:
+        stop_on(signal.default_int_handler)
+        start_ray(settings)
+        stop_on(signal.default_int_handler)  # in place of Ray's
         serve.start(http_options={"host": settings.host, "port": settings.port})
-        serve.run(application(settings), name="coeff_diffusers", route_prefix="/")
+        serve.run(application(settings), name=NAME, route_prefix="/")
         print(f"{len(names)} subjects at http://{settings.host}:{settings.port}/docs; Ctrl-C stops", flush=True)
-        stop.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     except RuntimeError as error:  # of replicas that do not start; what each of them said is above it
         raise InputError(f"the server did not start: {error}") from error
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        stop_on(signal.SIG_IGN)  # once is enough
+        shut_down(settings)
+
+
+def stop_on(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def start_ray(settings: ServeSettings) -> None:
+    """Raises InputError if there is no such cluster, or this machine has no place for the replicas."""
+    try:
+        ray.init(**ray_options(settings))
+    except (ConnectionError, ValueError) as error:
+        raise InputError(f"--ray_address {settings.ray_address}: {error}") from error
+    if settings.ray_address is None:  # another cluster may grow
+        check_room(settings, ray.cluster_resources())
+
+
+def check_room(settings: ServeSettings, room: dict[str, float]) -> None:
+    """Raises InputError if the replicas do not fit in what Ray has: they would be waited for without end."""
+    for flag, each in resources(settings).items():
+        what = flag.removeprefix("num_").removesuffix("s").upper()
+        if each * settings.num_replicas > room.get(what, 0):
+            raise InputError(
+                f"--num_replicas {settings.num_replicas} of {each:g} {what} each do not fit in this machine's "
+                f"{room.get(what, 0):g}; --{flag} takes less, also a share of one"
+            )
+
+
+def shut_down(settings: ServeSettings) -> None:
+    """Ends what was started. A cluster that was joined stays, with the other applications that it serves."""
+    if ray.is_initialized():
+        if settings.ray_address is None:
+            serve.shutdown()
+        elif NAME in serve.status().applications:
+            serve.delete(NAME)
+    ray.shutdown()  # also of what was begun
 
 
 def checked_names(settings: ServeSettings) -> list[str]:
@@ -60,7 +99,7 @@ def checked_names(settings: ServeSettings) -> list[str]:
     except (OSError, ValueError) as error:
         raise InputError(f"--pretrained_model_name_or_path: {error}") from error
     try:
-        names = SubjectFolder(settings.adapters).names()
+        names = AdapterStore(settings.adapters).names()
     except (OSError, ValueError) as error:
         raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
     try:

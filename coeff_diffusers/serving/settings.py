@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from ..console import Parser
+from ..training.errors import InputError
 from ..training.settings.command_line import add_flag
 from ..training.settings.dreambooth import Settings, flag, hints
 from ..training.settings.rules import Count, NotNegative, Text, within
@@ -69,6 +72,21 @@ class ServeSettings(Settings):
     )
     metrics_port: Port | None = flag("Port of Ray's metrics, for Prometheus.", None)
     ray_address: str | None = flag("Joins this Ray cluster ('auto' finds it) in place of starting one here.", None)
+
+
+def token_of(settings: ServeSettings) -> str | None:
+    """The token that requests must have: of the settings, else of COEFF_SERVE_TOKEN; `None` if neither is given.
+
+    Raises:
+        InputError: if no header could carry it. An empty one is no server that is open to all.
+    """
+    token = os.environ.get("COEFF_SERVE_TOKEN") if settings.token is None else settings.token
+    if token is not None and re.fullmatch(r"[!-~]+", token) is None:
+        raise InputError(
+            "COEFF_SERVE_TOKEN, or --token, must be one or more printable characters of ASCII, without spaces; it is "
+            + ("empty: unset it to ask for no token" if not token else "not (and is not shown here)")
+        )
+    return token
 
 
 def parse_serve(argv: Sequence[str] | None = None) -> ServeSettings:
