@@ -61,7 +61,7 @@ def test_demo_says_what_it_did_and_how_to_use_it(demo_run) -> None:
 
 
 def test_demo_trains_the_transformer_too(tmp_path, capsys) -> None:
-    flags = ["--model", "dit", "--subject", "owl", "--max_train_steps", "1", "--output_dir", str(tmp_path)]
+    flags = ["--model", "dit", "--subject", "owl", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
     assert demo.main(demo.parse_args(flags)) == tmp_path / "demo.png"
     tensors = load_file(tmp_path / "pytorch_coeff_weights.safetensors")
     assert len(tensors) == 3
@@ -71,7 +71,7 @@ def test_demo_trains_the_transformer_too(tmp_path, capsys) -> None:
     assert 'model_dit", text_encoder_3=None, tokenizer_3=None)' in out
     assert "max_sequence_length=1)" in out
     own = demo.parse_args(["--model", "dit"])
-    assert (own.max_train_steps, own.learning_rate) == demo.BASES["dit"][2:4]
+    assert own.max_train_steps == demo.BASES["dit"].max_train_steps
 
 
 def test_demo_names_the_subjects_it_has(tmp_path) -> None:
