@@ -6,8 +6,10 @@ import csv
 import json
 import re
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -221,7 +223,7 @@ def test_measures_without_what_they_compare_are_refused(tmp_path: Path, clip: st
 
 
 def test_the_files_hold_every_score_and_the_page_every_image(tmp_path: Path, clip: str, vit: str) -> None:
-    images = {request("1|<b>", prompt="a <b> | fox"): "red", request("2", coeff="y#1"): "blue"}
+    images = {request("1&amp;'", prompt="a <b> | fox"): "red", request("2", coeff="y#1"): "blue"}
     folder = paint(tmp_path / "images", images)
     given = [f"x={references(tmp_path / 'x', 'red')}", f"y#1={references(tmp_path / 'y#1', 'red')}"]
     found = run(folder, "--clip_model", clip, "--dino_model", vit, "--reference", *given)
@@ -235,10 +237,10 @@ def test_the_files_hold_every_score_and_the_page_every_image(tmp_path: Path, cli
     assert f"{mean:.3f} ± {error:.3f} |" in table
     assert f"DINO: {vit}" in table
     page = (folder / "scores.html").read_text()
-    links = [
-        link.replace("%23", "#").replace("&lt;", "<").replace("&gt;", ">") for link in re.findall("src='(.*?)'", page)
-    ]
-    assert sorted(Path(link).name for link in links) == ["1|<b>.png", "2.png", "red.png", "red.png"]
+    written = re.findall("src='(.*?)'", page)
+    assert not any("#" in unescape(link) for link in written)  # which would end the address
+    links = [unquote(unescape(link)) for link in written]
+    assert sorted(Path(link).name for link in links) == ["1&amp;'.png", "2.png", "red.png", "red.png"]
     assert all((folder / link).is_file() for link in links)
     assert "a &lt;b&gt; | fox" in page
     assert json.loads((folder / "scores.json").read_text()) == found
