@@ -73,9 +73,9 @@ def plot_growth(run: Path, path: Path) -> list[int]:
     ax = figure.subplots()
     layers = list(states[max(states)])
     for number, key in enumerate(layers):
-        norms = [relative_norm(state[key].float()) for state in states.values()]
+        norms = [0.0, *(relative_norm(state[key].float()) for state in states.values())]  # a run starts at Delta = 0
         label = " ".join(caption(key).split())
-        ax.plot(list(states), norms, "-" if number < 10 else "--", color=f"C{number % 10}", label=label)
+        ax.plot([0, *states], norms, "-" if number < 10 else "--", color=f"C{number % 10}", label=label)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("||Delta|| / ||I||")
     if len(layers) <= 20:
