@@ -106,6 +106,10 @@ class SubjectPipeline:
         for name in ("height", "width"):
             if (value := getattr(request, name)) is not None and value % multiple:
                 raise Refusal(422, f"must be a multiple of {multiple}, got {value}", name)
+        size = {name: value for name in ("height", "width") if (value := self.options(request).get(name)) is not None}
+        if len(size) == 1:  # diffusers' pipelines take the model's own for both then, without a word
+            missing = "width" if "height" in size else "height"
+            raise Refusal(422, f"must be given where {', '.join(size)} is", missing)
 
     def _load(self, request: ImageRequest) -> None:
         names = list(request.mixture or {})
