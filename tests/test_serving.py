@@ -22,7 +22,7 @@ import psutil
 import pytest
 import requests
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 from PIL import Image
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, coeff_per_sample, save_coeff_weights
@@ -122,6 +122,11 @@ def test_requests_of_one_kind_share_a_batch(served: SubjectPipeline) -> None:
     others = [{"guidance_scale": 3.0}, {"num_inference_steps": 3}, {"height": 32}, {"negative_prompt": "a cow"}]
     for other in [*others, {"scheduler": "EulerDiscreteScheduler"}]:
         assert served.kind(request(**other)) != kind
+
+
+def test_a_scheduler_whose_package_is_missing_is_not_offered(served: SubjectPipeline) -> None:
+    assert {"DDIMScheduler", "EulerDiscreteScheduler"} <= set(served.schedulers)
+    assert not [name for name, kind in served.schedulers.items() if not issubclass(kind, SchedulerMixin)]
 
 
 def test_a_scheduler_is_for_its_batch_alone(served: SubjectPipeline, alone: Any) -> None:

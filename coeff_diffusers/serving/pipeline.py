@@ -55,7 +55,8 @@ class SubjectPipeline:
         defaults = {name: each.default for name, each in self.takes.items() if each.default is not each.empty}
         self.defaults = defaults | sampling_defaults(self.pipe)
         scheduler = self.pipe.scheduler
-        kinds = {kind.__name__: kind for kind in getattr(scheduler, "compatibles", [])}
+        compatible = getattr(scheduler, "compatibles", [])
+        kinds = {kind.__name__: kind for kind in compatible if not hasattr(kind, "_backends")}  # of packages not here
         self.schedulers = kinds | {type(scheduler).__name__: type(scheduler)}
         self.own_scheduler = scheduler
 
