@@ -22,7 +22,7 @@ import psutil
 import pytest
 import requests
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 from PIL import Image
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters, coeff_per_sample, save_coeff_weights
@@ -31,8 +31,8 @@ from coeff_diffusers.serving.door import Door
 from coeff_diffusers.serving.folder import SubjectFolder
 from coeff_diffusers.serving.pipeline import SubjectPipeline
 from coeff_diffusers.serving.requests import ImageRequest, Refusal
-from coeff_diffusers.serving.run import checked_names
-from coeff_diffusers.serving.settings import ServeSettings, parse_serve
+from coeff_diffusers.serving.run import check_room, checked_names
+from coeff_diffusers.serving.settings import ServeSettings, parse_serve, token_of
 from coeff_diffusers.training import InputError
 
 MODEL = Path(__file__).parents[1] / "examples" / "emoji" / "model"
@@ -124,6 +124,11 @@ def test_requests_of_one_kind_share_a_batch(served: SubjectPipeline) -> None:
         assert served.kind(request(**other)) != kind
 
 
+def test_a_scheduler_whose_package_is_missing_is_not_offered(served: SubjectPipeline) -> None:
+    assert {"DDIMScheduler", "EulerDiscreteScheduler"} <= set(served.schedulers)
+    assert not [name for name, kind in served.schedulers.items() if not issubclass(kind, SchedulerMixin)]
+
+
 def test_a_scheduler_is_for_its_batch_alone(served: SubjectPipeline, alone: Any) -> None:
     images = served.make([request(scheduler="EulerDiscreteScheduler")])[0]
     assert images[0].tobytes() != alone(None).tobytes()
@@ -136,6 +141,8 @@ def test_a_scheduler_is_for_its_batch_alone(served: SubjectPipeline, alone: Any)
         ("num_inference_steps", {"num_inference_steps": 101}),
         ("height", {"height": 2048}),
         ("width", {"width": 30}),
+        ("width", {"height": 32}),
+        ("height", {"width": 32}),
         ("num_images_per_prompt", {"num_images_per_prompt": 9}),
         ("response_format", {"num_images_per_prompt": 2, "response_format": "png"}),
         ("scheduler", {"scheduler": "os.system"}),
@@ -150,6 +157,23 @@ def test_what_cannot_be_asked_for_names_its_field(served: SubjectPipeline, field
     assert refused.value.status == (404 if field == "subject" else 422)
 
 
+def test_weights_whose_product_is_infinite_are_refused(served: SubjectPipeline) -> None:
+    with pytest.raises(Refusal, match="'dog'") as refused:
+        served.check(request({"dog": 1e308}, weight=1e308))
+    assert refused.value.field == "weight"
+
+
+def test_a_file_that_cannot_be_read_does_not_say_where_it_is(served: SubjectPipeline, folder: Path) -> None:
+    bad = folder / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    try:
+        for ask in (lambda: served.check(request("bad")), lambda: SubjectFolder(str(folder)).describe("bad")):
+            with pytest.raises(Refusal, match=r"^bad\.safetensors is no readable"):
+                ask()
+    finally:
+        bad.unlink()
+
+
 def test_a_request_that_fails_in_a_batch_fails_alone(served: SubjectPipeline, alone: Any, folder: Path) -> None:
     late = folder / "late.safetensors"
     late.write_bytes((folder / "dog.safetensors").read_bytes())
@@ -157,7 +181,7 @@ def test_a_request_that_fails_in_a_batch_fails_alone(served: SubjectPipeline, al
     late.unlink()
     answers = served.make(batch)
     assert isinstance(answers[0], Refusal)
-    assert "late" in answers[0].message
+    assert (answers[0].status, answers[0].message) == (404, "there is no subject 'late'")
     assert_same(answers[1][0], alone("cat", 2))
 
 
@@ -196,12 +220,33 @@ def test_a_subject_is_put_replaced_and_deleted(folder: Path, tmp_path: Path) -> 
         subjects.delete("new")
 
 
-@pytest.mark.parametrize("name", ["../new", "a/b", "", ".", "con", "new ", "a\nb"])
+@pytest.mark.parametrize("name", ["../new", "a/b", "", ".", "con", "new ", "a\nb", "é" * 101])
 def test_a_name_stays_in_the_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(Refusal, match=r"must be") as refused:
+    with pytest.raises(Refusal, match=r"must (be|have)") as refused:
         SubjectFolder(str(tmp_path)).put(name, b"")
     assert refused.value.field == "name"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_are_those_that_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    for name in ("dog", "my.dog"):
+        (tmp_path / f"{name}.safetensors").write_bytes((folder / "dog.safetensors").read_bytes())
+    (tmp_path / "cat.safetensors").mkdir()
+    assert SubjectFolder(str(tmp_path)).names() == ["dog"]
+
+
+def test_a_folder_that_is_gone_is_a_503(served: SubjectPipeline, folder: Path, tmp_path: Path) -> None:
+    subjects = SubjectFolder(str(tmp_path / "gone"))
+    for ask in (subjects.names, lambda: subjects.describe("dog"), lambda: subjects.delete("dog")):
+        with pytest.raises(Refusal, match="cannot be found") as refused:
+            ask()
+        assert refused.value.status == 503
+    away = folder.rename(folder.with_name("away"))
+    try:
+        with pytest.raises(Refusal, match="cannot be found"):
+            served.check(request("dog"))
+    finally:
+        away.rename(folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- door
@@ -274,6 +319,27 @@ def test_flags_are_the_settings(folder: Path) -> None:
         parse_serve([*flags, "--port", "0"])
     with pytest.raises(SystemExit):
         parse_serve(["--adapters", "x"])
+
+
+@pytest.mark.parametrize("token", ["", "two words", "pässwörd", "line\n"])
+def test_a_token_that_no_header_carries_is_refused_and_not_shown(
+    folder: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COEFF_SERVE_TOKEN", token)
+    with pytest.raises(InputError, match="COEFF_SERVE_TOKEN") as refused:
+        token_of(settings(folder))
+    assert not token or token not in str(refused.value)
+    assert token_of(settings(folder, token="other")) == "other"
+    monkeypatch.delenv("COEFF_SERVE_TOKEN")
+    assert token_of(settings(folder)) is None
+
+
+def test_replicas_that_do_not_fit_are_refused_rather_than_waited_for(folder: Path) -> None:
+    check_room(settings(folder, num_replicas=4, num_cpus=0.5, num_gpus=0), {"CPU": 2})
+    with pytest.raises(InputError, match=r"--num_replicas 4 of 1 CPU .* machine's 2; --num_cpus takes less"):
+        check_room(settings(folder, num_replicas=4, num_cpus=1, num_gpus=0), {"CPU": 2})
+    with pytest.raises(InputError, match=r"1 GPU .* machine's 0; --num_gpus"):
+        check_room(settings(folder, num_gpus=1), {"CPU": 2})
 
 
 def test_what_cannot_be_served_is_said_before_ray_starts(folder: Path, tmp_path: Path) -> None:
@@ -389,6 +455,31 @@ def test_what_is_refused_says_why(server: Server, folder: Path) -> None:
     assert server.image("dog", weight="heavy").json()["field"] == "weight"
     assert server.image("dog", steps=3).json()["field"] == "steps"
     assert "/v1/images" in server.ask("GET", "/openapi.json", None).json()["paths"]
+
+
+@pytest.mark.slow
+def test_every_error_is_json_that_says_why(server: Server) -> None:
+    def post(body: bytes, kind: str = "application/json") -> Any:
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": kind}
+        answer = requests.post(server.url + "/v1/images", data=body, headers=headers, timeout=60)
+        return answer.status_code, answer.json()["field"], answer.json()["message"]
+
+    assert post(b"{")[:2] == (422, None)
+    assert post(b"[" * 100_000)[0] in (400, 422)
+    assert post(b'{"prompt": "' + b"x" * (1 << 20) + b'"}')[0] == 413
+    assert "Content-Type must be" in post(b'{"prompt": "x"}', "application/x-www-form-urlencoded")[2]
+    assert post(b'{"prompt": "x", "subject": 3}')[:2] == (422, "subject")
+    assert (answer := server.ask("GET", "/nothing")).status_code == 404
+    assert answer.json()["message"] == "Not Found"
+    assert server.ask("GET", "/v1/images").json()["message"] == "Method Not Allowed"
+
+
+@pytest.mark.slow
+def test_no_port_is_heard_by_other_machines(server: Server) -> None:
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    heard = [c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert heard
+    assert {ip.removeprefix("::ffff:") for ip in heard} == {"127.0.0.1"}
 
 
 @pytest.mark.slow

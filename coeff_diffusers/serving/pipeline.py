@@ -55,7 +55,8 @@ class SubjectPipeline:
         defaults = {name: each.default for name, each in self.takes.items() if each.default is not each.empty}
         self.defaults = defaults | sampling_defaults(self.pipe)
         scheduler = self.pipe.scheduler
-        kinds = {kind.__name__: kind for kind in getattr(scheduler, "compatibles", [])}
+        compatible = getattr(scheduler, "compatibles", [])
+        kinds = {kind.__name__: kind for kind in compatible if not hasattr(kind, "_backends")}  # of packages not here
         self.schedulers = kinds | {type(scheduler).__name__: type(scheduler)}
         self.own_scheduler = scheduler
 
@@ -106,6 +107,10 @@ class SubjectPipeline:
         for name in ("height", "width"):
             if (value := getattr(request, name)) is not None and value % multiple:
                 raise Refusal(422, f"must be a multiple of {multiple}, got {value}", name)
+        size = {name: value for name in ("height", "width") if (value := self.options(request).get(name)) is not None}
+        if len(size) == 1:  # diffusers' pipelines take the model's own for both then, without a word
+            missing = "width" if "height" in size else "height"
+            raise Refusal(422, f"must be given where {', '.join(size)} is", missing)
 
     def _load(self, request: ImageRequest) -> None:
         names = list(request.mixture or {})

@@ -29,8 +29,8 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED - 10_000, description="Drawn if not given; the answer says it.")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: FiniteFloat | None = None
-    height: int | None = Field(None, ge=1, description="In pixels.")
-    width: int | None = Field(None, ge=1, description="In pixels.")
+    height: int | None = Field(None, ge=1, description="In pixels; with width, or neither.")
+    width: int | None = Field(None, ge=1, description="In pixels; with height, or neither.")
     scheduler: str | None = Field(None, description="Class of a scheduler of diffusers that suits the model.")
     response_format: Literal["json", "png"] = Field("json", description="png for a single image.")
 
