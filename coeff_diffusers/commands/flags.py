@@ -73,6 +73,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
     except ValueError as error:
         parser.error(str(error))
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width: give both, or none; pipelines ignore one that is alone")
     if args.prompt and len(args.coeff_weights) > 1:
         parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
     given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]

@@ -43,6 +43,8 @@ def run(settings: ServeSettings) -> None:
         stop_on(signal.default_int_handler)  # in place of Ray's
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application(settings), name=NAME, route_prefix="/")
+        if settings.token is None and settings.host not in ("127.0.0.1", "localhost", "::1"):
+            print(f"warning: who reaches {settings.host} may ask, put and delete; set COEFF_SERVE_TOKEN", flush=True)
         print(f"{len(names)} subjects at http://{settings.host}:{settings.port}/docs; Ctrl-C stops", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:

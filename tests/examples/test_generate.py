@@ -282,6 +282,14 @@ def test_counts_that_are_too_small_are_refused_by_flag(
     assert f"argument {flag}: must be {least} or more, got {value}" in capsys.readouterr().err
 
 
+def test_height_without_width_is_refused_for_pipelines_ignore_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_generate(flags(tmp_path, tmp_path / "prompts.txt", tmp_path, "--height", "32"))
+    assert "--height and --width: give both" in capsys.readouterr().err
+
+
 def test_a_sheet_refuses_the_flags_of_many_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "a"]
     with pytest.raises(SystemExit):
