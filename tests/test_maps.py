@@ -247,7 +247,7 @@ def test_tokens_of_reference_images_are_refused() -> None:
     pipe = FluxKontextPipeline.from_pipe(built("FluxPipeline"), image_encoder=None, feature_extractor=None)
     image = Image.new("RGB", (32, 32), "red")
     with pytest.raises(ValueError, match="tokens are no image of .*: call without reference images"):
-        attention_maps(pipe, PROMPT, "fox", image=image, _auto_resize=False, **settings(pipe, height=32, width=32))
+        attention_maps(pipe, PROMPT, "fox", image=image, _auto_resize=False, max_area=32 * 32, **settings(pipe))
 
 
 def test_a_map_is_drawn_over_the_image() -> None:
