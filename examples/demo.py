@@ -149,7 +149,7 @@ def report(path: Path, result: TrainingResult, asked: str, pipe: Any, base: Base
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", default="panda face", help="one of examples/emoji/subjects/subjects.json")
+    parser.add_argument("--subject", default="fox face", help="one of examples/emoji/subjects/subjects.json")
     parser.add_argument("--model", choices=BASES, default="unet", help="of examples/emoji: model, or model_dit")
     own = ", ".join(f"{base.max_train_steps} of {model}" for model, base in BASES.items())
     parser.add_argument("--max_train_steps", type=int, help=f"{own} if not given")
