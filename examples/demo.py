@@ -55,7 +55,7 @@ BASES = {
     "dit": Base(
         HERE / "emoji" / "model_dit",
         {"num_inference_steps": 25, "guidance_scale": 2.5, "max_sequence_length": 1},
-        max_train_steps=1500,
+        max_train_steps=250,
         max_sequence_length=1,  # of zeros, in the place of T5
         left_out=("text_encoder_3", "tokenizer_3"),
     ),
