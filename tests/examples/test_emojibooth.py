@@ -172,7 +172,7 @@ def test_the_table_says_means_errors_and_how_many_runs(tmp_path: Path) -> None:
             filled = dict.fromkeys(COLUMNS[6:], "1") | {"psnr_background": str(base + n)}
             append(file, Trial(METHODS[name], "unet", subject, 0, (0.01,)).key | filled)
     text = table.markdown(read(file))
-    assert "| coefficients, SOAP | 3 (3 subjects) | 1.000 ± 0.000 |" in text
+    assert "| coefficients, SOAP | 3, 3 | 1.000 ± 0.000 |" in text
     assert "| 11.0 ± 0.6 |" in text
     assert "1.0 ± 0.0, p = 0.250" in text  # the least that three pairs can have, of 8 patterns
     table.plot(read(file), "drift", "drift", tmp_path / "drift.png")
