@@ -132,9 +132,8 @@ def all_weights(denoiser: Any) -> Parameters:
 
 # ------------------------------------------------------------------------------------------------------------- lists
 
-COEFFICIENTS = (2e-2, 4e-2, 8e-2)
-SMALLER = (1e-2, 2e-2, 4e-2)
-LOW_RANK = (5e-3, 1e-2, 2e-2)
+COEFFICIENTS = (1e-2, 2e-2, 4e-2)
+LOW_RANK = (2.5e-3, 5e-3, 1e-2)
 RANK_16, RANK_4, RANK_1 = ({"coeff": False, "lora_rank": rank} for rank in (16, 4, 1))
 RANK_1_VALUES = RANK_1 | {"lora_layers": VALUES}
 BOTH = {"coeff": True}
@@ -149,11 +148,11 @@ UNTRAINED = [
 MAIN = [
     Method("coefficients, SOAP", COEFFICIENTS, SOAP),
     Method("LoRA, rank 4", LOW_RANK, RANK_4),
-    Method("LoRA, rank 4 + coefficients", SMALLER, SOAP | RANK_4 | BOTH, lora_rate_of="LoRA, rank 4"),
+    Method("LoRA, rank 4 + coefficients", COEFFICIENTS, SOAP | RANK_4 | BOTH, lora_rate_of="LoRA, rank 4"),
     Method("coefficients, AdamW", COEFFICIENTS, ADAMW),
-    Method("LoRA, rank 1 on values and outputs", SMALLER, RANK_1_VALUES, models=("unet",)),
-    Method("output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=False)),
-    Method("coefficients + output mixing, SOAP", SMALLER, SOAP, output_mixing(coefficients=True)),
+    Method("LoRA, rank 1 on values and outputs", COEFFICIENTS, RANK_1_VALUES, models=("unet",)),
+    Method("output mixing, SOAP", COEFFICIENTS, SOAP, output_mixing(coefficients=False)),
+    Method("coefficients + output mixing, SOAP", COEFFICIENTS, SOAP, output_mixing(coefficients=True)),
 ]
 
 WITH_MORE = [
@@ -164,12 +163,12 @@ WITH_MORE = [
 ]
 
 MORE = [
-    Method("LoRA, rank 1", LOW_RANK, RANK_1),
-    Method("LoRA, rank 1 + coefficients", SMALLER, SOAP | RANK_1 | BOTH, lora_rate_of="LoRA, rank 1"),
-    Method("LoRA-XS, SOAP", SMALLER, SOAP, lora_xs(10)),
+    Method("LoRA, rank 1", (5e-3, 1e-2, 2e-2), RANK_1),
+    Method("LoRA, rank 1 + coefficients", COEFFICIENTS, SOAP | RANK_1 | BOTH, lora_rate_of="LoRA, rank 1"),
+    Method("LoRA-XS, SOAP", COEFFICIENTS, SOAP, lora_xs(10)),
     Method("full fine-tuning", (1e-4, 3e-4, 1e-3), ADAMW, all_weights),
-    Method("LoRA, rank 16", (2.5e-3, 5e-3, 1e-2), RANK_16),
-    Method("LoRA, rank 16 + coefficients", SMALLER, SOAP | RANK_16 | BOTH, lora_rate_of="LoRA, rank 16"),
+    Method("LoRA, rank 16", LOW_RANK, RANK_16),
+    Method("LoRA, rank 16 + coefficients", COEFFICIENTS, SOAP | RANK_16 | BOTH, lora_rate_of="LoRA, rank 16"),
     Method(
         "IA3",
         (2e-2, 5e-2, 1e-1),
@@ -182,9 +181,9 @@ MORE = [
         ),
     ),
     Method("OFT", LOW_RANK, ADAMW, of_peft(OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION))),
-    Method("VeRA", SMALLER, ADAMW, of_peft(VeraConfig(r=16, target_modules=ATTENTION))),
-    Method("FourierFT", SMALLER, ADAMW, of_peft(FourierFTConfig(n_frequency=100, target_modules=ATTENTION))),
-    Method("TinyLoRA", SMALLER, ADAMW, of_peft(TinyLoraConfig(r=10, u=100, target_modules=ATTENTION))),
+    Method("VeRA", COEFFICIENTS, ADAMW, of_peft(VeraConfig(r=16, target_modules=ATTENTION))),
+    Method("FourierFT", COEFFICIENTS, ADAMW, of_peft(FourierFTConfig(n_frequency=100, target_modules=ATTENTION))),
+    Method("TinyLoRA", COEFFICIENTS, ADAMW, of_peft(TinyLoraConfig(r=10, u=100, target_modules=ATTENTION))),
 ]
 
 ABLATIONS = [

@@ -88,7 +88,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def quality(found: dict[str, dict[str, list[Row]]]) -> str:
-    lines = [f"| | runs | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
+    lines = [f"| | runs, subjects | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
     for name, of_subjects in found.items():
         values = [list(by_subject(of_subjects, columns).values()) for columns, _ in MEASURES.values()]
         cells = [with_error(each, digits) for each, (_, digits) in zip(values, MEASURES.values())]
@@ -98,7 +98,7 @@ def quality(found: dict[str, dict[str, list[Row]]]) -> str:
 
 def runs(of_subjects: dict[str, list[Row]]) -> str:
     count = sum(map(len, of_subjects.values()))
-    return f"{count} ({len(of_subjects)} subjects)"
+    return f"{count}, {len(of_subjects)}"
 
 
 def cost(found: dict[str, dict[str, list[Row]]]) -> str:

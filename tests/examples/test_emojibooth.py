@@ -97,7 +97,11 @@ STAGES = [Stage("unet", [LEARNS], REPORTED[:2], tuned_on=TUNING[:1])]
 
 
 def losses(each: Trial) -> dict[str, float]:
-    return {"loss_background": abs(each.rates[0] - 0.2) + len(each.subject) / 100, "parameters": 3}
+    return with_losses(abs(each.rates[0] - 0.2) + len(each.subject) / 100) | {"parameters": 3}
+
+
+def with_losses(loss: float) -> dict[str, float]:
+    return {f"loss_{kind}": loss for kind in measures.SCENES}
 
 
 def test_the_rate_is_chosen_on_tuning_subjects_before_others_are_run(tmp_path: Path) -> None:
@@ -124,7 +128,16 @@ def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
 def test_rates_come_from_a_subject_that_has_seen_all_of_them() -> None:
     first = Trial(LEARNS, "unet", "fox face", rates=(0.1,))
     with pytest.raises(ValueError, match=re.escape("learns on unet has not been tuned")):
-        chosen(LEARNS, "unet", [first.key | {"loss_background": "0.1"}])
+        chosen(LEARNS, "unet", [first.key | dict.fromkeys(with_losses(0), "0.1")])
+
+
+def test_a_tenth_off_any_loss_counts_alike() -> None:
+    tried = {0.1: ("0.1", "0.6", "0.6"), 0.2: ("0.3", "0.45", "0.45")}  # geometric means 0.33, 0.39; plain 0.43, 0.4
+    rows = [
+        Trial(LEARNS, "unet", "fox face", rates=(rate,)).key | dict(zip(with_losses(0), values))
+        for rate, values in tried.items()
+    ]
+    assert chosen(LEARNS, "unet", rows) == (0.1,)
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
@@ -136,7 +149,7 @@ def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:
 def test_a_lora_beside_coefficients_has_the_rate_that_it_has_alone(tmp_path: Path) -> None:
     alone, both = METHODS["LoRA, rank 4"], METHODS["LoRA, rank 4 + coefficients"]
     stages = [Stage("unet", [both], REPORTED[:1], tuned_on=TUNING[:1])]
-    rows = run(stages, tmp_path / "trials.csv", execute=lambda each: {"loss_background": each.rates[0]})
+    rows = run(stages, tmp_path / "trials.csv", execute=lambda each: with_losses(each.rates[0]))
     assert rows[-1]["rates"] == f"{both.rates[0]:g}/{alone.rates[0]:g}"
     assert both.settings(*map(float, rows[-1]["rates"].split("/")))["lora_learning_rate"] == alone.rates[0]
     assert not any(row["method"] == alone.name and row["subject"] in REPORTED for row in rows)
@@ -154,12 +167,12 @@ def test_the_table_says_means_errors_and_how_many_runs(tmp_path: Path) -> None:
     file, names = tmp_path / "trials.csv", ("coefficients, SOAP", "coefficients, AdamW")
     for name, base in zip(names, (10.0, 9.0)):
         for rate in METHODS[name].rates:
-            append(file, Trial(METHODS[name], "unet", TUNING[0], rates=(rate,)).key | {"loss_background": str(rate)})
+            append(file, Trial(METHODS[name], "unet", TUNING[0], rates=(rate,)).key | with_losses(rate))
         for n, subject in enumerate(REPORTED[:3]):
             filled = dict.fromkeys(COLUMNS[6:], "1") | {"psnr_background": str(base + n)}
-            append(file, Trial(METHODS[name], "unet", subject, 0, (0.02,)).key | filled)
+            append(file, Trial(METHODS[name], "unet", subject, 0, (0.01,)).key | filled)
     text = table.markdown(read(file))
-    assert "| coefficients, SOAP | 3 (3 subjects) | 1.000 ± 0.000 |" in text
+    assert "| coefficients, SOAP | 3, 3 | 1.000 ± 0.000 |" in text
     assert "| 11.0 ± 0.6 |" in text
     assert "1.0 ± 0.0, p = 0.250" in text  # the least that three pairs can have, of 8 patterns
     table.plot(read(file), "drift", "drift", tmp_path / "drift.png")
