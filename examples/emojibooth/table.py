@@ -156,8 +156,9 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
     """PSNR on new backgrounds against a column, a panel for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for ax, model in zip(figure.subplots(1, len(FAMILIES)), FAMILIES):
+    models = [model for model in FAMILIES if any(row["model"] == model and row["drift"] for row in rows)]
+    figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
+    for ax, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models):
         for name, method in METHODS.items():
             of_subjects = of_method(rows, method, model) if method.rates else {}
             if not of_subjects:
