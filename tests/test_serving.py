@@ -494,7 +494,7 @@ def test_a_full_queue_says_when_to_try_again_and_who_leaves_frees_a_place(server
         assert int(answer.headers["retry-after"]) >= 1
         return answer.status_code
 
-    with ThreadPoolExecutor(20) as clients:  # 8 are with the replica, 6 wait
+    with ThreadPoolExecutor(20) as clients:  # 4 in a batch, 6 wait
         answers = list(clients.map(give_up, range(20)))
     assert set(answers) == {None, 503}
     began = time.monotonic()

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import ray
@@ -54,6 +55,7 @@ class Images:
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         self.pipeline = SubjectPipeline(settings)
         self.door = Door(settings.max_batch_size)
+        self.thread = ThreadPoolExecutor(1)  # of its own, for those that load subjects may all be waiting for the Hub
         batch: Any = self.batch
         batch.set_max_batch_size(settings.max_batch_size)
         batch.set_batch_wait_timeout_s(settings.batch_wait_timeout_s)
@@ -65,6 +67,8 @@ class Images:
             request = await asyncio.to_thread(self.pipeline.check, request)
         except Refusal as refusal:
             return refusal
+        if self.door.waiting >= self.pipeline.settings.max_queued_requests:
+            return Refusal(503, "too many requests wait")
         async with self.door.through(self.pipeline.kind(request), request.num_images_per_prompt) as place:
             answer: Answer | Refusal = await self.batch((request, place))
         return answer
@@ -72,7 +76,8 @@ class Images:
     @serve.batch(batch_size_fn=images_of)
     async def batch(self, items: list[Batched]) -> list[Answer | Refusal]:
         with self.door.closed():
-            return await asyncio.to_thread(self._make, items)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.thread, self._make, items)
 
     def _make(self, items: list[Batched]) -> list[Answer | Refusal]:
         requests = [request for request, _ in items]
@@ -291,7 +296,7 @@ class Api:
                 logger.warning("a replica died: %s", error)
                 continue
             if isinstance(answer, Refusal):
-                raise answer
+                raise self._busy(answer.message) if answer.status == 503 else answer
             return answer
         raise self._busy(f"{TRIES} replicas died of it")
 
@@ -325,8 +330,7 @@ def application(settings: ServeSettings) -> Any:
     images = pipelines.options(
         num_replicas=settings.num_replicas,
         ray_actor_options=resources(settings),
-        max_ongoing_requests=2 * settings.max_batch_size,  # a batch that runs, and one that waits for it
-        max_queued_requests=settings.max_queued_requests,
+        max_ongoing_requests=10_000,  # the door has a limit; Ray's asks the replica again and again, which computes
     ).bind(settings)
     return api.options(
         ray_actor_options={"num_cpus": 0},

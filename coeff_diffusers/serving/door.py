@@ -35,6 +35,11 @@ class Door:
         self._running = False
         self._joinable = True  # a batch has not begun since the door was opened for its kind
 
+    @property
+    def waiting(self) -> int:
+        """Requests outside."""
+        return len(self._outside)
+
     @asynccontextmanager
     async def through(self, kind: Hashable, images: int) -> AsyncIterator[Place]:
         """Waits for the request's turn. Inside, it takes part in a batch.

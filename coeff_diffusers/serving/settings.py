@@ -57,7 +57,7 @@ class ServeSettings(Settings):
         "Seconds that the first image of a batch waits for others, while the replica is idle.", 0.02
     )
     max_queued_requests: Count = flag(
-        "Requests that wait for a replica; more are answered by 503, with a time to try again.", 64
+        "Requests that wait at a replica; more are answered by 503, with a time to try again.", 64
     )
     max_resident: Count = flag("Subjects that a replica keeps loaded.", 1000)
     max_num_inference_steps: Count = flag("Steps that a request may ask for.", 100)
