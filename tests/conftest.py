@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hosts import HOSTS, Host, visible
 from torch import nn
 
@@ -44,6 +45,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def the_host_s_own_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`set_attention_backend` of a model is for the whole process."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
 
 
 @pytest.fixture
