@@ -169,7 +169,7 @@ def in_process(
                 arrivals = draw(args, names, seconds_of(call, names[:1]))
             found.setdefault(way, []).append(serve_here(call, together, arrivals, args.batch_size))
             undo()
-            print(way, f"{found[way][-1].rate:.2f} images/s", flush=True)
+            print(way, f"{found[way][-1].rate:.3g} images/s", flush=True)
     return found, arrivals
 
 
@@ -181,13 +181,17 @@ def base(pipe: Any, folder: Path, names: list[str], make: Any) -> tuple[Call, Ca
 
 
 def by_store(pipe: Any, folder: Path, names: list[str], make: Any) -> tuple[Call, Callable[[], None]]:
-    AdapterStore(folder).attach(pipe)
+    store = AdapterStore(folder).attach(pipe)
 
     def call(subjects: list[str]) -> Any:
         with coeff_per_sample(pipe, subjects):
             return make(pipe, len(subjects))
 
-    return call, lambda: unload_coeff_weights(pipe)
+    def undo() -> None:
+        store.detach()
+        unload_coeff_weights(pipe)
+
+    return call, undo
 
 
 def by_set(pipe: Any, folder: Path, names: list[str], make: Any) -> tuple[Call, Callable[[], None]]:
@@ -269,12 +273,9 @@ def draw(args: argparse.Namespace, names: list[str], alone: float) -> list[Asked
 
 
 def seconds_of(call: Call, subjects: list[str]) -> float:
-    def once() -> float:
-        began = time.perf_counter()
-        call(subjects)
-        return time.perf_counter() - began
-
-    return statistics.median(once() for _ in range(3))
+    began = time.perf_counter()
+    call(subjects)
+    return time.perf_counter() - began
 
 
 def serve_here(call: Call, together: bool, asked: Sequence[Asked], most: int) -> Figures:
@@ -359,7 +360,7 @@ def table(found: dict[str, list[Figures]], reference: str) -> str:
         rate = statistics.median(run.rate for run in runs)
         share = statistics.median(run.rate / other.rate for run, other in zip(runs, found[reference]))
         median, high = (statistics.median(getattr(run, name) for run in runs) for name in ("median", "high"))
-        rows.append(f"| {way} | {rate:.2f} | {share:.2f} | {median:.2f} | {high:.2f} |")
+        rows.append(f"| {way} | {rate:.3g} | {share:.2f} | {median:.2f} | {high:.2f} |")
     return "\n".join(rows) + "\n"
 
 
