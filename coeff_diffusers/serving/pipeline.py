@@ -53,7 +53,8 @@ class SubjectPipeline:
         self.store = AdapterStore(settings.adapters, max_resident=settings.max_resident).attach(self.pipe)
         self.takes = inspect.signature(type(self.pipe).__call__).parameters
         defaults = {name: each.default for name, each in self.takes.items() if each.default is not each.empty}
-        self.defaults = defaults | sampling_defaults(self.pipe)
+        self.sampling = sampling_defaults(self.pipe)
+        self.defaults = defaults | self.sampling
         scheduler = self.pipe.scheduler
         compatible = getattr(scheduler, "compatibles", [])
         kinds = {kind.__name__: kind for kind in compatible if not hasattr(kind, "_backends")}  # of packages not here
@@ -64,7 +65,7 @@ class SubjectPipeline:
         """Arguments of the pipeline's call that a batch has in common; the model's own where none are asked for."""
         asked = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None}
         own = {name: self.defaults[name] for name in OPTIONS if self.defaults.get(name) is not None}
-        return sampling_defaults(self.pipe) | own | asked
+        return self.sampling | own | asked
 
     def kind(self, request: ImageRequest) -> Hashable:
         """Requests of one kind go into one batch."""
