@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -29,11 +30,10 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
 
     args = {"generate": flags.parse_generate, "score": flags.parse_score, "maps": flags.parse_maps}[name](argv)
     hush()
-    from . import generate, maps, score
     from .requests import PromptsError
 
     try:
-        {"generate": generate, "score": score, "maps": maps}[name].main(args)
+        importlib.import_module(f".{name}", __package__).main(args)
     except PromptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
