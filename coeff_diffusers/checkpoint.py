@@ -192,8 +192,7 @@ def _put(
     activate: bool,
 ) -> dict[str, str]:
     layers = _keyed_layers(model)
-    problems = _base_differences(model, description)
-    problems |= _tensor_differences(state_dict, layers, allow_large_values)
+    problems = differences(model, state_dict, description, allow_large_values, layers)
     if hotswap:
         problems |= _other_layers(model, adapter_name, state_dict)
     chosen = {key: layers[key] for key in state_dict if key not in problems}
@@ -419,11 +418,14 @@ def differences(
     state_dict: Mapping[str, Tensor],
     description: Mapping[str, Any] | None,
     allow_large_values: bool = False,
+    layers: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """What does not fit `model`: key of the file, or part of the model -> why. Empty if everything does."""
-    layers = _keyed_layers(model)
-    problems = _base_differences(model, description)
-    return problems | _tensor_differences(state_dict, layers, allow_large_values)
+    """What does not fit `model`: key of the file, or part of the model -> why. Empty if everything does.
+
+    `layers` are its layers by key, where they are known.
+    """
+    layers = _keyed_layers(model) if layers is None else layers
+    return _base_differences(model, description) | _tensor_differences(state_dict, layers, allow_large_values)
 
 
 def _base_differences(model: Any, description: Mapping[str, Any] | None) -> dict[str, str]:
