@@ -179,20 +179,14 @@ def output(model) -> torch.Tensor:
     return HOSTS["flux"].run(model)
 
 
-@pytest.fixture
-def fresh_backend():
-    yield
-    HOSTS["flux"].build().set_attention_backend("native")  # which diffusers sets for the whole process
-
-
 @pytest.mark.parametrize("backend", ["native", "_native_math", "_native_efficient"])
-def test_native_backends_are_mixed(flux, backend, fresh_backend) -> None:
+def test_native_backends_are_mixed(flux, backend) -> None:
     expected = output(flux)
     flux.set_attention_backend(backend)
     torch.testing.assert_close(output(flux), expected, rtol=0, atol=0)
 
 
-def test_another_backend_is_refused_before_it_runs(flux, fresh_backend) -> None:
+def test_another_backend_is_refused_before_it_runs(flux) -> None:
     expected = output(flux)
     flux.set_attention_backend("flex")
     with pytest.raises(RuntimeError, match=r"backend 'flex' hands out no maps.*set_attention_backend\('native'\)"):
