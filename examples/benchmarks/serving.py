@@ -39,6 +39,7 @@ from typing import Any
 import requests
 import torch
 from accelerate import init_empty_weights
+from adapters import MODEL, SD15
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -55,13 +56,6 @@ from coeff_diffusers import (
     unload_coeff_weights,
 )
 
-MODEL = Path(__file__).parents[1] / "emoji" / "model"
-SD15 = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-}
 PORT = 8765
 
 
