@@ -35,7 +35,7 @@ from .record import (
     put_states,
     remove_record,
 )
-from .resolved import CHANGES, SWAP, Adapter
+from .resolved import CHANGES, SWAP, Adapter, joined
 from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
@@ -579,7 +579,10 @@ def _adapters_of(
 
 
 def _flat(deltas: Sequence[Tensor]) -> Tensor:
-    return torch.cat([delta.detach().to("cpu", torch.float32).flatten() for delta in deltas])
+    """Copies of all, float32 on the CPU, one after another."""
+    alike = len({(delta.device, delta.dtype) for delta in deltas}) == 1
+    values = joined(deltas if alike else [delta.detach().to("cpu", torch.float32) for delta in deltas])
+    return values.to("cpu", torch.float32, copy=True)
 
 
 def replace_values(model: Any, adapter_name: str, values: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .files import printable
+from .resolved import joined
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 2**28
@@ -47,7 +48,7 @@ def read_file(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[
     with _open(path) as file:
         try:
             entries, metadata = _header(file)
-            tensors = {key: _value(file, *entry) for key, entry in entries.items()} if values else {}
+            tensors = _values(file, entries) if values and entries else {}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{printable(path)} is no readable .safetensors file: {_reason(error)}") from error
         except OSError as error:
@@ -76,7 +77,7 @@ def all_usable(state_dict: Mapping[str, Any]) -> bool:
     values = list(state_dict.values())
     if not values or any(_kind_problem(delta) for delta in values) or len({delta.device for delta in values}) > 1:
         return False
-    return bool((torch.cat([delta.detach().flatten() for delta in values]).abs() <= MAX_VALUE).all())
+    return bool((joined(values).abs() <= MAX_VALUE).all())
 
 
 def value_problem(delta: Any) -> str | None:
@@ -164,9 +165,9 @@ def _checked_entry(key: str, entry: Any) -> tuple[str, list[int], int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _is(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{key}: has the type {short(dtype)}; {', '.join(DTYPES)} are read")
-    if not (_is(shape, list) and len(shape) == 2 and all(_is(n, int) and 1 <= n <= MAX_HEADS for n in shape)):
+    if not (_is_pair(shape) and min(shape) >= 1 and max(shape) <= MAX_HEADS):
         raise ValueError(f"{key}: must have two dimensions from 1 to {MAX_HEADS:,}, got {short(shape)}")
-    if not (_is(offsets, list) and len(offsets) == 2 and all(_is(n, int) and n >= 0 for n in offsets)):
+    if not (_is_pair(offsets) and min(offsets) >= 0):
         raise ValueError(f"{key}: must have two offsets of bytes, got {short(offsets)}")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
@@ -174,8 +175,18 @@ def _checked_entry(key: str, entry: Any) -> tuple[str, list[int], int, int]:
     return dtype, shape, begin, end
 
 
-def _value(file: BinaryIO, dtype: str, shape: list[int], count: int) -> Tensor:
-    return torch.frombuffer(bytearray(_read(file, count)), dtype=DTYPES[dtype]).view(shape)
+def _values(file: BinaryIO, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    counts = [count for _, _, count in entries.values()]
+    body = torch.frombuffer(bytearray(_read(file, sum(counts))), dtype=torch.uint8)
+    return {
+        key: _aligned(part, DTYPES[dtype]).view(shape)
+        for part, (key, (dtype, shape, _)) in zip(body.split(counts), entries.items())
+    }
+
+
+def _aligned(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers of a type, which may not begin anywhere in memory."""
+    return (part.clone() if part.storage_offset() % dtype.itemsize else part).view(dtype)
 
 
 def _read(file: BinaryIO, count: int) -> bytes:
@@ -206,6 +217,11 @@ def _reason(error: Exception) -> str:
 
 def _is(value: Any, kind: type) -> bool:
     return type(value) is kind  # True is no int here
+
+
+def _is_pair(value: Any) -> bool:
+    """Of integers."""
+    return _is(value, list) and [*map(type, value)] == [int, int]
 
 
 # The description: what a header's `coeff_diffusers` entry must be. Entries that are not named here are let through.

@@ -253,3 +253,18 @@ def _rows_live(images: Sequence[Terms], times: int, scale: float, dropout: tuple
         rows = [[scale * w * deltas[adapter] for adapter, w in terms if adapter in deltas] for terms in images]  # type: ignore[operator]
         pieces[number] = torch.stack([_added_up(row) if row else zeros for row in rows]).repeat(times, 1, 1)
     return Resolved(pieces=pieces, dropout=dropout)
+
+
+def joined(values: Sequence[Tensor]) -> Tensor:
+    """All numbers in one (N,), not to be written to: those that lie one after another are not copied."""
+    first = values[0]
+    begin = end = first.data_ptr()
+    for value in values:
+        if value.data_ptr() != end or value.dtype != first.dtype or not value.is_contiguous():
+            break
+        end += value.nbytes
+    else:
+        left = first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize
+        if end - begin <= left:  # they are no neighbours by chance
+            return first.detach().as_strided(((end - begin) // first.itemsize,), (1,))
+    return torch.cat([value.reshape(-1) for value in values]).detach()

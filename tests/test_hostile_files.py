@@ -32,7 +32,9 @@ from coeff_diffusers import (
 from coeff_diffusers.arithmetic import read_checked
 from coeff_diffusers.checkpoint import coeff_state_dict
 from coeff_diffusers.cli import main
+from coeff_diffusers.coeff_file import all_usable, read_file
 from coeff_diffusers.files import check_file_name, printable, whole_file
+from coeff_diffusers.resolved import joined
 
 NAME = "pytorch_coeff_weights.safetensors"
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -487,6 +489,35 @@ def test_files_of_every_type_that_is_read_have_their_sums_in_float32(saved, tmp_
     tensors, _ = read_checked(path)
     assert {delta.dtype for delta in tensors.values()} == {torch.float32}
     assert load_coeff_weights(HOSTS["unet"].build(), path) == {}
+
+
+def test_values_of_several_types_may_begin_at_any_byte(good, tmp_path) -> None:
+    values = {"half": torch.tensor([[0.5]], dtype=torch.float16), "whole": torch.tensor([[1.0, -2.0], [3.0, 4.0]])}
+    entries, body = {"__metadata__": good.header()["__metadata__"]}, b""
+    for key, value in values.items():
+        data = value.numpy().tobytes()
+        entries[key] = {
+            "dtype": "F16" if value.dtype == torch.float16 else "F32",
+            "shape": list(value.shape),
+            "data_offsets": [len(body), len(body) + len(data)],
+        }
+        body += data
+    path = tmp_path / "types.safetensors"
+    path.write_bytes(join(json.dumps(entries).encode(), body))
+    tensors, _ = read_file(path)
+    assert {key: value.tolist() for key, value in tensors.items()} == {key: v.tolist() for key, v in values.items()}
+    assert all_usable({"whole": tensors["whole"]})
+
+
+def test_all_values_are_looked_at_where_they_lie_one_after_another_and_where_not() -> None:
+    good, bad = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    bad[2, 3, 3] = float("nan")
+    for order in ([0, 1, 2], [2, 0, 1], [0, 2]):
+        assert all_usable({str(n): good[n] for n in order})
+        assert not all_usable({str(n): bad[n] for n in order})
+    assert not all_usable({"0": bad[0], "1": bad[2].T})
+    assert joined([good[0, 0], good[0, 1]]).shape == (8,)
+    assert joined([good[2, 3], torch.ones(4)]).tolist() == [0.0] * 4 + [1.0] * 4
 
 
 def test_every_promise_has_its_test() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ from coeff_diffusers import (
     coeff_disabled,
     coeff_parameters,
     coeff_per_sample,
+    delete_coeff_adapters,
     load_coeff_weights,
+    save_coeff_weights,
     set_coeff_adapters,
 )
 from coeff_diffusers.checkpoint import coeff_state_dict
@@ -129,6 +132,7 @@ def resident_adapters(count: int) -> dict[str, float]:
         seconds(lambda n=n: load_coeff_weights(unet, state, adapter_name=f"a{n}")) for n in range(1, count)
     ]  # a switch, too
     memory = current_memory() - before
+    from_file = load_from_file(unet)
     switches = [seconds(lambda n=n: set_coeff_adapters(unet, f"a{7 * n % count}")) for n in range(50)]
     by_layer = [seconds(lambda: set_coeff_adapters(unet, "a0", {"attn2": 0.5})) for _ in range(20)]
 
@@ -146,10 +150,22 @@ def resident_adapters(count: int) -> dict[str, float]:
         "MB of memory": memory,
         "ms to load one, the first 50": 1e3 * statistics.median(loads[:50]),
         "ms to load one, the last 50": 1e3 * statistics.median(loads[-50:]),
+        "ms to load one from a file, the active ones unchanged": 1e3 * from_file,
         "ms to switch": 1e3 * statistics.median(switches),
         "ms to switch with weights by pattern": 1e3 * statistics.median(by_layer),
         "ms to enter and leave coeff_per_sample": 1e3 * statistics.median(entered),
     }
+
+
+def load_from_file(unet: nn.Module) -> float:
+    """Seconds for a file that has been read before, as a server does: another adapter stays active."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_coeff_weights(unet, folder, adapter_name="a0")
+        times = []
+        for _ in range(50):
+            times.append(seconds(lambda: load_coeff_weights(unet, folder, adapter_name="more", activate=False)))
+            delete_coeff_adapters(unet, "more")
+    return statistics.median(times)
 
 
 def randomise(parameters: list[nn.Parameter]) -> None:
