@@ -17,18 +17,22 @@ from coeff_diffusers.console import hush
 hush()  # before diffusers loads its pipelines
 from plan import FULL, RESULTS, SHORT, read, run  # noqa: E402
 from table import write_report  # noqa: E402
-from trial import TUNING, run_trial  # noqa: E402
+from trial import FAMILIES, TUNING, run_trial  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="3 subjects, 4 methods, at the rates of results/")
     parser.add_argument("--output_dir", type=Path, help="of trials.csv and the report; results/ if not given")
+    parser.add_argument(
+        "--model", choices=FAMILIES, help="this one alone; a process for each may write into one file at a time"
+    )
     args = parser.parse_args()
     output = args.output_dir or (Path("outputs/emojibooth") if args.short else RESULTS)
     known = [row for row in read(RESULTS / "trials.csv") if row["subject"] in TUNING] if args.short else []
     execute = partial(run_trial, folder=Path("outputs/emojibooth/images"))
-    rows = run(SHORT if args.short else FULL, output / "trials.csv", known, execute)
+    stages = [each for each in (SHORT if args.short else FULL) if args.model in (None, each.model)]
+    rows = run(stages, output / "trials.csv", known, execute)
     write_report(rows, output, Path("outputs/emojibooth/images"))
 
 

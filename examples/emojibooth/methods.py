@@ -23,7 +23,7 @@ VALUES = ("to_v", "to_out.0")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone, so that it can be a key
 class Method:
     """A way to personalise the frozen model.
 
@@ -34,6 +34,10 @@ class Method:
         put_on: denoiser -> the parameters to train, in place of the script's.
         lora_rate_of: the LoRA whose tuned rate the LoRA in this method takes; `rates` are then the coefficients'.
         models: that it can be put on.
+        class_images: prior preservation by images of the likest glyph, in all sizes and places, with captions of them.
+        trained_as: the method whose training and rates it shares, where it differs at inference alone.
+        weight: of the coefficients at inference.
+        timesteps: from which to which, of 1000, they are active at inference.
     """
 
     name: str
@@ -42,6 +46,10 @@ class Method:
     put_on: Callable[[Any], Parameters] | None = None
     lora_rate_of: str | None = None
     models: tuple[str, ...] = ("unet", "dit")
+    class_images: bool = False
+    trained_as: str | None = None
+    weight: float = 1.0
+    timesteps: tuple[int, int] | None = None
 
     def settings(self, rate: float, lora_rate: float | None = None) -> dict[str, Any]:
         """The flags, with one rate for both kinds of parameters if there is no `lora_rate`."""
@@ -162,6 +170,16 @@ WITH_MORE = [
     Method("LoRA, rank 4, augmented", LOW_RANK, RANK_4 | AUGMENT),
 ]
 
+DEFAULT = "coefficients, SOAP, weight decay 0.3"
+COMPOSITION = [
+    Method(f"{DEFAULT}, class images", COEFFICIENTS, SOAP | DECAY, class_images=True),
+    Method(f"{DEFAULT}, weight 0.8", COEFFICIENTS, trained_as=DEFAULT, weight=0.8),
+    Method(f"{DEFAULT}, weight 0.6", COEFFICIENTS, trained_as=DEFAULT, weight=0.6),
+    Method(f"{DEFAULT}, early steps", COEFFICIENTS, trained_as=DEFAULT, timesteps=(500, 1000), models=("unet",)),
+    Method(f"{DEFAULT}, late steps", COEFFICIENTS, trained_as=DEFAULT, timesteps=(0, 500), models=("unet",)),
+    Method(f"{DEFAULT}, decoder", COEFFICIENTS, SOAP | DECAY | {"coeff_include": ("up_blocks.*",)}, models=("unet",)),
+]
+
 MORE = [
     Method("LoRA, rank 1", (5e-3, 1e-2, 2e-2), RANK_1),
     Method("LoRA, rank 1 + coefficients", COEFFICIENTS, SOAP | RANK_1 | BOTH, lora_rate_of="LoRA, rank 1"),
@@ -194,4 +212,4 @@ ABLATIONS = [
     Method("alpha from a random start, SOAP", COEFFICIENTS, SOAP, random_start),
 ]
 
-METHODS = {method.name: method for method in [*UNTRAINED, *MAIN, *WITH_MORE, *MORE, *ABLATIONS]}
+METHODS = {method.name: method for method in [*UNTRAINED, *MAIN, *WITH_MORE, *COMPOSITION, *MORE, *ABLATIONS]}

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from judge import HERE
 from measures import SCENES
-from methods import ABLATIONS, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
+from methods import ABLATIONS, COMPOSITION, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
 from trial import REPORTED, TUNING, Trial, run_trial
 
 RESULTS = HERE / "results"
@@ -52,21 +52,17 @@ class Stage:
     tuned_on: Sequence[str] = TUNING
 
 
-EVERYTHING = [*MAIN, *WITH_MORE, *MORE, *ABLATIONS]
-
 # What says most comes first.
 FULL = [
-    Stage("unet", [*UNTRAINED[:3], *MAIN[:2]], REPORTED[:3], tuned_on=TUNING[:1]),
-    Stage("unet", MAIN[:3], REPORTED[:3], tuned_on=TUNING[:1]),
-    Stage("dit", [*UNTRAINED[:3], *MAIN[:3]], REPORTED[:3], tuned_on=TUNING[:1]),
-    Stage("unet", [*UNTRAINED, *MAIN[:4], *WITH_MORE], tuned_on=TUNING[:1]),
-    Stage("dit", [*UNTRAINED, *MAIN[:4], *WITH_MORE], tuned_on=TUNING[:1]),
-    Stage("unet", [*MAIN, *WITH_MORE]),
-    Stage("dit", [*MAIN, *WITH_MORE]),
+    Stage("unet", [*UNTRAINED, *MAIN[:2], WITH_MORE[0], MAIN[2], *WITH_MORE[1:]]),
+    Stage("dit", [*UNTRAINED, *MAIN[:3], *WITH_MORE]),
+    Stage("unet", MAIN[3:]),
+    Stage("unet", COMPOSITION),
     Stage("unet", MORE),
+    Stage("unet", [*MAIN, *WITH_MORE], seeds=(1, 2)),
     Stage("unet", ABLATIONS),
-    Stage("unet", EVERYTHING, seeds=(1, 2)),
-    Stage("dit", EVERYTHING, seeds=(0, 1, 2)),
+    Stage("dit", [*MAIN[:3], *WITH_MORE], seeds=(1, 2)),
+    Stage("dit", [*MAIN[3:], *COMPOSITION, *MORE, *ABLATIONS]),
 ]
 SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
 
@@ -76,6 +72,8 @@ SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_o
 
 def grid(method: Method, model: str, rows: Sequence[Row]) -> list[tuple[float, ...]]:
     """The rates that are tried; with that of the LoRA where it has been chosen for the LoRA alone."""
+    if method.trained_as:
+        return grid(METHODS[method.trained_as], model, rows)
     beside = chosen(METHODS[method.lora_rate_of], model, rows) if method.lora_rate_of else ()
     return [(rate, *beside) for rate in method.rates]
 
@@ -89,6 +87,8 @@ def chosen(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...]
     Raises:
         ValueError: if there is no such subject.
     """
+    if method.trained_as:
+        return chosen(METHODS[method.trained_as], model, rows)
     rates = grid(method, model, rows)
     found = [[loss_of(Trial(method, model, subject, rates=each), rows) for each in rates] for subject in TUNING]
     whole = [losses for losses in found if None not in losses]
@@ -115,7 +115,7 @@ def plan(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[Trial]:
     """All trials of the stages; rates are chosen from `rows`, which may grow meanwhile."""
     for stage in stages:
         methods = [method for method in stage.methods if stage.model in method.models]
-        for method in methods:
+        for method in dict.fromkeys(METHODS.get(each.trained_as or "", each) for each in methods):
             for subject in stage.tuned_on:
                 if method.lora_rate_of:
                     alone = METHODS[method.lora_rate_of]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from judge import HERE, Judge, load_judge
 from measures import SCENES, UNRELATED, diversity, drift, glyph_of, measure, psnr, scenes_of
-from methods import Method
+from methods import METHODS, Method
 from PIL import Image
 from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
-from coeff_diffusers import unload_coeff_weights
+from coeff_diffusers import list_coeff_adapters, set_coeff_adapters, unload_coeff_weights
 from coeff_diffusers.training import DreamBoothRun, DreamBoothSettings
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.families.stable_diffusion_3 import StableDiffusion3
+from coeff_diffusers.training.images.files import TrainingImage, open_images
 from coeff_diffusers.training.run.state import TrainingState
 from coeff_diffusers.training.run.step import DenoisingStep
 
 sys.path += [str(HERE.parent), str(HERE.parent / "emoji")]
 from demo import BACKGROUNDS, BASES
 from evaluate import load_pipeline, reconstruct
-from scenes import GLYPHS, Scene, render
+from scenes import GLYPHS, PLACES, SIZES, Scene, render
 
 STEPS, BATCH = 250, 4
 INFERENCE_STEPS = 8  # at which the models paint as at 25
@@ -79,6 +80,11 @@ class Trial:
         }
 
     @property
+    def of_training(self) -> Trial:
+        """The trial whose training this one shares: itself, if it shares none."""
+        return replace(self, method=METHODS[self.method.trained_as]) if self.method.trained_as else self
+
+    @property
     def slug(self) -> str:
         """A name for its file."""
         text = "-".join((self.model, self.subject, str(self.seed), self.method.name))
@@ -89,8 +95,8 @@ def run_trial(trial: Trial, folder: Path | None = None) -> dict[str, float]:
     """Column -> value; of a subject for tuning, the losses alone. Images of the subject are written to `folder`."""
     pipe = load_base(trial.model)
     base = [] if trial.subject in TUNING else base_images(trial.model)
-    denoiser, facts = train(trial) if trial.rates else (None, {"parameters": 0, "bytes": 0})
-    with having(pipe, denoiser):
+    denoiser, facts = train(trial.of_training) if trial.rates else (None, {"parameters": 0, "bytes": 0})
+    with having(pipe, denoiser), at_inference(denoiser, trial.method):
         values = facts if trial.method.name in CEILINGS else facts | losses(trial, pipe)
         if trial.subject in TUNING:
             return values
@@ -107,6 +113,13 @@ class Run(DreamBoothRun):
     """The training script's run, with a method's own parameters where it has some."""
 
     method: Method
+    model_name: str
+    subject: str
+
+    def _load_model(self) -> None:
+        super()._load_model()
+        if self.method.class_images:
+            self._classes = dict.fromkeys(self._classes, class_images(self.model_name, self.subject))
 
     def _add_adapters(self) -> None:
         super()._add_adapters()
@@ -117,6 +130,7 @@ class Run(DreamBoothRun):
             self.state = TrainingState(parameters, subject, self.settings, self.max_train_steps)
 
 
+@lru_cache(maxsize=1)
 def train(trial: Trial) -> tuple[Any, dict[str, float]]:
     """The denoiser with what was trained on it, and what that took."""
     words, glyph = f"sks {trial.subject}", glyph_of(trial.subject)
@@ -133,12 +147,22 @@ def train(trial: Trial) -> tuple[Any, dict[str, float]]:
             "seed": trial.seed,
         }
         run = Run(settings_of(trial.model, **flags | trial.method.settings(*trial.rates)), images)
-        run.method = trial.method
+        run.method, run.model_name, run.subject = trial.method, trial.model, trial.subject
         run.load_model()
         run.add_adapters()
         run.encode_prompts()
         facts = follow(run)
     return run.family.denoiser.eval(), facts
+
+
+def class_images(model: str, subject: str) -> list[TrainingImage]:
+    """Of the glyph that the base model paints likest, in all sizes and places, on the backgrounds of training."""
+    words = likest_glyph(model, subject)
+    shapes = [(size, place) for size, place in itertools.product(SIZES, PLACES) if not (size and place)]
+    scenes = [Scene(words, colour, *shape) for colour in BACKGROUNDS for shape in shapes]
+    images = generate(model, load_base(model), [scene.caption for scene in scenes], seed=2)
+    sources = [(each.caption, each.caption, partial(Image.Image.copy, image)) for each, image in zip(scenes, images)]
+    return open_images(sources, "class_data_dir")
 
 
 def settings_of(model: str, **flags: Any) -> DreamBoothSettings:
@@ -214,6 +238,29 @@ def having(pipe: Any, denoiser: Any) -> Iterator[None]:
         yield
     finally:
         setattr(pipe, name, base)
+
+
+@contextmanager
+def at_inference(denoiser: Any, method: Method) -> Iterator[None]:
+    """The trained coefficients with the method's weight and timesteps."""
+    if method.trained_as is None:
+        yield
+        return
+    names = list_coeff_adapters(denoiser)
+    set_coeff_adapters(denoiser, names, method.weight)
+    first, end = method.timesteps or (0, 1000)
+
+    def choose(_: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        active = [names[0] if first <= each < end else None for each in inputs[1].reshape(-1).tolist()]
+        return inputs, kwargs | {"cross_attention_kwargs": {"coeff": active[0] if len(active) == 1 else active}}
+
+    hook = denoiser.register_forward_pre_hook(choose, prepend=True, with_kwargs=True) if method.timesteps else None
+    try:
+        yield
+    finally:
+        set_coeff_adapters(denoiser, names)
+        if hook is not None:
+            hook.remove()
 
 
 def paint(trial: Trial, pipe: Any, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
