@@ -2,7 +2,7 @@
 
     python examples/benchmarks/families.py
 
-Models are built from config without weights. Nothing is measured: see `predict` for what is added up, and docs/training.md.
+Models are built from config, without weights. Nothing is measured: `predict` says what is added up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coeff_diffusers import CoeffConfig
 from coeff_diffusers.layers import head_count, select_layers
 
 sys.path.append(str(Path(__file__).parents[1] / "emojibooth"))
-from sizes import REAL  # noqa: E402
+from sizes import REAL
 
 CARD, PEAK, SHARE = "A100", 312e12, 0.4  # operations a second in bfloat16, and what of it products reach
 MIXING = 2.5  # time of attention with coefficients by attention without, docs/speed.md
@@ -40,7 +40,7 @@ ONCE = re.compile(r"norm\w*\.linear|modulation|adaLN|time_|timestep|adaln_single
 
 
 class Kind(NamedTuple):
-    """A denoiser; its text encoders' parameters in billions; pixels a token; tokens of text in the image's sequence."""
+    """A denoiser; billions of parameters of its text encoders; pixels of a token's side; tokens of text."""
 
     build: Callable[[], nn.Module]
     encoders: float
@@ -124,8 +124,9 @@ def of_unet(model: Any, side: int) -> tuple[float, float, float]:
 
 
 def table() -> str:
-    lines = ["| | coefficients | GB, denoiser | text encoders | GB at 512 px | 1024 px | seconds a step at 512 px | 1024 px |"]
-    lines.append("|---|" + "---|" * 7)
+    columns = ["", "coefficients", "GB: denoiser", "text encoders", "training, 512 px", "1024 px"]
+    columns += ["seconds a step, 512 px", "1024 px"]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---|" * 7]
     for name, kind in KINDS.items():
         one = predict(name)
         cells = [f"{one.coefficients:,}", f"{one.weights:.1f}", f"{kind.encoders * 2:.1f}"]
