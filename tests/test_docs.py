@@ -70,9 +70,8 @@ def two_timesteps(self: Any, set_timesteps: Any, steps: int, **options: Any) -> 
 def in_a_clone(pipe: Any) -> dict[str, Any]:
     for folder in ("model", "model_dit", "coefficients"):
         shutil.copytree(ROOT / "examples" / "emoji" / folder, f"examples/emoji/{folder}")
-    embedded = diffusers.StableDiffusionPipeline.from_pretrained("examples/emoji/model")
-    load_coeff_weights(embedded, "examples/emoji/coefficients/fox.safetensors")
-    save_coeff_weights(embedded, "outputs/my-dog")
+    Path("outputs/my-dog").mkdir(parents=True)
+    shutil.copy("examples/emoji/coefficients/fox.safetensors", "outputs/my-dog")
     return {}
 
 

@@ -26,8 +26,7 @@ from diffusers import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from coeff_diffusers import CoeffConfig
-from coeff_diffusers.layers import head_count, select_layers
+from coeff_diffusers.layers import attention_layers, head_count, reason_left_out
 
 sys.path.append(str(Path(__file__).parents[1] / "emojibooth"))
 from sizes import REAL
@@ -35,17 +34,20 @@ from sizes import REAL
 CARD, PEAK, SHARE = "A100", 312e12, 0.4  # operations a second in bfloat16, and what of it products reach
 MIXING = 2.5  # time of attention with coefficients by attention without, docs/speed.md
 KEPT = 34  # bytes a token and channel that a block keeps for its backward pass (Korthikanti et al., arXiv 2205.05198)
-# weights that see an image once, not every token
-ONCE = re.compile(r"norm\w*\.linear|modulation|adaLN|time_|timestep|adaln_single|pooled|guidance_embed")
+# weights that see an image once, and not its tokens; the text's tokens alone; the image's alone
+ONCE = re.compile(r"norm\w*\.linear|modulation|_mod\.|adaLN|time_|timestep|adaln_single|pooled|guidance_embed")
+OF_TEXT = re.compile(r"context|txt|caption|cap_|\.add_[qkv]|to_add_out")
+OF_IMAGE = re.compile(r"noise_refiner|img_|x_embedder")
 
 
 class Kind(NamedTuple):
-    """A denoiser; billions of parameters of its text encoders; pixels of a token's side; tokens of text."""
+    """A denoiser; billions of parameters of its text encoders; a token's side in pixels; text tokens; keys if others."""
 
     build: Callable[[], nn.Module]
     encoders: float
     pixels: int = 16
     text: int = 0
+    keys: int | None = None
 
 
 # Of the text encoders: CLIP-L 0.12, OpenCLIP bigG 0.69, T5-XXL 4.76, Gemma 2 2.61, Qwen3 4.02 and Qwen2.5-VL 8.29.
@@ -63,7 +65,7 @@ KINDS = {
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
         ), 4.02, text=512),
     "PixArt-Sigma": Kind(lambda: PixArtTransformer2DModel(caption_channels=4096), 4.76),
-    "Sana 1.6B": Kind(lambda: SanaTransformer2DModel(), 2.61, pixels=32),
+    "Sana 1.6B": Kind(lambda: SanaTransformer2DModel(), 2.61, pixels=32, keys=300),
     "Lumina Image 2.0": Kind(
         lambda: Lumina2Transformer2DModel(axes_lens=(300, 512, 512), cap_feat_dim=2304), 2.61, text=256),
     "Z-Image": Kind(lambda: ZImageTransformer2DModel(), 4.02, text=512),
@@ -87,26 +89,35 @@ def predict(name: str, sides: tuple[int, ...] = (512, 1024)) -> Prediction:
     kind = KINDS[name]
     with torch.device("meta"):
         model: Any = kind.build()
-    layers = select_layers(model, CoeffConfig())
-    weights = sum(parameter.numel() for parameter in model.parameters()) * 2 / 1e9
+    layers = [layer for layer in attention_layers(model).values() if reason_left_out(layer) is None]
+    weights = sum(each.numel() for each in (*model.parameters(), *model.buffers())) * 2 / 1e9
     memory, seconds = {}, {}
     for side in sides:
         operations, attention, kept = of_unet(model, side) if "Diffusion 1.5" in name or "XL" in name else (
-            of_transformer(model, (side // kind.pixels) ** 2 + kind.text)
+            of_transformer(model, (side // kind.pixels) ** 2, kind.text, kind.keys)
         )  # fmt: skip
         memory[side] = weights + kept / 1e9
         seconds[side] = 3 * (operations + (MIXING - 1) * attention) / (PEAK * SHARE)
-    return Prediction(sum(head_count(layer) ** 2 for layer in layers.values()), weights, memory, seconds)
+    return Prediction(sum(head_count(layer) ** 2 for layer in layers), weights, memory, seconds)
 
 
-def of_transformer(model: Any, tokens: int) -> tuple[float, float, float]:
+def of_transformer(model: Any, image: int, text: int, keys: int | None) -> tuple[float, float, float]:
     """Operations of a forward pass, those of attention among them, and bytes of activations."""
-    blocks = [block for group in model.children() if isinstance(group, nn.ModuleList) for block in group]
-    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not ONCE.search(name))
-    width = max(max(layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)) // 4, 1)
-    width = getattr(model, "inner_dim", None) or getattr(model.config, "dim", None) or width
-    attention = 4 * tokens**2 * width * len(blocks)
-    return 2 * tokens * weights + attention, attention, tokens * width * (2 * len(blocks) + KEPT)
+    config, tokens = model.config, image + text
+    width = config.get("dim") or config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
+    blocks, products = 0, 0
+    for name, part in model.named_children():
+        several = list(part) if isinstance(part, nn.ModuleList) else []
+        blocks += len(several)
+        for each in several or [part]:
+            parameters = {f"{name}.{path}": parameter.numel() for path, parameter in each.named_parameters()}
+            two_streams = any(OF_TEXT.search(path) for path in parameters)
+            for path, count in parameters.items():
+                seen = image if two_streams or OF_IMAGE.search(path) else tokens
+                seen = text if OF_TEXT.search(path) else seen
+                products += 2 * count * (0 if ONCE.search(path) else seen)
+    attention = 4 * tokens * (keys or tokens) * width * blocks
+    return products + attention, attention, tokens * width * (2 * blocks + KEPT)
 
 
 def of_unet(model: Any, side: int) -> tuple[float, float, float]:
@@ -124,9 +135,9 @@ def of_unet(model: Any, side: int) -> tuple[float, float, float]:
 
 
 def table() -> str:
-    columns = ["", "coefficients", "GB: denoiser", "text encoders", "training, 512 px", "1024 px"]
-    columns += ["seconds a step, 512 px", "1024 px"]
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---|" * 7]
+    columns = ["coefficients", "denoiser, GB", "its text encoders, GB", "training at 512 px, GB", "at 1024 px"]
+    columns += ["seconds a step at 512 px", "at 1024 px"]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name, kind in KINDS.items():
         one = predict(name)
         cells = [f"{one.coefficients:,}", f"{one.weights:.1f}", f"{kind.encoders * 2:.1f}"]
