@@ -1,12 +1,13 @@
 """Little memory on the GPU: parts of the pipeline, or its layers, are there while they compute. Writes `image.png`.
 
-    python examples/cpu_offload.py --offload sequential --prompt "a sks dog on a beach"
+    python examples/cpu_offload.py --offload group --prompt "a sks dog on a beach"
 
 Coefficients are no part of the modules that are moved; they go to the device where their layer is called.
 """
 
 import argparse
 
+import torch
 from diffusers import DiffusionPipeline
 
 from coeff_diffusers import load_coeff_weights
@@ -15,7 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
 parser.add_argument("--coeff_weights", default="outputs/my-dog")
 parser.add_argument("--prompt", default="a sks dog on a beach")
-parser.add_argument("--offload", choices=("model", "sequential"), default="model", help="by parts, or by layers")
+parser.add_argument("--offload", choices=("model", "group"), default="model", help="by parts, or by layers")
 parser.add_argument("--device", default="cuda", help="where it computes")
 parser.add_argument("--num_inference_steps", type=int, default=50)
 args = parser.parse_args()
@@ -25,5 +26,5 @@ load_coeff_weights(pipe, args.coeff_weights)
 if args.offload == "model":
     pipe.enable_model_cpu_offload(device=args.device)
 else:
-    pipe.enable_sequential_cpu_offload(device=args.device)
+    pipe.enable_group_offload(onload_device=torch.device(args.device), offload_type="leaf_level")
 pipe(args.prompt, num_inference_steps=args.num_inference_steps).images[0].save("image.png")

@@ -41,7 +41,7 @@ OF_IMAGE = re.compile(r"noise_refiner|img_|x_embedder")
 
 
 class Kind(NamedTuple):
-    """A denoiser; billions of parameters of its text encoders; a token's side in pixels; text tokens; keys if others."""
+    """A denoiser; parameters of its text encoders, in billions; a token's side in pixels; text tokens; other keys."""
 
     build: Callable[[], nn.Module]
     encoders: float
