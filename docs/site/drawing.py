@@ -63,7 +63,7 @@ def drawing() -> str:
     numbers = random.Random(3)
     maps = [attention_map(numbers) for _ in range(HEADS)]
     parts = [
-        text(95, 30, "every head's own map", weight="bold"),
+        text(102, 30, "each head's own map", weight="bold"),
         text(95, 52, "softmax(Q K / √d)", 13),
         text(372, 30, "α = I + Δ", weight="bold"),
         text(372, 52, "all that is trained: H × H a layer", 13),
@@ -81,14 +81,14 @@ def drawing() -> str:
             parts.append(text(x + ROW / 2, middle + 5, f"{alpha:g}".replace("-", "−"), 16))
         parts += [text(580, middle + 5, "→", 20), *drawn_map(mixed(row, maps), 622, y)]
         parts.append(text(776, middle + 5, f"× {index('V', str(i + 1))}", 15, "end"))
-        parts.append(text(790, middle + 5, f"<tspan>→</tspan> out{i + 1}", 15, "start"))
+        parts.append(text(790, middle + 5, f"→ {index('out', str(i + 1))}", 15, "start"))
     for j in range(HEADS):
         parts.append(text(204 + (j + 0.5) * ROW, TOP - 17, index("A", str(j + 1)), 13))
     parts.append(text(166, TOP + 2 * ROW - 4, "→", 20))
     legend = TOP + HEADS * ROW + 22
     for k, value in enumerate((-0.5, 0.0, 0.5, 1.0)):
-        parts.append(square(622 + k * 60, legend - 12, 14, colour(value), "#888"))
-        parts.append(text(641 + k * 60, legend, f"{value:g}".replace("-", "−"), 13, "start"))
+        parts.append(square(622 + k * 64, legend - 12, 14, colour(value), "#888"))
+        parts.append(text(641 + k * 64, legend, f"{value:g}".replace("-", "−"), 13, "start"))
     parts.append(text(62, legend, "Δ = 0 is the base model: each head then uses its own map alone.", 14, "start"))
     height = legend + 20
     return (

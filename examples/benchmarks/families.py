@@ -138,13 +138,15 @@ def table() -> str:
     columns = ["coefficients", "denoiser, GB", "its text encoders, GB", "training at 512 px, GB", "at 1024 px"]
     columns += ["seconds a step at 512 px", "at 1024 px"]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name, kind in KINDS.items():
-        one = predict(name)
-        cells = [f"{one.coefficients:,}", f"{one.weights:.1f}", f"{kind.encoders * 2:.1f}"]
-        cells += [f"{one.memory[side]:.1f}" for side in (512, 1024)]
-        cells += [f"{one.seconds[side]:.2f}" for side in (512, 1024)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [row(name) for name in KINDS])
+
+
+def row(name: str) -> str:
+    one = predict(name)
+    cells = [f"{one.coefficients:,}", f"{one.weights:.1f}", f"{KINDS[name].encoders * 2:.1f}"]
+    cells += [f"{one.memory[side]:.1f}" for side in (512, 1024)]
+    cells += [f"{one.seconds[side]:.2f}" for side in (512, 1024)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
