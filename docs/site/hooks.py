@@ -45,6 +45,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = path if image else f"{REPOSITORY}/{kind}/main/{path}{heading or ''}"
         return f"{image}{text}({target})"
 
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation", "toc"]  # it is a list of the pages itself
     return LINK.sub(on_the_site, markdown)
 
 
