@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test test-oldest lint format sanitize fuzz bench clean
+.PHONY: install demo test docs test-oldest lint format sanitize fuzz bench clean
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: $(STAMP)
 # files come first
 test: $(STAMP)
 	$(PY) -m pytest $(PARALLEL)
+
+# the site, in build/site; a page, a heading or a name that is linked and not there is an error
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 # the lower bounds that pyproject.toml states
 test-oldest:

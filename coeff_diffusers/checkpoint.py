@@ -133,8 +133,12 @@ def load_coeff_weights(
         allow_large_values: takes values beyond 10,000, too, which no training gives, and with which images are noise.
         activate: `False` leaves active what is.
         subfolder: of the folder or repository.
-        revision, token, cache_dir, local_files_only, force_download: of a repository, as
-            `huggingface_hub.hf_hub_download` takes them.
+        revision: of a repository: a branch, a tag or a commit. This and the following are those of
+            `huggingface_hub.hf_hub_download`.
+        token: for a private repository; the one of `hf auth login` if not given.
+        cache_dir: where downloads are kept.
+        local_files_only: takes what was downloaded before, and asks nobody.
+        force_download: downloads again what is there.
 
     What the file says of its training (dropout among it) is not applied: a loaded adapter has the default
     [`CoeffConfig`].

@@ -54,8 +54,11 @@ def push_coeff_to_hub(
             words that call for the subject.
         images: prompts and the images that they gave, for the card's gallery.
         replace_card: whether a README.md of the repository is replaced. It stays otherwise.
-        commit_message, private, token, revision, create_pr: as `huggingface_hub.HfApi.create_commit` and
-            `create_repo` take them.
+        commit_message: of the commit.
+        private: whether a repository that is made is private; as the account has it if not given.
+        token: of the account; the one of `hf auth login` if not given.
+        revision: the branch to commit to.
+        create_pr: makes a pull request of it.
 
     Returns:
         The address of the commit, or of the pull request.

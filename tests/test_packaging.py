@@ -133,7 +133,7 @@ def test_type_checkers_follow_an_editable_install() -> None:
 
 def test_workflows_are_valid_yaml_and_try_the_pythons_that_the_metadata_names() -> None:
     workflows = {file.stem: yaml.safe_load(file.read_bytes()) for file in (ROOT / ".github" / "workflows").iterdir()}
-    assert set(workflows) == {"tests", "wheels"}
+    assert set(workflows) == {"pages", "tests", "wheels"}
     named = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if re.search(r"3\.\d+$", name)]
     assert workflows["tests"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == named
     assert PROJECT["requires-python"] == f">={named[0]}"

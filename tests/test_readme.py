@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -33,11 +32,18 @@ def test_links_and_images_lead_somewhere(page) -> None:
     assert "@@" not in text
 
 
-def test_python_is_python_and_imports_names_that_exist(page) -> None:
-    for block in blocks(page.read_text(), "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "coeff_diffusers":
-                assert not [alias.name for alias in node.names if not hasattr(coeff_diffusers, alias.name)]
+def headings(page: Path) -> set[str]:
+    """As GitHub names them, and mkdocs."""
+    found = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.M
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_headings_that_are_linked_exist(page) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text())
+    there = [(page.parent / path if path else page, heading) for path, heading in links if "://" not in path]
+    assert not [heading for target, heading in there if heading not in headings(target)]
 
 
 def test_flags_of_the_training_script_exist(page) -> None:

@@ -1,15 +1,13 @@
-"""docs/training.md names every flag of the script, and none that is not there; README.md's commands are understood."""
+"""docs/training.md names every flag of the script, and none that is not there."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
+from coeff_diffusers.training.settings import DreamBoothSettings
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 FLAGS = {setting.name for setting in fields(DreamBoothSettings)} | {"config", "help-all", "optimizer_type"}
 
@@ -41,13 +39,3 @@ def test_every_flag_stands_in_one_row_and_those_left_out_do_not_exist() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     text = "\n".join(line for line in PAGE.splitlines() if not line.startswith("|"))
     assert {name.removeprefix("no_") for name in flags_in(text)} <= FLAGS
-
-
-def test_the_commands_of_the_pages_are_understood() -> None:
-    commands = re.findall(r"^coeff-diffusers train (?:.*\\\n)*.*$", README + PAGE, re.MULTILINE)
-    models = [
-        parse_settings(shlex.split(command.replace("\\\n", ""))[2:]).pretrained_model_name_or_path
-        for command in commands
-        if "--subjects" not in command and "--config" not in command  # whose files are read
-    ]
-    assert models == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "black-forest-labs/FLUX.1-dev"]
