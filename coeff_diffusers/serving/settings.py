@@ -114,10 +114,11 @@ def parse_flags(group: type[S], command: str, description: str, argv: Sequence[s
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    types: dict[str, Any] = hints(group)
-    for setting in fields(group):
+    kind: Any = group
+    types: dict[str, Any] = hints(kind)
+    for setting in fields(kind):
         add_flag(parser, setting, types[setting.name], False)
     given = vars(parser.parse_args(argv))
-    if missing := [f"--{s.name}" for s in fields(group) if s.default is MISSING and s.name not in given]:
+    if missing := [f"--{s.name}" for s in fields(kind) if s.default is MISSING and s.name not in given]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     return group(**given)
