@@ -234,7 +234,7 @@ def test_a_visitor_s_file_is_a_subject_of_theirs_alone_and_goes_with_them(shared
     with pytest.raises(ValueError, match="there is no subject 'fox 2'"):
         yours.subject("fox 2")
     adapter = mine.subject("fox 2").adapter
-    with pytest.raises(Refusal, match="there is no subject"):
+    with pytest.raises(ValueError, match="there is no subject"):
         side_by_side(shared, yours, Asked({adapter: 1.0}, "a cat", OPTIONS), quiet)
     _, adapted = side_by_side(shared, mine, Asked({"fox 2": 1.0}, PROMPT, OPTIONS), quiet)
     assert_same(adapted, alone(shared, "a sks fox face on a blue background", "fox"))

@@ -30,7 +30,7 @@ MOST_PIXELS = 50_000_000  # of an image
 POINTS = 100  # of the loss curve
 SHOWN = 24  # validation images
 STEPS = 500  # to begin with
-PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+PRECISIONS: dict[str, Any] = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 PLAIN_NAME = re.compile(r"(img|image|dsc|dscn|dscf|pxl|photo|picture|screenshot|untitled|whatsapp)?[\W\d_]*", re.I)
 
 COLOURS = {
