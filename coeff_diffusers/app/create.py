@@ -21,8 +21,11 @@ STRIP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 MIXED = 4  # subjects that can be mixed
 MOST_IMAGES = 24  # of the grid
 STEPS = 25  # to begin with
+HEADS = 8  # in a row of the maps
 WORDS = "{subject}"  # of a prompt, where the subject's own words go
 
+BUTTONS: list[Any] = ["download", "fullscreen"]  # of images
+GALLERY_BUTTONS: list[Any] = ["download", "download_all", "fullscreen"]
 PROGRESS = gr.Progress()  # as a default, it asks Gradio for the page's progress bar
 
 Captioned = list[tuple[Image.Image, str]]
@@ -108,9 +111,11 @@ def where_heads_look(
     if not word.strip():
         raise ValueError("write a word of the prompt, as it stands there")
     request = asked.request(visitor)
-    found = shared.maps(request, word.strip(), progress, visitor.gone)
-    title = f"{word.strip()!r} in {request.prompt!r}"
-    return maps_sheet(found, title, found.most_changed()[:layers], cell=72)
+    words = visitor.subject(next(iter(asked.subjects))).words if asked.subjects else ""
+    word = with_words(word, words).strip()
+    found = shared.maps(request, word, progress, visitor.gone)
+    title = f"{word!r} in {request.prompt!r}"
+    return maps_sheet(found, title, found.most_changed()[:layers], cell=80, columns=HEADS)
 
 
 def weights_of(names: Sequence[str], before: dict[str, float]) -> dict[str, float]:
@@ -119,13 +124,13 @@ def weights_of(names: Sequence[str], before: dict[str, float]) -> dict[str, floa
 
 
 def options_of(
-    takes: Any, negative_prompt: str, seed: float | None, steps: float, guidance: float, size: float | None
+    takes: Any, negative_prompt: str | None, seed: float | None, steps: float, guidance: float, size: float | None
 ) -> dict[str, Any]:
     """Those of an `ImageRequest` that the pipeline's call takes. Raises ValueError for a seed that is none."""
     if seed is None or not 0 <= seed <= MAX_SEED - 10_000:
         raise ValueError("the seed must be a whole number, 0 or more")
     given = {
-        "negative_prompt": negative_prompt.strip() or None,
+        "negative_prompt": (negative_prompt or "").strip() or None,
         "num_inference_steps": int(steps),
         "guidance_scale": float(guidance),
         "height": int(size) if size else None,
@@ -153,7 +158,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
         with gr.Column(scale=2, min_width=320):
             chosen = gr.Dropdown(
                 names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
-                info=f"None is the base model; up to {MIXED} are mixed by their weights.",
+                info=f"Up to {MIXED}, mixed by their weights; none is the base model.",
             )  # fmt: skip
             sliders = [
                 gr.Slider(
@@ -165,24 +170,27 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
             weights = gr.State(weights_of(first, {}))
             prompt = gr.Textbox(
                 f"{WORDS} on a blue background" if first else "", label="Prompt", lines=2, elem_id="prompt",
-                info=f"{WORDS} stands for the words that the subject's file says it was trained with.",
+                info=f"{WORDS}: the words that the subject was trained with.",
             )  # fmt: skip
-            negative = gr.Textbox(label="Negative prompt", visible="negative_prompt" in takes, elem_id="negative")
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
-                another = gr.Button("Another seed", size="md", min_width=100, elem_id="another")
+            with gr.Row(equal_height=True, elem_classes="seed"):
+                seed = gr.Number(0, label="Seed", precision=0, min_width=100, scale=3, elem_id="seed")
+                another = gr.Button("Another", size="sm", min_width=90, scale=2, elem_id="another")
             steps = gr.Slider(
                 1, settings.max_num_inference_steps, value=min(STEPS, settings.max_num_inference_steps), step=1,
                 label="Steps", elem_id="steps",
             )  # fmt: skip
-            guidance = gr.Slider(
-                0, 20, value=guidance_scale, step=0.1, label="Guidance scale",
-                visible="guidance_scale" in takes, elem_id="guidance",
-            )  # fmt: skip
-            size = gr.Number(
-                None, label="Side in pixels", info="The model's own if empty.", precision=0, minimum=8,
-                maximum=settings.max_image_size, visible="height" in takes, elem_id="size",
-            )  # fmt: skip
+            with gr.Accordion("More settings", open=False):
+                negative = gr.Textbox(
+                    "", label="Negative prompt", visible="negative_prompt" in takes, elem_id="negative"
+                )
+                guidance = gr.Slider(
+                    0, 20, value=guidance_scale, step=0.1, label="Guidance scale", visible="guidance_scale" in takes,
+                    elem_id="guidance",
+                )  # fmt: skip
+                size = gr.Number(
+                    0, label="Side in pixels", info="0 is the model's own.", precision=0, visible="height" in takes,
+                    elem_id="size",
+                )  # fmt: skip
         with gr.Column(scale=5, min_width=480), gr.Tabs():
             with gr.Tab("Side by side"):
                 make = gr.Button("Create", variant="primary", elem_id="make")
@@ -207,17 +215,20 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
                 gr.Markdown("Where each head looks for a word of the prompt, before and after its maps are mixed.")
                 with gr.Row(equal_height=True):
                     word = gr.Textbox(
-                        "background" if first else "", label="Word, or several in a row, of the prompt", scale=3,
+                        WORDS if first else "", label="Word, or several in a row, of the prompt", scale=3,
                         elem_id="word",
                     )  # fmt: skip
                     layers = gr.Slider(1, 6, value=2, step=1, label="Layers that change most", scale=2)
                 make_maps = gr.Button("Draw the maps", variant="primary", elem_id="make-maps")
-                maps = gr.Image(format="png", type="pil", label="Maps", interactive=False, elem_id="maps")
+                maps = gr.Image(
+                    format="png", type="pil", label="Maps", show_label=False, interactive=False, buttons=BUTTONS,
+                    elem_id="maps",
+                )  # fmt: skip
 
     controls = [chosen, weights, prompt, negative, seed, steps, guidance, size]
 
     def read(names: list[str], weights: dict[str, float], prompt: str, *options: Any) -> Asked:
-        return Asked(weights_of(names or [], weights), prompt, options_of(takes, *options))
+        return Asked(weights_of(names or [], weights), prompt or "", options_of(takes, *options))
 
     @told
     def on_make(request: gr.Request, progress: gr.Progress = PROGRESS, *given: Any) -> Any:
@@ -277,12 +288,19 @@ def steps_on(progress: gr.Progress) -> Callable[[int, int], None]:
 
 def _picture(label: str, elem_id: str) -> gr.Image:
     return gr.Image(
-        format="png", type="pil", label=label, interactive=False, height=400, elem_id=elem_id, elem_classes="picture"
+        format="png",
+        type="pil",
+        label=label,
+        interactive=False,
+        height=400,
+        buttons=BUTTONS,
+        elem_id=elem_id,
+        elem_classes="picture",
     )
 
 
 def _gallery(elem_id: str, columns: int) -> gr.Gallery:
     return gr.Gallery(
         format="png", show_label=False, columns=columns, object_fit="contain", height="auto", interactive=False,
-        elem_id=elem_id, elem_classes="pictures",
+        buttons=GALLERY_BUTTONS, elem_id=elem_id, elem_classes="pictures",
     )  # fmt: skip

@@ -13,7 +13,7 @@ import gradio as gr
 from ..arithmetic import read_checked, relative_norm
 from ..commands import coeff_files
 from ..plot import plot_layers
-from .create import CreateTab
+from .create import BUTTONS, CreateTab
 from .messages import EXPECTED, text_of, told
 from .pipeline import SharedPipeline
 from .visitors import Visitor, Visitors
@@ -126,27 +126,27 @@ def inspect_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, creat
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             file = gr.File(label="A .safetensors file of coefficients", file_types=[".safetensors"], elem_id="file")
-            answer = gr.HTML(elem_id="verdict")
+            answer = gr.HTML(padding=False, elem_id="verdict")
             use = gr.Button("Use it in Create", variant="primary", visible=False, elem_id="use")
-            facts = gr.HTML(elem_id="facts")
+            facts = gr.HTML(padding=False, elem_id="facts")
         with gr.Column(scale=5, min_width=480, visible=False) as results, gr.Tabs():
             with gr.Tab("Heatmaps of Delta"):
-                plot = gr.Image(label="Delta by layer", show_label=False, interactive=False, elem_id="heatmaps")
+                plot = gr.Image(show_label=False, interactive=False, buttons=BUTTONS, elem_id="heatmaps")
             with gr.Tab("Layers that move most"):
                 gr.Markdown(
-                    "||Delta|| / ||I||: how much is added to the maps, comparable between layers of other numbers of "
-                    "heads."
+                    "Relative is ||Delta|| / ||I||: how much is added to the maps, comparable between layers of any "
+                    "number of heads."
                 )
                 layers = gr.Dataframe(
-                    headers=["Layer", "Heads", "||Delta||", "||Delta|| / ||I||"],
+                    headers=["Layer", "Heads", "||Delta||", "Relative"],
                     datatype=["str", "number", "number", "number"],
-                    column_widths=["61%", "11%", "13%", "15%"], interactive=False, elem_id="layers",
+                    column_widths=["66%", "9%", "13%", "12%"], interactive=False, elem_id="layers",
                 )  # fmt: skip
             with gr.Tab("Heads that mix most"):
                 gr.Markdown("The norm of a head's row of Delta, and the map that it takes most of.")
                 heads = gr.Dataframe(
                     headers=["Layer", "Head", "Norm", "Largest entry"], datatype=["str", "number", "number", "str"],
-                    column_widths=["55%", "10%", "12%", "23%"], interactive=False, elem_id="heads",
+                    column_widths=["64%", "8%", "8%", "20%"], interactive=False, elem_id="heads",
                 )  # fmt: skip
 
     @told

@@ -20,7 +20,7 @@ MONOSPACE = ["ui-monospace", "monospace"]
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto;}
-.top {display: flex; align-items: baseline; gap: 12px; flex-wrap: wrap; padding: 4px 2px;}
+.top {display: flex; align-items: baseline; gap: 12px; flex-wrap: wrap; padding: 4px 0;}
 .top h1 {font-size: 22px; font-weight: 650; margin: 0;}
 .top span {color: var(--body-text-color-subdued); font-size: 14px;}
 .picture img {width: 100%; height: 100%; object-fit: contain;}
@@ -32,11 +32,16 @@ CSS = """
 .panel.plain {border-color: var(--color-accent); background: var(--background-fill-secondary);}
 .bar {height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden;}
 .bar div {height: 100%; background: var(--color-accent); transition: width 0.5s;}
+table.facts, table.facts th, table.facts td {border: none !important;}
 table.facts {width: 100%; font-size: 14px; border-collapse: collapse;}
-table.facts th {text-align: left; font-weight: 500; white-space: nowrap; padding: 5px 14px 5px 2px;
+table.facts th {text-align: left; font-weight: 500; white-space: nowrap; padding: 5px 14px 5px 0 !important;
     vertical-align: top; color: var(--body-text-color-subdued);}
-table.facts td {padding: 5px 0; overflow-wrap: anywhere;}
-table.facts tr + tr {border-top: 1px solid var(--border-color-primary);}
+table.facts td {padding: 5px 0 !important; overflow-wrap: anywhere;}
+table.facts tr + tr {border-top: 1px solid var(--border-color-primary) !important;}
+.pictures .grid-wrap {min-height: 0 !important; max-height: none !important;}
+.pictures {min-height: 96px;}
+.seed {align-items: end;}
+.seed button {height: 40px; margin-bottom: 13px;}
 .caption-row {align-items: center;}
 """
 
@@ -58,10 +63,8 @@ def page(shared: SharedPipeline, visitors: Visitors) -> gr.Blocks:
     about = f"{type(shared.pipe).__name__} of {shown}, {len(shared.names())} subjects"
     blocks = gr.Blocks(title="coeff_diffusers", analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True)
     with blocks:
-        gr.HTML(
-            '<div class="top"><h1>coeff_diffusers</h1>'
-            f"<span>Many subjects, one frozen model. {html.escape(about)}</span></div>"
-        )
+        title = f"<h1>coeff_diffusers</h1><span>Many subjects, one frozen model. {html.escape(about)}</span>"
+        gr.HTML(f'<div class="top">{title}</div>', padding=False)
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"):
                 create = create_tab(shared, visitors)

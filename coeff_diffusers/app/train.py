@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..training import DreamBoothSettings, InputError
 from ..training.images.files import open_file, open_images
-from .create import CreateTab
+from .create import GALLERY_BUTTONS, CreateTab
 from .inspect_file import used
 from .messages import told
 from .pipeline import SharedPipeline
@@ -225,7 +225,7 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
         with gr.Column(scale=3, min_width=400):
             prompt = gr.Textbox(
                 "a sks subject", label="The subject in words", elem_id="instance-prompt",
-                info="A rare word and what it is, such as: a sks dog. Prompts call for the subject by it.",
+                info="A rare word and what it is, such as: a sks dog",
             )  # fmt: skip
             files = gr.File(
                 label=f"Three to six images of it, {app.max_train_images} at most", file_count="multiple",
@@ -255,18 +255,18 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
                     1, app.max_train_steps, value=min(STEPS, app.max_train_steps), step=1, label="Steps", scale=3,
                     elem_id="train-steps",
                 )  # fmt: skip
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, elem_id="train-seed")
+                seed = gr.Number(0, label="Seed", precision=0, min_width=80, elem_id="train-seed")
             with gr.Row():
                 validation = gr.Textbox(
                     "{subject} on a blue background" if glyphs else "{subject}", label="Validation prompt", scale=3,
                     elem_id="validation",
                 )  # fmt: skip
-                every = gr.Number(100, label="Every ... steps", precision=0, minimum=1, min_width=80, elem_id="every")
+                every = gr.Number(100, label="Steps apart", precision=0, min_width=80, elem_id="every")
             with gr.Row():
                 start = gr.Button("Train", variant="primary", elem_id="train")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
                 resume = gr.Button("Resume", interactive=False, elem_id="resume")
-            state = gr.HTML(elem_id="state")
+            state = gr.HTML(padding=False, elem_id="state")
             with gr.Row():
                 download = gr.DownloadButton("Download the file", visible=False, elem_id="download")
                 use = gr.Button("Use it in Create", variant="primary", visible=False, elem_id="use-trained")
@@ -276,7 +276,8 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
             )  # fmt: skip
             images = gr.Gallery(
                 format="png", label="Validation images, the newest first", columns=4, height="auto", visible=False,
-                object_fit="contain", interactive=False, elem_id="validation-images", elem_classes="pictures",
+                object_fit="contain", interactive=False, buttons=GALLERY_BUTTONS, elem_id="validation-images",
+                elem_classes="pictures",
             )  # fmt: skip
 
     def view(run: Run, shown: int) -> tuple[list[Any], int]:
