@@ -158,7 +158,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
         with gr.Column(scale=2, min_width=320):
             chosen = gr.Dropdown(
                 names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
-                info=f"Up to {MIXED}, mixed by their weights; none is the base model.",
+                info=f"Up to {MIXED}, by weight; none is the base model.",
             )  # fmt: skip
             sliders = [
                 gr.Slider(
@@ -170,7 +170,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
             weights = gr.State(weights_of(first, {}))
             prompt = gr.Textbox(
                 f"{WORDS} on a blue background" if first else "", label="Prompt", lines=2, elem_id="prompt",
-                info=f"{WORDS}: the words that the subject was trained with.",
+                info=f"{WORDS}: the words it was trained with.",
             )  # fmt: skip
             with gr.Row(equal_height=True, elem_classes="seed"):
                 seed = gr.Number(0, label="Seed", precision=0, min_width=100, scale=3, elem_id="seed")

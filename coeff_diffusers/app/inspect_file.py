@@ -125,6 +125,7 @@ def inspect_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, creat
     model = type(shared.pipe).__name__
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
+            gr.Markdown("What a file says of itself, where its Delta is large, and whether it fits the model.")
             file = gr.File(label="A .safetensors file of coefficients", file_types=[".safetensors"], elem_id="file")
             answer = gr.HTML(padding=False, elem_id="verdict")
             use = gr.Button("Use it in Create", variant="primary", visible=False, elem_id="use")

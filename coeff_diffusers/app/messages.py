@@ -34,10 +34,10 @@ def text_of(error: BaseException) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
-def shown(text: str, title: str = "That did not work") -> gr.Error:
+def shown(text: str) -> gr.Error:
     """A message on the page, in which markup is text."""
     escaped = html.escape(text).replace("\n", "<br>")
-    return gr.Error(escaped, title=title, duration=30, print_exception=False)
+    return gr.Error(escaped, duration=30, print_exception=False)
 
 
 @contextmanager

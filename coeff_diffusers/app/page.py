@@ -19,7 +19,8 @@ FONTS = ["system-ui", "sans-serif"]  # those of the machine: the page asks no ot
 MONOSPACE = ["ui-monospace", "monospace"]
 
 CSS = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto;}
+.gradio-container {width: 100%; max-width: 1240px !important; margin: 0 auto;}
+.html-container {padding: 0 !important;}
 .top {display: flex; align-items: baseline; gap: 12px; flex-wrap: wrap; padding: 4px 0;}
 .top h1 {font-size: 22px; font-weight: 650; margin: 0;}
 .top span {color: var(--body-text-color-subdued); font-size: 14px;}
@@ -32,7 +33,7 @@ CSS = """
 .panel.plain {border-color: var(--color-accent); background: var(--background-fill-secondary);}
 .bar {height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden;}
 .bar div {height: 100%; background: var(--color-accent); transition: width 0.5s;}
-table.facts, table.facts th, table.facts td {border: none !important;}
+table.facts, table.facts tr, table.facts th, table.facts td {border: none !important;}
 table.facts {width: 100%; font-size: 14px; border-collapse: collapse;}
 table.facts th {text-align: left; font-weight: 500; white-space: nowrap; padding: 5px 14px 5px 0 !important;
     vertical-align: top; color: var(--body-text-color-subdued);}
