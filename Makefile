@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test docs test-oldest lint format sanitize fuzz bench clean
+.PHONY: install demo app browser test docs test-oldest lint format sanitize fuzz bench clean
 
 install: $(STAMP)
 
@@ -21,6 +21,17 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard coeff_diffusers
 
 demo: $(STAMP)
 	$(PY) examples/demo.py
+
+app: $(STAMP)
+	$(VENV)/bin/coeff-diffusers app
+
+# tests/test_app.py clicks the app's page in a Chromium or Chrome, and says that it skips where there is none
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable chrome
+browser:
+	@if [ -n "$$(for name in $(BROWSERS); do command -v $$name; done)" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium; \
+	else echo "There is no Chromium or Chrome: the tests of the app's page are skipped."; fi
 
 # two processes at once, for a test computes with one thread; a file's tests share what they have built, and the slowest
 # files come first

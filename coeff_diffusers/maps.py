@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -161,7 +162,10 @@ def maps_of_keys(
 
 @dataclass(eq=False)
 class _Record(TorchFunctionMode):
-    """Sees the attention calls of a pipeline, and sums up the maps of the word: (2, H, h, w), before and after."""
+    """Sees the attention calls of a pipeline in its own thread, and sums up the word's maps: (2, H, h, w).
+
+    Other threads may call the model meanwhile; its hooks pass them over.
+    """
 
     positions: tuple[int, ...]
     wanted: frozenset[int] | None
@@ -175,6 +179,7 @@ class _Record(TorchFunctionMode):
     text: int = 0
     size: tuple[int, int] = (0, 0)
     grid: tuple[int, int] | None = None
+    thread: int = field(default_factory=threading.get_ident)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -194,6 +199,8 @@ class _Record(TorchFunctionMode):
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a call of the denoiser: which step it is, and what there is of text and image."""
+        if self.is_elsewhere():
+            return
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         timestep = float(torch.as_tensor(given["timestep"]).flatten()[0])
         first = timestep != self.timestep  # another with the same one is guidance's, of the negative prompt
@@ -213,12 +220,17 @@ class _Record(TorchFunctionMode):
 
     def entering(self, path: str) -> Callable[..., None]:
         def enter(layer: nn.Module, args: Any) -> None:
-            self.layer = (path, layer) if self.active else None
+            if not self.is_elsewhere():
+                self.layer = (path, layer) if self.active else None
 
         return enter
 
     def leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.layer = None
+        if not self.is_elsewhere():
+            self.layer = None
+
+    def is_elsewhere(self) -> bool:
+        return threading.get_ident() != self.thread
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

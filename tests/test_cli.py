@@ -259,6 +259,7 @@ def test_help_and_version_load_no_torch() -> None:
         ["generate", "--help"],
         ["score", "-h"],
         ["serve", "--help"],
+        ["app", "--help"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", code.replace("{flags}", repr(flags))], capture_output=True, text=True, check=True
@@ -270,11 +271,12 @@ def test_help_and_version_load_no_torch() -> None:
         "--coeff_weights",
         "--clip_model",
         "--max_batch_size",
+        "--max_train_images",
     ):
         assert told in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "score", "serve"])
+@pytest.mark.parametrize("command", ["train", "generate", "score", "serve", "app"])
 def test_a_command_that_runs_a_model_is_in_the_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -11,7 +11,7 @@ import coeff_diffusers
 from coeff_diffusers.training.settings import dreambooth as settings
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("", "comfyui/", "docs/", "examples/", "examples/emoji/*/", "training/", "training/*/")
+FOLDERS = ("", "comfyui/", "docs/", "examples/", "examples/emoji/*/", "examples/space/", "training/", "training/*/")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
 
 

@@ -14,6 +14,7 @@ OF_MODELS = {
     "score": "scores images of generate: CLIP-T, CLIP-I, DINO, DINOv2, LPIPS, drift",
     "maps": "draws where each head looks for a word of the prompt",
     "serve": "serves images of many subjects over HTTP",
+    "app": "opens a page to create, look into and train subjects",
 }
 
 
@@ -24,8 +25,8 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
 
         main(argv)
         return 0
-    if name == "serve":
-        return serve(argv)
+    if name in ("serve", "app"):
+        return until_stopped(name, argv)
     from . import flags
 
     args = {"generate": flags.parse_generate, "score": flags.parse_score, "maps": flags.parse_maps}[name](argv)
@@ -40,19 +41,21 @@ def run_on_model(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def serve(argv: Sequence[str]) -> int:
-    """Serves until it is asked to stop."""
+def until_stopped(name: str, argv: Sequence[str]) -> int:
+    """Runs the server or the app until it is asked to stop."""
+    package = {"serve": "serving", "app": "app"}[name]
     try:
-        from ..serving.settings import parse_serve
         from ..training.errors import InputError
+
+        settings_module = importlib.import_module(f"..{package}.settings", __package__)
     except ImportError as error:
-        return _no_serve(error)
+        return _missing(name, error)
     try:
-        settings = parse_serve(argv)
+        settings = getattr(settings_module, f"parse_{name}")(argv)
         try:
-            from ..serving.run import run
+            run = importlib.import_module(f"..{package}.run", __package__).run
         except ImportError as error:
-            return _no_serve(error)
+            return _missing(name, error)
         run(settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,6 +63,6 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
-def _no_serve(error: ImportError) -> int:
-    print(f"error: serve needs {error.name}; pip install 'coeff_diffusers[serve]'", file=sys.stderr)
+def _missing(name: str, error: ImportError) -> int:
+    print(f"error: {name} needs {error.name}; pip install 'coeff_diffusers[{name}]'", file=sys.stderr)
     return 1

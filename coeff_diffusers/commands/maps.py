@@ -41,15 +41,28 @@ def main(args: argparse.Namespace) -> Path:
     return path
 
 
-def maps_sheet(found: AttentionMaps, title: str, layers: list[str], cell: int = 96) -> Image.Image:
-    """A sheet with two rows for each layer, before and after mixing, a column for each head, on one scale a layer."""
+def maps_sheet(
+    found: AttentionMaps, title: str, layers: list[str], cell: int = 96, columns: int | None = None
+) -> Image.Image:
+    """A sheet with two rows for each layer, before and after mixing, a column for each head, on one scale a layer.
+
+    Args:
+        found: what is drawn.
+        title: over all.
+        layers: in this order.
+        cell: side of a map, in pixels.
+        columns: heads of a row, at most; the others follow in two rows of their own. `None` has all in one.
+    """
     rows: list[tuple[str, list[Image.Image], list[str]]] = [("the image", [found.image], [])]
     for path in layers:
         both = {"before": found.before[path], "after": found.after[path]}
         limit = max(float(maps.abs().max()) for maps in both.values())
         short = ".".join(part for part in path.split(".")[1:] if part not in ("attentions", "transformer_blocks"))
-        for name, maps in both.items():
-            heads = [overlay_map(found.image, one, limit=limit) for one in maps]
-            captions = [f"head {i}: {float(one.mean()):.2f}" for i, one in enumerate(maps)]
-            rows.append((f"{short.replace('.', ' ')} {name}", heads, captions))
+        count = len(both["before"])
+        for start in range(0, count, columns or count):
+            for name, maps in both.items():
+                part = list(enumerate(maps))[start : start + (columns or count)]
+                heads = [overlay_map(found.image, one, limit=limit) for _, one in part]
+                captions = [f"head {i}: {float(one.mean()):.2f}" for i, one in part]
+                rows.append((f"{short.replace('.', ' ')} {name}", heads, captions))
     return sheet(rows, title=title, cell=cell)

@@ -53,6 +53,7 @@ class Images:
         stay_on_this_machine()
         hush()
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        self.settings = settings
         self.pipeline = SubjectPipeline(settings)
         self.door = Door(settings.max_batch_size)
         self.thread = ThreadPoolExecutor(1)  # of its own, for those that load subjects may all be waiting for the Hub
@@ -67,7 +68,7 @@ class Images:
             request = await asyncio.to_thread(self.pipeline.check, request)
         except Refusal as refusal:
             return refusal
-        if self.door.waiting >= self.pipeline.settings.max_queued_requests:
+        if self.door.waiting >= self.settings.max_queued_requests:
             return Refusal(503, "too many requests wait")
         async with self.door.through(self.pipeline.kind(request), request.num_images_per_prompt) as place:
             answer: Answer | Refusal = await self.batch((request, place))

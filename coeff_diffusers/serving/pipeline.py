@@ -25,7 +25,7 @@ from ..sampling import sampling_defaults
 from ..store import AdapterStore
 from .folder import no_folder, no_subject, without_folder
 from .requests import ImageRequest, Refusal
-from .settings import ServeSettings
+from .settings import PipelineSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,9 +41,13 @@ class Abandoned(Exception):  # noqa: N818
 
 
 class SubjectPipeline:
-    """A base model with a folder of subjects. One batch at a time."""
+    """A base model with a folder of subjects. One batch at a time.
 
-    def __init__(self, settings: ServeSettings) -> None:
+    Attributes:
+        beside: adapters that were loaded otherwise than by the store, which may be asked for as well.
+    """
+
+    def __init__(self, settings: PipelineSettings) -> None:
         self.settings = settings
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.pipe = base_pipeline(
@@ -51,6 +55,7 @@ class SubjectPipeline:
         ).to(device or "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         self.store = AdapterStore(settings.adapters, max_resident=settings.max_resident).attach(self.pipe)
+        self.beside: set[str] = set()
         self.takes = inspect.signature(type(self.pipe).__call__).parameters
         defaults = {name: each.default for name, each in self.takes.items() if each.default is not each.empty}
         self.sampling = sampling_defaults(self.pipe)
@@ -126,7 +131,7 @@ class SubjectPipeline:
 
     def _refuse_unknown(self, names: Sequence[str]) -> None:
         try:
-            unknown = [name for name in names if name not in self.store]
+            unknown = [name for name in names if name not in self.beside and name not in self.store]
         except FileNotFoundError as error:
             raise no_folder() from error
         if unknown:

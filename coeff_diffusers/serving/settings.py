@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from ..console import Parser
 from ..training.errors import InputError
@@ -15,6 +15,7 @@ from ..training.settings.command_line import add_flag
 from ..training.settings.dreambooth import Settings, flag, hints
 from ..training.settings.rules import Count, NotNegative, Text, within
 
+S = TypeVar("S", bound=Settings)
 Port = Annotated[int, within("in [1, 65535]", lambda value: 1 <= value <= 65535)]
 
 DESCRIPTION = """Serves images over HTTP: any subject of a folder by its name, different ones in one batch.
@@ -30,8 +31,8 @@ then set COEFF_SERVE_TOKEN.
 
 
 @dataclass(frozen=True)
-class ServeSettings(Settings):
-    """Server"""
+class PipelineSettings(Settings):
+    """Pipeline"""
 
     pretrained_model_name_or_path: Text = flag(
         "The base model: a folder in diffusers format, a name on the Hub, or a single .safetensors file."
@@ -44,6 +45,16 @@ class ServeSettings(Settings):
         "Of a single file: a folder in diffusers format of its kind, for what it lacks.", None
     )
     dtype: Literal["float32", "float16", "bfloat16"] = flag("Of the base model.", "float32")
+    max_batch_size: Count = flag("Images that are made at once.", 8)
+    max_resident: Count = flag("Subjects that a pipeline keeps loaded.", 1000)
+    max_num_inference_steps: Count = flag("Steps that a request may ask for.", 100)
+    max_image_size: Count = flag("Height and width that a request may ask for, in pixels.", 1536)
+
+
+@dataclass(frozen=True)
+class ServeSettings(PipelineSettings):
+    """Server"""
+
     host: str = flag("Address to listen on; 0.0.0.0 is all of the machine's.", "127.0.0.1")
     port: Port = flag("Port to listen on.", 8000)
     token: str | None = flag(
@@ -52,16 +63,12 @@ class ServeSettings(Settings):
         None,
         secret=True,
     )
-    max_batch_size: Count = flag("Images that are made at once.", 8)
     batch_wait_timeout_s: NotNegative = flag(
         "Seconds that the first image of a batch waits for others, while the replica is idle.", 0.02
     )
     max_queued_requests: Count = flag(
         "Requests that wait at a replica; more are answered by 503, with a time to try again.", 64
     )
-    max_resident: Count = flag("Subjects that a replica keeps loaded.", 1000)
-    max_num_inference_steps: Count = flag("Steps that a request may ask for.", 100)
-    max_image_size: Count = flag("Height and width that a request may ask for, in pixels.", 1536)
     max_upload_size: Count = flag("Of a coefficient file that is put, in bytes.", 8 << 20)
     num_replicas: Count = flag("Pipelines, each in a process of its own.", 1)
     num_gpus: NotNegative | None = flag(
@@ -90,22 +97,28 @@ def token_of(settings: ServeSettings) -> str | None:
 
 
 def parse_serve(argv: Sequence[str] | None = None) -> ServeSettings:
-    """The settings of the command line.
+    """The settings of the command line. Raises as [`parse_flags`]."""
+    return parse_flags(ServeSettings, "serve", DESCRIPTION, argv)
+
+
+def parse_flags(group: type[S], command: str, description: str, argv: Sequence[str] | None = None) -> S:
+    """The settings of a command of `coeff-diffusers`.
 
     Raises:
         InputError: if they cannot be used; every problem is listed.
         SystemExit: for help, and for flags that there are not.
     """
     parser = Parser(
-        "coeff-diffusers serve",
-        description=DESCRIPTION,
+        f"coeff-diffusers {command}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    types: dict[str, Any] = hints(ServeSettings)
-    for setting in fields(ServeSettings):
+    kind: Any = group
+    types: dict[str, Any] = hints(kind)
+    for setting in fields(kind):
         add_flag(parser, setting, types[setting.name], False)
     given = vars(parser.parse_args(argv))
-    if missing := [f"--{s.name}" for s in fields(ServeSettings) if s.default is MISSING and s.name not in given]:
+    if missing := [f"--{s.name}" for s in fields(kind) if s.default is MISSING and s.name not in given]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return ServeSettings(**given)
+    return group(**given)
