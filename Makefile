@@ -38,9 +38,10 @@ browser:
 test: $(STAMP)
 	$(PY) -m pytest $(PARALLEL)
 
-# the site, in build/site; a page, a heading or a name that is linked and not there is an error
+# the site, in build/site; a page, a heading or a name that is linked and not there is an error,
+# which --quiet would let pass
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # the lower bounds that pyproject.toml states
 test-oldest:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import pytest
@@ -24,7 +24,7 @@ import coeff_diffusers
 from coeff_diffusers import add_coeff_adapter, load_coeff_weights, save_coeff_weights, training, unload_coeff_weights
 from coeff_diffusers.cli import main, make_parser
 from coeff_diffusers.commands import flags
-from coeff_diffusers.training import DreamBoothSettings, parse_settings
+from coeff_diffusers.training import parse_settings
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "comfyui/", "docs/", "examples/", "examples/emoji/*/", "training/")
@@ -146,23 +146,28 @@ def commands(page: str) -> list[list[str]]:
     return [found for found in words if found[:1] == ["coeff-diffusers"]]
 
 
+def parser_of(command: str) -> Callable[[list[str]], Any]:
+    """What reads the flags of a command."""
+    if command == "train":
+        return parse_settings
+    if package := {"app": "app", "serve": "serving"}.get(command):
+        command_flags = pytest.importorskip(f"coeff_diffusers.{package}.settings")
+    else:
+        command_flags = flags
+    return getattr(
+        command_flags, f"parse_{command}", lambda arguments: make_parser().parse_args([command, *arguments])
+    )
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_every_command_is_understood(page) -> None:
-    parsers = {name: getattr(flags, f"parse_{name}") for name in ("generate", "maps", "score")}
-    for _, name, *arguments in commands(page):
-        if name == "serve":
-            settings = pytest.importorskip("coeff_diffusers.serving.settings")
-            parsers["serve"] = settings.parse_serve
+    for _, command, *arguments in commands(page):
+        parse = parser_of(command)
         if "..." in arguments or {"--config", "--subjects"} & set(arguments):  # not whole; files that would be read
-            group: Any = settings.ServeSettings if name == "serve" else DreamBoothSettings
-            known = {setting.name for setting in fields(group)} | {"config"}
+            known = {setting.name for setting in fields(get_type_hints(parse)["return"])} | {"config"}
             assert {flag[2:].removeprefix("no_") for flag in arguments if flag.startswith("--")} <= known
-        elif name == "train":
-            parse_settings(arguments)
-        elif name in parsers:
-            parsers[name](arguments)
         else:
-            make_parser().parse_args([name, *arguments])
+            parse(arguments)
 
 
 def test_every_command_on_files_runs(pipe, capsys) -> None:
