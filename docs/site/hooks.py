@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def settings_table() -> str:
+    """The fields of DreamBoothSettings, which stand in its bases and have their help beside them."""
+    from coeff_diffusers.training.settings import DreamBoothSettings
+
+    lines = ["| field, flag | default | |", "|---|---|---|"]
+    for field in fields(DreamBoothSettings):
+        text = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+        default = "" if field.default in (MISSING, None, ()) else f"`{field.default!r}`"
+        lines.append(f"| `{field.name}` | {default} | {text} |")
+    return "\n".join(lines)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def on_the_site(link: re.Match[str]) -> str:
         image, text, path, heading = link.groups()
@@ -47,6 +60,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if page.is_homepage:
         page.meta["hide"] = ["navigation", "toc"]  # it is a list of the pages itself
+    if "<!-- settings -->" in markdown:
+        markdown = markdown.replace("<!-- settings -->", settings_table())
     return LINK.sub(on_the_site, markdown)
 
 
