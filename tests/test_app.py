@@ -208,7 +208,7 @@ def test_maps_are_of_the_chosen_subjects_also_while_others_call_the_model(shared
     torch.testing.assert_close(meanwhile.after[layer], quietly.after[layer])
     assert float((quietly.after[layer] - quietly.before[layer]).abs().max()) > 0.05
     sheet = where_heads_look(shared, visitor, asked, "{subject}", 1, quiet)
-    assert sheet.width > sheet.height
+    assert sheet.width == 150 + 8 * (80 + 12)  # eight heads in a row
     with pytest.raises(Refusal, match="has no 'cat'"):
         where_heads_look(shared, visitor, asked, "cat", 1, quiet)
 
@@ -347,7 +347,7 @@ def test_images_that_are_none_too_many_or_too_large_are_named(images, tmp_path) 
         InputError, match=r"(?s)broken.png: UnidentifiedImageError.*large.png: .*9000 x 9000"
     ) as caught:
         check_images([*images, str(broken), str(large)], 12)
-    assert "--images: these cannot be read as images:\n  broken.png" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
     with pytest.raises(InputError, match="5 images were dropped, and a run can have 4"):
         check_images(images, 4)
 

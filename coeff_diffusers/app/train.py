@@ -101,7 +101,13 @@ def check_images(paths: Sequence[str], most: int) -> None:
     """Raises InputError if there are too many, or some are too large or no images; these are named."""
     if len(paths) > most:
         raise InputError(f"{len(paths)} images were dropped, and a run can have {most}: take the best")
-    open_images([(Path(path).name, "", partial(_open, path)) for path in paths], "images")
+    try:
+        open_images([(Path(path).name, "", partial(_open, path)) for path in paths], "images")
+    except InputError as error:
+        text = str(error).removeprefix("--images: ")
+        for path in paths:
+            text = text.replace(path, Path(path).name)  # the folder is the server's
+        raise InputError(text) from None
 
 
 def _open(path: str) -> Image.Image:
