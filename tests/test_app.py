@@ -51,6 +51,7 @@ from coeff_diffusers.app.train import (
 )
 from coeff_diffusers.app.visitors import Visitor, Visitors, free_name
 from coeff_diffusers.checkpoint import KEY_SUFFIX
+from coeff_diffusers.commands.generate import base_pipeline
 from coeff_diffusers.serving.requests import Refusal
 from coeff_diffusers.training import InputError
 
@@ -118,6 +119,11 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
 def test_no_such_model_is_an_input_error(tmp_path) -> None:
     with pytest.raises(InputError, match="--pretrained_model_name_or_path"):
         App(AppSettings(pretrained_model_name_or_path=str(tmp_path), port=free_port()))
+
+
+def test_a_pipeline_that_lacks_parts_is_loaded_without_them() -> None:
+    pipe = base_pipeline(str(EMBEDDED / "model_dit"), None, "float32")
+    assert (pipe.text_encoder_3, pipe.tokenizer_3) == (None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- messages

@@ -24,6 +24,7 @@ STEPS = 25  # to begin with
 HEADS = 8  # in a row of the maps
 WORDS = "{subject}"  # of a prompt, where the subject's own words go
 
+NO_SUBJECTS = "There are none yet: train one, or drop a file in Inspect."
 BUTTONS: list[Any] = ["download", "fullscreen"]  # of images
 GALLERY_BUTTONS: list[Any] = ["download", "download_all", "fullscreen"]
 PROGRESS = gr.Progress()  # as a default, it asks Gradio for the page's progress bar
@@ -158,7 +159,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
         with gr.Column(scale=2, min_width=320):
             chosen = gr.Dropdown(
                 names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
-                info=f"Up to {MIXED}, by weight; none is the base model.",
+                info=f"Up to {MIXED}, by weight; none is the base model." if names else NO_SUBJECTS,
             )  # fmt: skip
             sliders = [
                 gr.Slider(
