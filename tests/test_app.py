@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
 from coeff_diffusers import coeff_per_sample, read_coeff_metadata
 from coeff_diffusers.app import messages
@@ -40,6 +41,7 @@ from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run
 from coeff_diffusers.app.settings import EMBEDDED, AppSettings, filled_in, parse_app
 from coeff_diffusers.app.train import (
     border_colour,
+    captioner,
     check_images,
     example_images,
     loss_curve,
@@ -51,6 +53,7 @@ from coeff_diffusers.app.train import (
 )
 from coeff_diffusers.app.visitors import Visitor, Visitors, free_name
 from coeff_diffusers.checkpoint import KEY_SUFFIX
+from coeff_diffusers.commands.generate import base_pipeline
 from coeff_diffusers.serving.requests import Refusal
 from coeff_diffusers.training import InputError
 
@@ -118,6 +121,11 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
 def test_no_such_model_is_an_input_error(tmp_path) -> None:
     with pytest.raises(InputError, match="--pretrained_model_name_or_path"):
         App(AppSettings(pretrained_model_name_or_path=str(tmp_path), port=free_port()))
+
+
+def test_a_pipeline_that_lacks_parts_is_loaded_without_them() -> None:
+    pipe = base_pipeline(str(EMBEDDED / "model_dit"), None, "float32")
+    assert (pipe.text_encoder_3, pipe.tokenizer_3) == (None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- messages
@@ -208,7 +216,7 @@ def test_maps_are_of_the_chosen_subjects_also_while_others_call_the_model(shared
     torch.testing.assert_close(meanwhile.after[layer], quietly.after[layer])
     assert float((quietly.after[layer] - quietly.before[layer]).abs().max()) > 0.05
     sheet = where_heads_look(shared, visitor, asked, "{subject}", 1, quiet)
-    assert sheet.width > sheet.height
+    assert sheet.width == 150 + 8 * (80 + 12)  # eight heads in a row
     with pytest.raises(Refusal, match="has no 'cat'"):
         where_heads_look(shared, visitor, asked, "cat", 1, quiet)
 
@@ -333,6 +341,20 @@ def test_captions_are_suggested_by_a_ground_of_one_colour_or_by_a_captioner(imag
     assert suggested(Image.new("RGB", (8, 8)), "1.png", "a sks koala", "eating") == "a sks koala, eating"
 
 
+def test_a_captioner_of_transformers_describes_images(shared, tmp_path) -> None:
+    tokenizer = shared.pipe.tokenizer
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = {"eos_token_id": tokenizer.eos_token_id, "sep_token_id": tokenizer.eos_token_id}
+    text = small | end | {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    text |= {"encoder_hidden_size": 16, "pad_token_id": tokenizer.pad_token_id}
+    config = BlipConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8})
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path)
+    assert len(captioner(str(tmp_path))(Image.new("RGB", (40, 30))).split()) > 1
+    with pytest.raises(InputError, match="--captioner ./nowhere cannot be loaded"):
+        captioner("./nowhere")
+
+
 def test_captions_follow_the_subject_s_prompt() -> None:
     captions = {"a": "a sks dog on grass", "b": "something else"}
     assert reworded(captions, "a sks dog", "a sks cat") == {"a": "a sks cat on grass", "b": "something else"}
@@ -347,7 +369,7 @@ def test_images_that_are_none_too_many_or_too_large_are_named(images, tmp_path) 
         InputError, match=r"(?s)broken.png: UnidentifiedImageError.*large.png: .*9000 x 9000"
     ) as caught:
         check_images([*images, str(broken), str(large)], 12)
-    assert "--images: these cannot be read as images:\n  broken.png" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
     with pytest.raises(InputError, match="5 images were dropped, and a run can have 4"):
         check_images(images, 4)
 
@@ -395,10 +417,7 @@ def test_runs_train_one_at_a_time_and_one_that_waits_can_be_cancelled(images, tm
 
 
 def test_a_run_that_is_cancelled_goes_on_where_it_was(images, tmp_path) -> None:
-    whole = Run(run_settings(tmp_path / "whole", 6), given(images), Line(1))
-    whole.start()
-    whole.wait()
-    run = Run(run_settings(tmp_path / "run", 6), given(images), Line(1))
+    run = Run(run_settings(tmp_path, 6), given(images), Line(1))
     run.start()
     while not run.losses:
         time.sleep(0.01)
@@ -407,11 +426,12 @@ def test_a_run_that_is_cancelled_goes_on_where_it_was(images, tmp_path) -> None:
     assert run.phase == STOPPED
     assert run.can_resume
     assert "Resume goes on from there" in status(run)
+    before = run.losses
     run.start()
     run.wait()
     assert run.phase == DONE, run.message
-    assert run.losses == whole.losses
-    assert run.file.read_bytes()[-1000:] == whole.file.read_bytes()[-1000:]  # values, behind a header with the date
+    assert run.losses[: len(before)] == before
+    assert len(run.losses) == 6
 
 
 def test_a_run_that_fails_says_why_without_the_server_s_folders(images, tmp_path) -> None:

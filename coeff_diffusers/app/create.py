@@ -24,6 +24,7 @@ STEPS = 25  # to begin with
 HEADS = 8  # in a row of the maps
 WORDS = "{subject}"  # of a prompt, where the subject's own words go
 
+NO_SUBJECTS = "There are none yet: train one, or drop a file in Inspect."
 BUTTONS: list[Any] = ["download", "fullscreen"]  # of images
 GALLERY_BUTTONS: list[Any] = ["download", "download_all", "fullscreen"]
 PROGRESS = gr.Progress()  # as a default, it asks Gradio for the page's progress bar
@@ -158,7 +159,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
         with gr.Column(scale=2, min_width=320):
             chosen = gr.Dropdown(
                 names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
-                info=f"Up to {MIXED}, by weight; none is the base model.",
+                info=f"Up to {MIXED}, by weight; none is the base model." if names else NO_SUBJECTS,
             )  # fmt: skip
             sliders = [
                 gr.Slider(
@@ -167,7 +168,7 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
                 )
                 for n in range(MIXED)
             ]  # fmt: skip
-            weights = gr.State(weights_of(first, {}))
+            weighed = gr.State(first)  # the subjects that the sliders are of
             prompt = gr.Textbox(
                 f"{WORDS} on a blue background" if first else "", label="Prompt", lines=2, elem_id="prompt",
                 info=f"{WORDS}: the words it was trained with.",
@@ -225,9 +226,10 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
                     elem_id="maps",
                 )  # fmt: skip
 
-    controls = [chosen, weights, prompt, negative, seed, steps, guidance, size]
+    controls = [chosen, weighed, *sliders, prompt, negative, seed, steps, guidance, size]
 
-    def read(names: list[str], weights: dict[str, float], prompt: str, *options: Any) -> Asked:
+    def read(names: list[str], weighed: list[str], *given: Any) -> Asked:
+        weights, (prompt, *options) = dict(zip(weighed, given)), given[MIXED:]
         return Asked(weights_of(names or [], weights), prompt or "", options_of(takes, *options))
 
     @told
@@ -251,13 +253,10 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
         return where_heads_look(shared, visitor, asked, word, int(layers), steps_on(progress))
 
     @told
-    def on_choice(names: list[str], weights: dict[str, float]) -> list[Any]:
-        now = weights_of(names or [], weights)
+    def on_choice(names: list[str], weighed: list[str], *values: float) -> list[Any]:
+        now = weights_of(names or [], dict(zip(weighed, values)))
         shown = [gr.Slider(value=weight, label=f"Weight of {name}", visible=True) for name, weight in now.items()]
-        return [now, *shown, *[gr.Slider(visible=False)] * (MIXED - len(shown))]
-
-    def on_weights(names: list[str], *values: float) -> dict[str, float]:
-        return dict(zip(names or [], values))
+        return [list(now), *shown, *[gr.Slider(visible=False)] * (MIXED - len(shown))]
 
     @told
     def refresh(request: gr.Request) -> tuple[Any, Any]:
@@ -271,12 +270,8 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
     make_strip.click(on_strip, inputs, strip, **calls, **private)
     make_grid.click(on_grid, [*controls, of_grid, each], grid, **calls, **private)
     gr.on([make_maps.click, word.submit], on_maps, [*controls, word, layers], maps, **calls, **private)
-    chosen.change(on_choice, [chosen, weights], [weights, *sliders], show_progress="hidden", queue=False, **private)
-    for slider in sliders:
-        slider.change(
-            on_weights, [chosen, *sliders], weights, show_progress="hidden", queue=False,
-            trigger_mode="always_last", **private,
-        )  # fmt: skip
+    of_sliders: list[Any] = [weighed, *sliders]
+    chosen.change(on_choice, [chosen, *of_sliders], of_sliders, show_progress="hidden", queue=False, **private)
     another.click(lambda: secrets.randbelow(2**32), None, seed, queue=False, **private)
     return CreateTab(chosen, of_grid, refresh)
 

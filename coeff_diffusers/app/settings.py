@@ -44,7 +44,9 @@ class AppSettings(PipelineSettings):
     max_train_images: Count = flag("Images that a training run may have.", 12)
     max_train_runs: Count = flag("Training runs that wait for their turn, at most.", 8)
     captioner: Text | None = flag(
-        "A model of transformers that describes images, a folder or a name on the Hub, to suggest captions.", None
+        "A model of transformers that describes images, such as BLIP, to suggest captions: a folder or a name on the "
+        "Hub.",
+        None,
     )
 
 

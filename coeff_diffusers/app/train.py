@@ -84,13 +84,13 @@ def reworded(captions: Mapping[str, str], old: str, new: str) -> dict[str, str]:
 
 @cache
 def captioner(name: str) -> Any:
-    """Describes an image of Pillow. Raises ValueError if there is no such model."""
+    """Describes an image of Pillow. Raises InputError if there is no such model."""
     from transformers import pipeline
 
     try:
         describe = pipeline("image-text-to-text", model=name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"--captioner {name} cannot be loaded: {error}") from error
+        raise InputError(f"--captioner {name} cannot be loaded: {error}") from error
     return lambda image: str(describe(image, text="", max_new_tokens=30)[0]["generated_text"]).strip()
 
 
@@ -101,7 +101,13 @@ def check_images(paths: Sequence[str], most: int) -> None:
     """Raises InputError if there are too many, or some are too large or no images; these are named."""
     if len(paths) > most:
         raise InputError(f"{len(paths)} images were dropped, and a run can have {most}: take the best")
-    open_images([(Path(path).name, "", partial(_open, path)) for path in paths], "images")
+    try:
+        open_images([(Path(path).name, "", partial(_open, path)) for path in paths], "images")
+    except InputError as error:
+        text = str(error).removeprefix("--images: ")
+        for path in paths:
+            text = text.replace(path, Path(path).name)  # the folder is the server's
+        raise InputError(text) from None
 
 
 def _open(path: str) -> Image.Image:
@@ -218,6 +224,8 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
 def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create: CreateTab) -> None:
     """The tab's controls and what they do."""
     app = shared.settings
+    if app.captioner:
+        captioner(app.captioner)  # what cannot be loaded is said at once
     line = Line(app.max_train_runs)
     folder = Path(app.pretrained_model_name_or_path).parent / "subjects"  # the embedded models have one beside them
     glyphs = {path.stem.replace("-", " "): path for path in sorted(folder.glob("*.png"))}

@@ -61,7 +61,9 @@ def base_pipeline(name_or_path: str, single_file_config: str | None, dtype: str)
         return load_single_file(name_or_path, single_file_config, dtype=kind)
     if single_file_config:
         raise ValueError(f"--single_file_config is for a single file, not {name_or_path}")
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=kind)
+    parts = DiffusionPipeline.load_config(name_or_path)
+    left_out = [name for name, of in parts.items() if of in ([None, None], (None, None))]
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=kind, **dict.fromkeys(left_out))
 
 
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
