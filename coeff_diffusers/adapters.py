@@ -35,7 +35,7 @@ from .record import (
     put_states,
     remove_record,
 )
-from .resolved import CHANGES, SWAP, Adapter, joined
+from .resolved import CHANGES, SWAP, Adapter
 from .text import is_text_encoder, use_coefficients
 
 DEFAULT_ADAPTER = "default"
@@ -580,9 +580,9 @@ def _adapters_of(
 
 def _flat(deltas: Sequence[Tensor]) -> Tensor:
     """Copies of all, float32 on the CPU, one after another."""
-    alike = len({(delta.device, delta.dtype) for delta in deltas}) == 1
-    values = joined(deltas if alike else [delta.detach().to("cpu", torch.float32) for delta in deltas])
-    return values.to("cpu", torch.float32, copy=True)
+    if len({(delta.device, delta.dtype) for delta in deltas}) > 1:
+        deltas = [delta.to("cpu", torch.float32) for delta in deltas]
+    return torch.cat([delta.detach().reshape(-1) for delta in deltas]).to("cpu", torch.float32)
 
 
 def replace_values(model: Any, adapter_name: str, values: Mapping[str, Tensor]) -> None:
