@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,4 +187,4 @@ class Run:
 
 def without(folder: Path, text: str) -> str:
     """A message without the folder, which is the server's."""
-    return text.replace(f"{folder}/", "").replace(str(folder), "the run's folder")
+    return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the run's folder")
