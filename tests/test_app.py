@@ -262,6 +262,17 @@ def test_a_visitor_s_file_is_a_subject_of_theirs_alone_and_goes_with_them(shared
     visitors.close()
 
 
+def test_of_too_many_visitors_the_idle_leave(shared) -> None:
+    visitors = Visitors(shared, most=2)
+    first, second = visitors.of("a"), visitors.of("b")
+    assert visitors.of("a") is first
+    visitors.of("c")
+    assert second.gone.is_set()
+    assert not first.gone.is_set()
+    visitors.close()
+    assert first.gone.is_set()
+
+
 def test_names_of_files_become_names_of_subjects() -> None:
     assert free_name("my dog.v2", ["my dog-v2"]) == "my dog-v2 2"
     assert free_name("../..", []) == "subject"

@@ -75,9 +75,11 @@ def page(shared: SharedPipeline, visitors: Visitors) -> gr.Blocks:
                 with gr.Tab("Train", id="train"):
                     train_tab(shared, visitors, tabs, create)
 
+        private: Any = {"api_visibility": "private"}
+
         def leave(request: gr.Request) -> None:
             visitors.leave(request.session_hash)
 
-        blocks.load(create.refresh, None, [create.chosen, create.of_grid], show_progress="hidden")
+        blocks.load(create.refresh, None, [create.chosen, create.of_grid], show_progress="hidden", **private)
         blocks.unload(leave)
     return blocks
