@@ -37,7 +37,7 @@ from coeff_diffusers.app.create import (
 from coeff_diffusers.app.inspect_file import look_into, refused, table, verdict
 from coeff_diffusers.app.pipeline import SharedPipeline
 from coeff_diffusers.app.run import App, check_port
-from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run
+from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run, name_of
 from coeff_diffusers.app.settings import EMBEDDED, AppSettings, filled_in, parse_app
 from coeff_diffusers.app.train import (
     border_colour,
@@ -431,7 +431,7 @@ def test_runs_train_one_at_a_time_and_one_that_waits_can_be_cancelled(images, tm
         assert run.phase == DONE, run.message
         assert len(run.losses) == 4
     assert read_coeff_metadata(first.file)["instance_prompt"] == "a sks koala"
-    assert visitor.take(first.file, "koala") == "koala"  # it fits
+    assert visitor.take(first.file, first.file.stem) == "koala"  # it fits
 
 
 def test_a_run_that_is_cancelled_goes_on_where_it_was(images, tmp_path) -> None:
@@ -475,6 +475,12 @@ def test_a_visitor_who_leaves_stops_their_run(images, shared) -> None:
     visitor.leave()
     assert run.phase == STOPPED
     assert not visitor.folder.exists()
+
+
+def test_a_trained_file_is_called_as_its_subject() -> None:
+    assert name_of("a sks koala face") == "koala face"
+    assert name_of("../a <b>sks</b>/") == "b b"
+    assert name_of("a sks") == "subject"
 
 
 def test_the_loss_curve_has_a_hundred_points_at_most() -> None:

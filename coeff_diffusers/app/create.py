@@ -244,7 +244,8 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
     def on_grid(request: gr.Request, progress: gr.Progress = PROGRESS, *given: Any) -> Any:
         *given_first, names, each = given
         asked, visitor = read(*given_first), visitors.of(request.session_hash)
-        return a_subject_each(shared, visitor, asked, names, int(each), steps_on(progress))
+        images = a_subject_each(shared, visitor, asked, names, int(each), steps_on(progress))
+        return gr.Gallery(images, columns=min(len(names), 8))  # a row for each seed
 
     @told
     def on_maps(request: gr.Request, progress: gr.Progress = PROGRESS, *given: Any) -> Any:

@@ -41,6 +41,7 @@ table.facts td {padding: 5px 0 !important; overflow-wrap: anywhere;}
 table.facts tr + tr {border-top: 1px solid var(--border-color-primary) !important;}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important;}
 .pictures {min-height: 96px;}
+#validation-images .grid-wrap {padding-top: 36px;}
 .seed {align-items: end;}
 .seed button {height: 40px; margin-bottom: 13px;}
 .caption-row {align-items: center;}

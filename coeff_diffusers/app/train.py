@@ -386,8 +386,7 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
         visitor = visitors.of(request.session_hash)
         if visitor.run is None or visitor.run.file is None:
             raise ValueError("nothing has been trained yet")
-        words = visitor.run.settings.instance_prompt.split()
-        return used(visitor, visitor.run.file, words[-1] if words else "subject")
+        return used(visitor, visitor.run.file, visitor.run.file.stem)
 
     private: dict[str, Any] = {"api_visibility": "private"}
     shows = [state, curve, images, start, cancel, resume, download, use]
