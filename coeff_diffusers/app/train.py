@@ -223,12 +223,12 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
 
 
 def view(run: Run, shown: int) -> tuple[list[Any], int]:
-    """What the page shows of a run now; images only if there are more than were shown."""
+    """What the page shows of a run now, and how many images it has; these are sent if not as many were shown."""
     made = run.validation_images()
     news: Any = gr.skip()
     if len(made) != shown:
         news = gr.Gallery([(str(file), text) for file, text in made[:SHOWN]], visible=bool(made))
-    drawn = gr.LinePlot(loss_curve(run.losses), visible=True) if len(run.losses) > 1 else gr.skip()
+    drawn = gr.LinePlot(loss_curve(run.losses) if run.losses else None, visible=len(run.losses) > 1)
     file = None if run.file is None else str(run.file)
     return [
         status(run),
@@ -244,7 +244,7 @@ def view(run: Run, shown: int) -> tuple[list[Any], int]:
 
 async def follow(run: Run) -> AsyncIterator[list[Any]]:
     """The page's view of a run until it has ended, whenever there is news."""
-    seen, shown = None, 0
+    seen, shown = None, -1  # what the page has of an earlier run goes
     while True:
         ended = run.ended  # before the view, so that the last one has all
         now = (run.phase, run.doing, len(run.losses), run.before)
