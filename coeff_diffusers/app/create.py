@@ -235,7 +235,7 @@ def _results(names: list[str]) -> _Results:
         make_strip = gr.Button("Create the strip", variant="primary", elem_id="make-strip")
         strip = _gallery("strip", columns=len(STRIP))
     with gr.Tab("A subject each"):
-        gr.Markdown("Every image has a subject of its own, all in one batch.")
+        gr.Markdown("Every image has a subject of its own, and one batch can hold all of them.")
         with gr.Row(equal_height=True):
             of_grid = gr.Dropdown(
                 names, value=names[:4], multiselect=True, label="Subjects of the grid", scale=3,
