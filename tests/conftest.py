@@ -13,7 +13,9 @@ from hosts import HOSTS, Host, visible
 from torch import nn
 
 # A minute or more each: started last, one of them would keep one process busy when all others are through.
-SLOWEST = ("test_gpu.py", "test_resume.py", "test_generate.py", "test_distributed.py", "test_choice.py")
+SLOWEST = (
+    "test_gpu.py", "test_resume.py", "test_generate.py", "test_distributed.py", "test_choice.py", "test_app.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

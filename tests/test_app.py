@@ -37,7 +37,7 @@ from coeff_diffusers.app.create import (
 from coeff_diffusers.app.inspect_file import look_into, refused, table, verdict
 from coeff_diffusers.app.pipeline import SharedPipeline
 from coeff_diffusers.app.run import App, check_port
-from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run
+from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run, name_of
 from coeff_diffusers.app.settings import EMBEDDED, AppSettings, filled_in, parse_app
 from coeff_diffusers.app.train import (
     border_colour,
@@ -221,6 +221,13 @@ def test_maps_are_of_the_chosen_subjects_also_while_others_call_the_model(shared
         where_heads_look(shared, visitor, asked, "cat", 1, quiet)
 
 
+def test_a_call_shares_the_models_and_nothing_that_it_changes(shared) -> None:
+    own = shared._for_one_call().pipe
+    assert own.unet is shared.pipe.unet
+    assert own.scheduler is not shared.pipe.scheduler
+    assert own.tokenizer is not shared.pipe.tokenizer
+
+
 def test_a_visitor_who_left_ends_what_is_computed_for_them(shared) -> None:
     visitor = Visitor(shared)
     steps = []
@@ -253,6 +260,17 @@ def test_a_visitor_s_file_is_a_subject_of_theirs_alone_and_goes_with_them(shared
     with pytest.raises(ValueError, match=adapter):
         alone(shared, "a cat", adapter)
     visitors.close()
+
+
+def test_of_too_many_visitors_the_idle_leave(shared) -> None:
+    visitors = Visitors(shared, most=2)
+    first, second = visitors.of("a"), visitors.of("b")
+    assert visitors.of("a") is first
+    visitors.of("c")
+    assert second.gone.is_set()
+    assert not first.gone.is_set()
+    visitors.close()
+    assert first.gone.is_set()
 
 
 def test_names_of_files_become_names_of_subjects() -> None:
@@ -298,13 +316,13 @@ def test_a_file_of_another_model_says_what_differs(shared, tmp_path) -> None:
 
 
 def test_hostile_files_are_messages_without_markup_and_folders(shared, tmp_path) -> None:
-    path = tmp_path / "<b>x.safetensors"
+    path = tmp_path / "a&b.safetensors"
     path.write_bytes(b"\x08\0\0\0\0\0\0\0{'nope'}")
     with pytest.raises(ValueError, match="no readable .safetensors file") as caught:
         look_into(shared, path, tmp_path)
     said = refused(path.name, caught.value, tmp_path)
     assert str(tmp_path) not in said
-    assert "<b>x" not in said
+    assert "a&amp;b.safetensors cannot be used" in said
     assert (
         table({"<i>": "<script>"}) == '<table class="facts"><tr><th>&lt;i&gt;</th><td>&lt;script&gt;</td></tr></table>'
     )
@@ -413,7 +431,7 @@ def test_runs_train_one_at_a_time_and_one_that_waits_can_be_cancelled(images, tm
         assert run.phase == DONE, run.message
         assert len(run.losses) == 4
     assert read_coeff_metadata(first.file)["instance_prompt"] == "a sks koala"
-    assert visitor.take(first.file, "koala") == "koala"  # it fits
+    assert visitor.take(first.file, first.file.stem) == "koala"  # it fits
 
 
 def test_a_run_that_is_cancelled_goes_on_where_it_was(images, tmp_path) -> None:
@@ -457,6 +475,12 @@ def test_a_visitor_who_leaves_stops_their_run(images, shared) -> None:
     visitor.leave()
     assert run.phase == STOPPED
     assert not visitor.folder.exists()
+
+
+def test_a_trained_file_is_called_as_its_subject() -> None:
+    assert name_of("a sks koala face") == "koala face"
+    assert name_of("../a <b>sks</b>/") == "b b"
+    assert name_of("a sks") == "subject"
 
 
 def test_the_loss_curve_has_a_hundred_points_at_most() -> None:

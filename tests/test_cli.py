@@ -283,6 +283,18 @@ def test_a_command_that_runs_a_model_is_in_the_help(command: str, capsys: pytest
     assert f"    {command} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "package"), [("app", "gradio"), ("serve", "ray")])
+def test_a_command_names_the_package_that_it_lacks(
+    command: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("coeff_diffusers.app", "coeff_diffusers.serving"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([command, "--pretrained_model_name_or_path", "model", "--adapters", "folder"]) == 1
+    expected = f"error: {command} needs {package}; pip install 'coeff_diffusers[{command}]'"
+    assert capsys.readouterr().err.strip() == expected
+
+
 def test_a_misspelled_flag_of_a_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["merge", "a", "b", "-o", "c", "--avrage"])

@@ -149,84 +149,127 @@ class CreateTab:
     refresh: Callable[..., Any]
 
 
-def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
-    """The tab's controls and what they do."""
-    names, settings = shared.names(), shared.settings
-    takes, defaults = shared.takes, shared.defaults
+@dataclass(frozen=True)
+class _Controls:
+    """What all images of the tab are made by."""
+
+    chosen: gr.Dropdown
+    weighed: gr.State
+    sliders: list[gr.Slider]
+    prompt: gr.Textbox
+    another: gr.Button
+    options: list[Any]
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.chosen, self.weighed, *self.sliders, self.prompt, *self.options]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Of each way to look at subjects, its button, what it alone asks for, and where its images go."""
+
+    make: gr.Button
+    pictures: list[Any]
+    make_strip: gr.Button
+    strip: gr.Gallery
+    of_grid: gr.Dropdown
+    each: gr.Slider
+    make_grid: gr.Button
+    grid: gr.Gallery
+    word: gr.Textbox
+    layers: gr.Slider
+    make_maps: gr.Button
+    maps: gr.Image
+
+
+def _controls(shared: SharedPipeline, names: list[str]) -> _Controls:
+    settings, takes, defaults = shared.settings, shared.takes, shared.defaults
     guidance_scale = 1.0 if defaults.get("guidance_scale") is None else float(defaults["guidance_scale"])
     first = names[:1]
+    chosen = gr.Dropdown(
+        names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
+        info=f"Up to {MIXED}, by weight; none is the base model." if names else NO_SUBJECTS,
+    )  # fmt: skip
+    sliders = [
+        gr.Slider(
+            LOWEST, HIGHEST, value=1.0, step=0.05, visible=n < len(first), elem_id=f"weight-{n}",
+            label=f"Weight of {first[0]}" if n < len(first) else "Weight",
+        )
+        for n in range(MIXED)
+    ]  # fmt: skip
+    weighed = gr.State(first)  # the subjects that the sliders are of
+    prompt = gr.Textbox(
+        f"{WORDS} on a blue background" if first else "", label="Prompt", lines=2, elem_id="prompt",
+        info=f"{WORDS}: the words it was trained with.",
+    )  # fmt: skip
+    with gr.Row(equal_height=True, elem_classes="seed"):
+        seed = gr.Number(0, label="Seed", precision=0, min_width=100, scale=3, elem_id="seed")
+        another = gr.Button("Another", size="sm", min_width=90, scale=2, elem_id="another")
+    steps = gr.Slider(
+        1, settings.max_num_inference_steps, value=min(STEPS, settings.max_num_inference_steps), step=1,
+        label="Steps", elem_id="steps",
+    )  # fmt: skip
+    with gr.Accordion("More settings", open=False):
+        negative = gr.Textbox("", label="Negative prompt", visible="negative_prompt" in takes, elem_id="negative")
+        guidance = gr.Slider(
+            0, 20, value=guidance_scale, step=0.1, label="Guidance scale", visible="guidance_scale" in takes,
+            elem_id="guidance",
+        )  # fmt: skip
+        size = gr.Number(
+            0, label="Side in pixels", info="0 is the model's own.", precision=0, visible="height" in takes,
+            elem_id="size",
+        )  # fmt: skip
+    return _Controls(chosen, weighed, sliders, prompt, another, [negative, seed, steps, guidance, size])
+
+
+def _results(names: list[str]) -> _Results:
+    first = names[:1]
+    with gr.Tab("Side by side"):
+        make = gr.Button("Create", variant="primary", elem_id="make")
+        with gr.Row():
+            base = _picture("Base model", "base")
+            adapted = _picture("With the subjects", "adapted")
+    with gr.Tab("Over the weight"):
+        gr.Markdown("The first subject's weight goes from -1 to 2; other subjects keep theirs.")
+        make_strip = gr.Button("Create the strip", variant="primary", elem_id="make-strip")
+        strip = _gallery("strip", columns=len(STRIP))
+    with gr.Tab("A subject each"):
+        gr.Markdown("Every image has a subject of its own, and one batch can hold all of them.")
+        with gr.Row(equal_height=True):
+            of_grid = gr.Dropdown(
+                names, value=names[:4], multiselect=True, label="Subjects of the grid", scale=3,
+                elem_id="of-grid",
+            )  # fmt: skip
+            each = gr.Slider(1, 6, value=2, step=1, label="Images of each", scale=2, elem_id="each")
+        make_grid = gr.Button("Create the grid", variant="primary", elem_id="make-grid")
+        grid = _gallery("grid", columns=4)
+    with gr.Tab("Attention maps"):
+        gr.Markdown("Where each head looks for a word of the prompt, before and after its maps are mixed.")
+        with gr.Row(equal_height=True):
+            word = gr.Textbox(
+                WORDS if first else "", label="Word, or several in a row, of the prompt", scale=3,
+                elem_id="word",
+            )  # fmt: skip
+            layers = gr.Slider(1, 6, value=2, step=1, label="Layers that change most", scale=2)
+        make_maps = gr.Button("Draw the maps", variant="primary", elem_id="make-maps")
+        maps = gr.Image(
+            format="png", type="pil", label="Maps", show_label=False, interactive=False, buttons=BUTTONS,
+            elem_id="maps",
+        )  # fmt: skip
+    return _Results(
+        make, [base, adapted], make_strip, strip, of_grid, each, make_grid, grid, word, layers, make_maps, maps
+    )
+
+
+def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
+    """The tab's controls and what they do."""
+    settings, takes, names = shared.settings, shared.takes, shared.names()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
-            chosen = gr.Dropdown(
-                names, value=first, multiselect=True, max_choices=MIXED, label="Subjects", elem_id="chosen",
-                info=f"Up to {MIXED}, by weight; none is the base model." if names else NO_SUBJECTS,
-            )  # fmt: skip
-            sliders = [
-                gr.Slider(
-                    LOWEST, HIGHEST, value=1.0, step=0.05, visible=n < len(first), elem_id=f"weight-{n}",
-                    label=f"Weight of {first[0]}" if n < len(first) else "Weight",
-                )
-                for n in range(MIXED)
-            ]  # fmt: skip
-            weighed = gr.State(first)  # the subjects that the sliders are of
-            prompt = gr.Textbox(
-                f"{WORDS} on a blue background" if first else "", label="Prompt", lines=2, elem_id="prompt",
-                info=f"{WORDS}: the words it was trained with.",
-            )  # fmt: skip
-            with gr.Row(equal_height=True, elem_classes="seed"):
-                seed = gr.Number(0, label="Seed", precision=0, min_width=100, scale=3, elem_id="seed")
-                another = gr.Button("Another", size="sm", min_width=90, scale=2, elem_id="another")
-            steps = gr.Slider(
-                1, settings.max_num_inference_steps, value=min(STEPS, settings.max_num_inference_steps), step=1,
-                label="Steps", elem_id="steps",
-            )  # fmt: skip
-            with gr.Accordion("More settings", open=False):
-                negative = gr.Textbox(
-                    "", label="Negative prompt", visible="negative_prompt" in takes, elem_id="negative"
-                )
-                guidance = gr.Slider(
-                    0, 20, value=guidance_scale, step=0.1, label="Guidance scale", visible="guidance_scale" in takes,
-                    elem_id="guidance",
-                )  # fmt: skip
-                size = gr.Number(
-                    0, label="Side in pixels", info="0 is the model's own.", precision=0, visible="height" in takes,
-                    elem_id="size",
-                )  # fmt: skip
+            controls = _controls(shared, names)
         with gr.Column(scale=5, min_width=480), gr.Tabs():
-            with gr.Tab("Side by side"):
-                make = gr.Button("Create", variant="primary", elem_id="make")
-                with gr.Row():
-                    base = _picture("Base model", "base")
-                    adapted = _picture("With the subjects", "adapted")
-            with gr.Tab("Over the weight"):
-                gr.Markdown("The first subject's weight goes from -1 to 2; other subjects keep theirs.")
-                make_strip = gr.Button("Create the strip", variant="primary", elem_id="make-strip")
-                strip = _gallery("strip", columns=len(STRIP))
-            with gr.Tab("A subject each"):
-                gr.Markdown("Every image has a subject of its own, all in one batch.")
-                with gr.Row(equal_height=True):
-                    of_grid = gr.Dropdown(
-                        names, value=names[:4], multiselect=True, label="Subjects of the grid", scale=3,
-                        elem_id="of-grid",
-                    )  # fmt: skip
-                    each = gr.Slider(1, 6, value=2, step=1, label="Images of each", scale=2, elem_id="each")
-                make_grid = gr.Button("Create the grid", variant="primary", elem_id="make-grid")
-                grid = _gallery("grid", columns=4)
-            with gr.Tab("Attention maps"):
-                gr.Markdown("Where each head looks for a word of the prompt, before and after its maps are mixed.")
-                with gr.Row(equal_height=True):
-                    word = gr.Textbox(
-                        WORDS if first else "", label="Word, or several in a row, of the prompt", scale=3,
-                        elem_id="word",
-                    )  # fmt: skip
-                    layers = gr.Slider(1, 6, value=2, step=1, label="Layers that change most", scale=2)
-                make_maps = gr.Button("Draw the maps", variant="primary", elem_id="make-maps")
-                maps = gr.Image(
-                    format="png", type="pil", label="Maps", show_label=False, interactive=False, buttons=BUTTONS,
-                    elem_id="maps",
-                )  # fmt: skip
-
-    controls = [chosen, weighed, *sliders, prompt, negative, seed, steps, guidance, size]
+            results = _results(names)
 
     def read(names: list[str], weighed: list[str], *given: Any) -> Asked:
         weights, (prompt, *options) = dict(zip(weighed, given)), given[MIXED:]
@@ -244,7 +287,8 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
     def on_grid(request: gr.Request, progress: gr.Progress = PROGRESS, *given: Any) -> Any:
         *given_first, names, each = given
         asked, visitor = read(*given_first), visitors.of(request.session_hash)
-        return a_subject_each(shared, visitor, asked, names, int(each), steps_on(progress))
+        images = a_subject_each(shared, visitor, asked, names, int(each), steps_on(progress))
+        return gr.Gallery(images, columns=min(len(names), 8))  # a row for each seed
 
     @told
     def on_maps(request: gr.Request, progress: gr.Progress = PROGRESS, *given: Any) -> Any:
@@ -265,15 +309,18 @@ def create_tab(shared: SharedPipeline, visitors: Visitors) -> CreateTab:
 
     calls: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": settings.concurrency_limit}
     private: dict[str, Any] = {"api_visibility": "private"}
-    inputs: Any = controls
-    gr.on([make.click, prompt.submit], on_make, inputs, [base, adapted], **calls, **private)
-    make_strip.click(on_strip, inputs, strip, **calls, **private)
-    make_grid.click(on_grid, [*controls, of_grid, each], grid, **calls, **private)
-    gr.on([make_maps.click, word.submit], on_maps, [*controls, word, layers], maps, **calls, **private)
-    of_sliders: list[Any] = [weighed, *sliders]
-    chosen.change(on_choice, [chosen, *of_sliders], of_sliders, show_progress="hidden", queue=False, **private)
-    another.click(lambda: secrets.randbelow(2**32), None, seed, queue=False, **private)
-    return CreateTab(chosen, of_grid, refresh)
+    inputs = controls.inputs
+    gr.on([results.make.click, controls.prompt.submit], on_make, inputs, results.pictures, **calls, **private)
+    results.make_strip.click(on_strip, inputs, results.strip, **calls, **private)
+    of_grid: list[Any] = [results.of_grid, results.each]
+    results.make_grid.click(on_grid, inputs + of_grid, results.grid, **calls, **private)
+    of_maps: list[Any] = [results.word, results.layers]
+    gr.on([results.make_maps.click, results.word.submit], on_maps, inputs + of_maps, results.maps, **calls, **private)
+    of_sliders: list[Any] = [controls.weighed, *controls.sliders]
+    plain: dict[str, Any] = private | {"show_progress": "hidden", "queue": False}
+    controls.chosen.change(on_choice, [controls.chosen, *of_sliders], of_sliders, **plain)
+    controls.another.click(lambda: secrets.randbelow(2**32), None, controls.options[1], **plain)
+    return CreateTab(controls.chosen, results.of_grid, refresh)
 
 
 def steps_on(progress: gr.Progress) -> Callable[[int, int], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def verdict(report: Report, name: str, model: str) -> str:
 
 def refused(name: str, error: BaseException, folder: Path) -> str:
     """Why a file cannot be looked into, as HTML; folders of the server are left out."""
-    first, *lines = text_of(error).replace(f"{folder}/", "").split("\n")
+    first, *lines = text_of(error).replace(f"{folder}{os.sep}", "").split("\n")
     return _panel("bad", f"{name} cannot be used: {first}", lines)
 
 

@@ -41,6 +41,7 @@ table.facts td {padding: 5px 0 !important; overflow-wrap: anywhere;}
 table.facts tr + tr {border-top: 1px solid var(--border-color-primary) !important;}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important;}
 .pictures {min-height: 96px;}
+#validation-images .grid-wrap {padding-top: 36px;}
 .seed {align-items: end;}
 .seed button {height: 40px; margin-bottom: 13px;}
 .caption-row {align-items: center;}
@@ -75,9 +76,11 @@ def page(shared: SharedPipeline, visitors: Visitors) -> gr.Blocks:
                 with gr.Tab("Train", id="train"):
                     train_tab(shared, visitors, tabs, create)
 
+        private: Any = {"api_visibility": "private"}
+
         def leave(request: gr.Request) -> None:
             visitors.leave(request.session_hash)
 
-        blocks.load(create.refresh, None, [create.chosen, create.of_grid], show_progress="hidden")
+        blocks.load(create.refresh, None, [create.chosen, create.of_grid], show_progress="hidden", **private)
         blocks.unload(leave)
     return blocks

@@ -21,23 +21,32 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run(settings: AppSettings) -> None:
-    """Answers until SIGINT or SIGTERM asks it to stop.
+    """Answers until SIGINT or SIGTERM asks it to stop, which may be while it starts.
 
     Raises:
         InputError: if there is no such model, or folder or repository of subjects, or the port cannot be had.
     """
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    app = App(settings)
+    app = None
     try:
+        stop_on(signal.default_int_handler)
+        app = App(settings)
         app.start()
+        stop_on(signal.default_int_handler)  # in place of Gradio's
         if settings.host not in LOOPBACK:
             print(f"warning: who reaches {settings.host} may use it: create, upload and train", flush=True)
         print(f"{app.address}  Ctrl-C stops", flush=True)
-        stop.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
-        app.close()
+        stop_on(signal.SIG_IGN)  # once is enough
+        if app is not None:
+            app.close()
+
+
+def stop_on(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 class App:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,13 +180,26 @@ class Run:
             self.losses = list(run.state.losses)
         result = self._at("makes the last images and writes the file", run.finish)
         assert isinstance(result, TrainingResult)
-        self.file = result.coeff_file
+        assert result.coeff_file is not None
+        name = name_of(self.settings.instance_prompt)
+        self.file = Path(shutil.copyfile(result.coeff_file, self.folder / f"{name}.safetensors"))
 
     def _at(self, what: str, work: Callable[[], Any]) -> Any:
         self.doing = what
         return work()
 
 
+def name_of(prompt: str) -> str:
+    """What a subject's file is called.
+
+    name_of("a sks koala face")  ->  "koala face"
+    """
+    words = [
+        word for word in re.sub(r"[^\w -]+", " ", prompt).split() if word.lower() not in ("a", "an", "the", "sks")
+    ]
+    return " ".join(words)[:60].strip(" -") or "subject"
+
+
 def without(folder: Path, text: str) -> str:
     """A message without the folder, which is the server's."""
-    return text.replace(f"{folder}/", "").replace(str(folder), "the run's folder")
+    return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the run's folder")

@@ -7,6 +7,7 @@ import html
 import re
 import statistics
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,132 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
     return pd.DataFrame({"step": steps, "loss": [statistics.fmean(part) for part in parts]})
 
 
+def view(run: Run, shown: int) -> tuple[list[Any], int]:
+    """What the page shows of a run now, and how many images it has; these are sent if not as many were shown."""
+    made = run.validation_images()
+    news: Any = gr.skip()
+    if len(made) != shown:
+        news = gr.Gallery([(str(file), text) for file, text in made[:SHOWN]], visible=bool(made))
+    drawn = gr.LinePlot(loss_curve(run.losses) if run.losses else None, visible=len(run.losses) > 1)
+    file = None if run.file is None else str(run.file)
+    return [
+        status(run),
+        drawn,
+        news,
+        gr.Button(interactive=run.ended),
+        gr.Button(interactive=not run.ended),
+        gr.Button(interactive=run.can_resume),
+        gr.DownloadButton(value=file, visible=file is not None),
+        gr.Button(visible=file is not None),
+    ], len(made)
+
+
+async def follow(run: Run) -> AsyncIterator[list[Any]]:
+    """The page's view of a run until it has ended, whenever there is news."""
+    seen, shown = None, -1  # what the page has of an earlier run goes
+    while True:
+        ended = run.ended  # before the view, so that the last one has all
+        now = (run.phase, run.doing, len(run.losses), run.before)
+        if now != seen:
+            values, shown = view(run, shown)
+            yield values
+            seen = now
+        if ended:
+            return
+        await asyncio.sleep(0.7)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is trained on: the prompt, the images, and a row for each with its caption."""
+
+    prompt: gr.Textbox
+    files: gr.File
+    example: gr.Dropdown
+    hint: gr.Markdown
+    rows: list[gr.Row]
+    thumbnails: list[gr.Image]
+    captions: list[gr.Textbox]
+    paths: gr.State
+    written: gr.State
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How it is trained, and what is seen of it."""
+
+    settings: list[Any]
+    start: gr.Button
+    cancel: gr.Button
+    resume: gr.Button
+    use: gr.Button
+    shows: list[Any]
+
+
+def _subject(app: AppSettings, glyphs: Mapping[str, Path]) -> _Subject:
+    prompt = gr.Textbox(
+        "a sks subject", label="The subject in words", elem_id="instance-prompt",
+        info="A rare word and what it is, such as: a sks dog",
+    )  # fmt: skip
+    files = gr.File(
+        label=f"Three to six images of it, {app.max_train_images} at most", file_count="multiple",
+        file_types=["image"], height=140, elem_id="images",
+    )  # fmt: skip
+    example = gr.Dropdown(
+        ["", *glyphs], value="", label="Or take an example", visible=bool(glyphs),
+        elem_id="example", info="A glyph that the embedded model has never seen.",
+    )  # fmt: skip
+    hint = gr.Markdown(
+        "**Captions** say what else is in the image, which prompts go on deciding. Of all settings they "
+        "matter most: correct the suggestions.", visible=False,
+    )  # fmt: skip
+    rows, thumbnails, captions = [], [], []
+    for n in range(app.max_train_images):
+        with gr.Row(visible=False, equal_height=True, elem_classes="caption-row") as row:
+            thumbnails.append(_thumbnail())
+            captions.append(
+                gr.Textbox(show_label=False, container=False, scale=5, elem_id=f"caption-{n}", max_lines=2)
+            )
+        rows.append(row)
+    paths = gr.State([])
+    written = gr.State("a sks subject")  # the prompt that captions have now
+    return _Subject(prompt, files, example, hint, rows, thumbnails, captions, paths, written)
+
+
+def _training(app: AppSettings, glyphs: Mapping[str, Path]) -> _Training:
+    with gr.Row():
+        steps = gr.Slider(
+            1, app.max_train_steps, value=min(STEPS, app.max_train_steps), step=1, label="Steps", scale=3,
+            elem_id="train-steps",
+        )  # fmt: skip
+        seed = gr.Number(0, label="Seed", precision=0, min_width=80, elem_id="train-seed")
+    with gr.Row():
+        validation = gr.Textbox(
+            "{subject} on a blue background" if glyphs else "{subject}", label="Validation prompt", scale=3,
+            elem_id="validation",
+        )  # fmt: skip
+        every = gr.Number(100, label="Steps apart", precision=0, min_width=80, elem_id="every")
+    with gr.Row():
+        start = gr.Button("Train", variant="primary", elem_id="train")
+        cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+        resume = gr.Button("Resume", interactive=False, elem_id="resume")
+    state = gr.HTML(padding=False, elem_id="state")
+    with gr.Row():
+        download = gr.DownloadButton("Download the file", visible=False, elem_id="download")
+        use = gr.Button("Use it in Create", variant="primary", visible=False, elem_id="use-trained")
+    curve = gr.LinePlot(
+        x="step", y="loss", x_title="Step", y_title="Loss", label="Loss", height=220, visible=False,
+        elem_id="loss",
+    )  # fmt: skip
+    images = gr.Gallery(
+        format="png", label="Validation images, the newest first", columns=4, height="auto", visible=False,
+        object_fit="contain", interactive=False, buttons=GALLERY_BUTTONS, elem_id="validation-images",
+        elem_classes="pictures",
+    )  # fmt: skip
+    shows = [state, curve, images, start, cancel, resume, download, use]
+    return _Training([steps, seed, validation, every], start, cancel, resume, use, shows)
+
+
 def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create: CreateTab) -> None:
     """The tab's controls and what they do."""
     app = shared.settings
@@ -231,95 +358,9 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
     glyphs = {path.stem.replace("-", " "): path for path in sorted(folder.glob("*.png"))}
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=400):
-            prompt = gr.Textbox(
-                "a sks subject", label="The subject in words", elem_id="instance-prompt",
-                info="A rare word and what it is, such as: a sks dog",
-            )  # fmt: skip
-            files = gr.File(
-                label=f"Three to six images of it, {app.max_train_images} at most", file_count="multiple",
-                file_types=["image"], height=140, elem_id="images",
-            )  # fmt: skip
-            example = gr.Dropdown(
-                ["", *glyphs], value="", label="Or take an example", visible=bool(glyphs),
-                elem_id="example", info="A glyph that the embedded model has never seen.",
-            )  # fmt: skip
-            hint = gr.Markdown(
-                "**Captions** say what else is in the image, which prompts go on deciding. Of all settings they "
-                "matter most: correct the suggestions.", visible=False,
-            )  # fmt: skip
-            rows, thumbnails, captions = [], [], []
-            for n in range(app.max_train_images):
-                with gr.Row(visible=False, equal_height=True, elem_classes="caption-row") as row:
-                    thumbnails.append(_thumbnail())
-                    captions.append(
-                        gr.Textbox(show_label=False, container=False, scale=5, elem_id=f"caption-{n}", max_lines=2)
-                    )
-                rows.append(row)
-            paths = gr.State([])
-            written = gr.State("a sks subject")  # the prompt that captions have now
+            subject = _subject(app, glyphs)
         with gr.Column(scale=4, min_width=440):
-            with gr.Row():
-                steps = gr.Slider(
-                    1, app.max_train_steps, value=min(STEPS, app.max_train_steps), step=1, label="Steps", scale=3,
-                    elem_id="train-steps",
-                )  # fmt: skip
-                seed = gr.Number(0, label="Seed", precision=0, min_width=80, elem_id="train-seed")
-            with gr.Row():
-                validation = gr.Textbox(
-                    "{subject} on a blue background" if glyphs else "{subject}", label="Validation prompt", scale=3,
-                    elem_id="validation",
-                )  # fmt: skip
-                every = gr.Number(100, label="Steps apart", precision=0, min_width=80, elem_id="every")
-            with gr.Row():
-                start = gr.Button("Train", variant="primary", elem_id="train")
-                cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-                resume = gr.Button("Resume", interactive=False, elem_id="resume")
-            state = gr.HTML(padding=False, elem_id="state")
-            with gr.Row():
-                download = gr.DownloadButton("Download the file", visible=False, elem_id="download")
-                use = gr.Button("Use it in Create", variant="primary", visible=False, elem_id="use-trained")
-            curve = gr.LinePlot(
-                x="step", y="loss", x_title="Step", y_title="Loss", label="Loss", height=220, visible=False,
-                elem_id="loss",
-            )  # fmt: skip
-            images = gr.Gallery(
-                format="png", label="Validation images, the newest first", columns=4, height="auto", visible=False,
-                object_fit="contain", interactive=False, buttons=GALLERY_BUTTONS, elem_id="validation-images",
-                elem_classes="pictures",
-            )  # fmt: skip
-
-    def view(run: Run, shown: int) -> tuple[list[Any], int]:
-        """What the page shows of a run now; images only if there are more than were shown."""
-        made = run.validation_images()
-        news: Any = gr.skip()
-        if len(made) != shown:
-            news = gr.Gallery([(str(file), text) for file, text in made[:SHOWN]], visible=bool(made))
-        drawn = gr.LinePlot(loss_curve(run.losses), visible=True) if len(run.losses) > 1 else gr.skip()
-        file = None if run.file is None else str(run.file)
-        return [
-            status(run),
-            drawn,
-            news,
-            gr.Button(interactive=run.ended),
-            gr.Button(interactive=not run.ended),
-            gr.Button(interactive=run.can_resume),
-            gr.DownloadButton(value=file, visible=file is not None),
-            gr.Button(visible=file is not None),
-        ], len(made)
-
-    async def follow(run: Run) -> AsyncIterator[list[Any]]:
-        """The page's view of a run until it has ended, whenever there is news."""
-        seen, shown = None, 0
-        while True:
-            ended = run.ended  # before the view, so that the last one has all
-            now = (run.phase, run.doing, len(run.losses), run.before)
-            if now != seen:
-                values, shown = view(run, shown)
-                yield values
-                seen = now
-            if ended:
-                return
-            await asyncio.sleep(0.7)
+            training = _training(app, glyphs)
 
     @told
     def on_files(
@@ -386,27 +427,25 @@ def train_tab(shared: SharedPipeline, visitors: Visitors, tabs: gr.Tabs, create:
         visitor = visitors.of(request.session_hash)
         if visitor.run is None or visitor.run.file is None:
             raise ValueError("nothing has been trained yet")
-        words = visitor.run.settings.instance_prompt.split()
-        return used(visitor, visitor.run.file, words[-1] if words else "subject")
+        return used(visitor, visitor.run.file, visitor.run.file.stem)
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    shows = [state, curve, images, start, cancel, resume, download, use]
-    unlimited: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-    files.change(
-        on_files, [files, prompt, paths, *captions], [paths, hint, *rows, *thumbnails, *captions],
-        show_progress="minimal", show_progress_on=[files], **private,
+    unlimited: dict[str, Any] = private | {"concurrency_limit": None, "show_progress": "hidden"}
+    plain: dict[str, Any] = private | {"show_progress": "hidden"}
+    prompt, paths, written, captions = subject.prompt, subject.paths, subject.written, subject.captions
+    subject.files.change(
+        on_files, [subject.files, prompt, paths, *captions],
+        [paths, subject.hint, *subject.rows, *subject.thumbnails, *captions],
+        show_progress="minimal", show_progress_on=[subject.files], **private,
     )  # fmt: skip
-    gr.on(
-        [prompt.blur, prompt.submit], on_prompt, [prompt, written, paths, *captions], [written, *captions],
-        show_progress="hidden", queue=False, **private,
-    )  # fmt: skip
-    example.change(on_example, example, [prompt, files], show_progress="hidden", **private).then(
-        lambda prompt: prompt, prompt, written, show_progress="hidden", **private
-    )
-    start.click(on_start, [prompt, steps, seed, validation, every, paths, *captions], shows, **unlimited, **private)
-    resume.click(on_resume, None, shows, **unlimited, **private)
-    cancel.click(on_cancel, None, None, queue=False, **private)
-    use.click(on_use, None, [tabs, create.chosen, create.of_grid], **private)
+    gr.on([prompt.blur, prompt.submit], on_prompt, [prompt, written, paths, *captions], [written, *captions], **plain)
+    taken = subject.example.change(on_example, subject.example, [prompt, subject.files], **plain)
+    taken.then(lambda prompt: prompt, prompt, written, **plain)
+    given: list[Any] = [prompt, *training.settings, paths, *captions]
+    training.start.click(on_start, given, training.shows, **unlimited)
+    training.resume.click(on_resume, None, training.shows, **unlimited)
+    training.cancel.click(on_cancel, None, None, queue=False, **private)
+    training.use.click(on_use, None, [tabs, create.chosen, create.of_grid], **private)
 
 
 def _thumbnail() -> gr.Image:

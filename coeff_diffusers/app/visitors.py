@@ -93,19 +93,28 @@ class Visitor:
 
 
 class Visitors:
-    """All tabs that are open, by the key that the browser has for each."""
+    """All tabs that are open, by the key that the browser has for each.
 
-    def __init__(self, shared: SharedPipeline) -> None:
-        self.shared = shared
-        self._open: dict[str, Visitor] = {}
+    Args:
+        shared: the base model.
+        most: who can be there at once; not all who come say when they go.
+    """
+
+    def __init__(self, shared: SharedPipeline, most: int = 500) -> None:
+        self.shared, self._most = shared, most
+        self._open: dict[str, Visitor] = {}  # who has done nothing for the longest first
         self._lock = threading.Lock()
 
     def of(self, key: str | None) -> Visitor:
-        """The visitor in the tab of this key, who may be new."""
+        """The visitor in the tab of this key, who may be new. Of too many, who did nothing for the longest leaves."""
+        key = key or ""
         with self._lock:
-            if (key := key or "") not in self._open:
-                self._open[key] = Visitor(self.shared)
-            return self._open[key]
+            visitor = self._open.pop(key) if key in self._open else Visitor(self.shared)
+            self._open[key] = visitor
+            idle = list(self._open)[: max(0, len(self._open) - self._most)]
+        for other in idle:
+            self.leave(other)
+        return visitor
 
     def leave(self, key: str | None) -> None:
         with self._lock:

@@ -227,7 +227,7 @@ def test_a_stopped_overwrite_leaves_no_image_that_seems_made(
         ),
         (("--weight_name", "none.safetensors"), "--coeff_weights: there is no none.safetensors in .*fox; it holds"),
         (("--lora_weights", "/none/lora"), "--lora_weights: .*'/none/lora'"),
-        (("--pretrained_model_name_or_path", "/none/model"), '--pretrained_model_name_or_path: .*"/none/model"'),
+        (("--pretrained_model_name_or_path", "/none/model"), "--pretrained_model_name_or_path: .*/none/model"),
         (("--height", "13", "--width", "13"), "divisible by 8 but are 13"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
