@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from ..console import Parser
+from ..quantization import MethodName
 from ..training.errors import InputError
 from ..training.settings.command_line import add_flag
 from ..training.settings.dreambooth import Settings, flag, hints
@@ -43,6 +44,8 @@ class ServeSettings(Settings):
     single_file_config: Text | None = flag(
         "Of a single file: a folder in diffusers format of its kind, for what it lacks.", None
     )
+    quantize: MethodName | None = flag("Hold the denoiser and the large text encoders so; docs/memory.md.", None)
+    gguf_file: Text | None = flag("The denoiser's weights in a GGUF file, instead of the base model's own.", None)
     dtype: Literal["float32", "float16", "bfloat16"] = flag("Of the base model.", "float32")
     host: str = flag("Address to listen on; 0.0.0.0 is all of the machine's.", "127.0.0.1")
     port: Port = flag("Port to listen on.", 8000)
