@@ -172,7 +172,7 @@ def _training_step(
         conditions = family.encode([PROMPT] * batch) if settings.train_text_encoder else [condition] * batch
         errors = family.errors(denoiser, latents, family.collate(conditions), sizes, generators)
         errors.mean().backward()
-    return tally.peak
+    return int(tally.peak)
 
 
 def _decoded(family: Family, settings: DreamBoothSettings) -> int:
@@ -184,7 +184,7 @@ def _decoded(family: Family, settings: DreamBoothSettings) -> int:
         tally.peak = before
         count = min(settings.sample_batch_size, settings.num_validation_images)
         vae.decode(moments[:, 0].expand(count, *moments.shape[2:]).to(vae.dtype))
-    return tally.peak - before
+    return int(tally.peak - before)
 
 
 def _size(family: Family, settings: DreamBoothSettings) -> tuple[int, int]:
@@ -197,17 +197,17 @@ def weight_bytes(model: Any, method: str | None) -> int:
     """What the weights take, those of linear layers quantised."""
     total = sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
     if method is None:
-        return total
+        return int(total)
     kept = list(getattr(model, "_keep_in_fp32_modules", None) or [])
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and not any(name in path.split(".") for name in kept):
             total -= int(module.weight.numel() * (module.weight.itemsize - BITS[method] / 8))
-    return total
+    return int(total)
 
 
 def _largest_layer(denoiser: nn.Module) -> int:
     """Bytes of the layer that is largest when its weights are dequantised."""
-    return max(m.weight.numel() * m.weight.itemsize for m in denoiser.modules() if isinstance(m, nn.Linear))
+    return max(int(m.weight.numel() * m.weight.itemsize) for m in denoiser.modules() if isinstance(m, nn.Linear))
 
 
 def pipeline_of_configs(settings: DreamBoothSettings, index: Mapping[str, Any], dtype: torch.dtype) -> Any:

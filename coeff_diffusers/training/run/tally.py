@@ -59,7 +59,8 @@ def fake_tensors(*models: nn.Module) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         replaced: dict[int, Tensor] = {}  # a parameter may be in several places
         for module in (module for model in models for module in model.modules()):
-            for kept in (module._parameters, module._buffers):
+            places: list[Any] = [module._parameters, module._buffers]
+            for kept in places:
                 for name, value in kept.items():
                     if value is not None:
                         kept[name] = replaced.setdefault(id(value), _fake(value))
