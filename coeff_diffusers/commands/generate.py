@@ -81,7 +81,7 @@ def base_pipeline(
         return load_single_file(name_or_path, single_file_config, **options).to(device)
     if single_file_config:
         raise ValueError(f"--single_file_config is for a single file, not {name_or_path}")
-    index = pipeline_index(name_or_path, None)
+    index = pipeline_index(name_or_path, None) if quantization.wanted else {}
     with quantization.loading():
         arguments = quantization.arguments(index, name_or_path, kind)
         pipe = DiffusionPipeline.from_pretrained(name_or_path, dtype=kind, **arguments)

@@ -2,9 +2,14 @@
 
     python examples/benchmarks/memory.py
 
-Pipelines of random weights, their denoisers and VAEs with the layers of Stable Diffusion 1.5, of Stable Diffusion XL,
-and of FLUX.1 (fewer blocks, in their full width; T5 likewise). Each run is a process of its own, on the CPU. Expected
-is what the process held before, and what the plan says; the peak is that of its resident memory, on Linux.
+Pipelines of random weights, with the layers of Stable Diffusion 1.5, and with fewer of those of Stable Diffusion XL
+(the deepest transformers have 3 in the place of 10) and of FLUX.1 (1 + 3 blocks of 19 + 38, 2 of T5's 24), in their full
+width. Each run is a process of its own, on the CPU. Expected is what the process held before, and what the plan says;
+the peak is that of its resident memory, on Linux.
+
+    python examples/benchmarks/memory.py --expected
+
+tells what runs on whole models take, from their configs alone: the table of docs/memory.md. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -50,15 +55,80 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "sd": ("SD 1.5", "no", []),
     "sd-checkpointing": ("SD 1.5", "no", ["--gradient_checkpointing"]),
     "sd-every-2": ("SD 1.5", "no", ["--gradient_checkpointing", "--checkpoint_every", "2"]),
-    "sd-batch-2": ("SD 1.5", "bf16", ["--train_batch_size", "2"]),
-    "sd-nf4": ("SD 1.5", "bf16", [*SMALL, "--quantize", "bnb_nf4"]),
-    "sd-lora": ("SD 1.5", "bf16", [*SMALL, "--no_coeff", "--lora_rank", "4"]),
-    "sdxl": ("SDXL", "bf16", SMALL),
-    "sdxl-plain": ("SDXL", "bf16", ["--cache_latents"]),
-    "flux": ("FLUX.1, small", "bf16", SMALL),
-    "flux-nf4": ("FLUX.1, small", "bf16", [*SMALL, "--quantize", "bnb_nf4"]),
-    "flux-int8": ("FLUX.1, small", "bf16", [*SMALL, "--quantize", "torchao_int8"]),
+    "sd-batch-2": ("SD 1.5", "no", ["--cache_latents", "--train_batch_size", "2"]),
+    "sd-nf4": ("SD 1.5", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "sd-lora": ("SD 1.5", "no", [*SMALL, "--no_coeff", "--lora_rank", "4"]),
+    "sdxl": ("SDXL, small", "no", SMALL),
+    "sdxl-nf4": ("SDXL, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "flux": ("FLUX.1, small", "no", SMALL),
+    "flux-nf4": ("FLUX.1, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "flux-int8": ("FLUX.1, small", "no", [*SMALL, "--quantize", "torchao_int8"]),
 }
+
+CHEAP = "--mixed_precision bf16 --train_batch_size 1 --gradient_accumulation_steps 4 --cache_latents"
+EXPECTED = {
+    "SD 1.5": [
+        (512, "--train_batch_size 4"),
+        (512, "--mixed_precision bf16 --train_batch_size 4 --cache_latents"),
+        (512, f"{CHEAP} --gradient_checkpointing"),
+    ],
+    "SDXL": [
+        (1024, CHEAP),
+        (1024, f"{CHEAP} --gradient_checkpointing --checkpoint_every 2"),
+        (1024, f"{CHEAP} --gradient_checkpointing"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+    ],
+    "FLUX.1": [
+        (512, f"{CHEAP} --gradient_checkpointing"),
+        (1024, f"{CHEAP} --gradient_checkpointing"),
+        (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
+        (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+    ],
+}
+
+
+def expected(output: Path) -> None:
+    """The table of what runs on whole models take."""
+    lines = ["| model | pixels | flags | expected GiB | phases |", "|---|---|---|---|---|"]
+    for model, runs in EXPECTED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_configs(WHOLE[model](), Path(folder))
+            for side, flags in runs:
+                told = plan_of(Path(folder), ["--resolution", str(side), *flags.split()])
+                phases = ", ".join(f"{phase.name} {phase.total / 2**30:.1f}" for phase in told.phases)
+                lines.append(f"| {model} | {side} | `{flags}` | {told.peak / 2**30:.1f} | {phases} |")
+                print(lines[-1], flush=True)
+    write("\n".join(lines) + "\n", output)
+
+
+def write_configs(pipeline: Any, folder: Path) -> None:
+    """A pipeline's folder without weights."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            (part.save_config if hasattr(part, "save_config") else part.config.save_pretrained)(folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+
+
+def plan_of(base: Path, flags: list[str]) -> Any:
+    from coeff_diffusers.training import parse_settings
+    from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
+    from coeff_diffusers.training.run.plan import plan_run
+
+    fixed = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": base / "images",
+        "instance_prompt": "a sks dog",
+        "output_dir": base / "out",
+    }
+    settings = parse_settings([*(text for name, value in fixed.items() for text in (f"--{name}", str(value))), *flags])
+    index = pipeline_index(settings)
+    quantization = find_quantization(settings, index, False, torch.device("cpu"))
+    precision = settings.mixed_precision or "no"
+    return plan_run(find_family(settings, index), settings, index, precision, quantization)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -94,31 +164,23 @@ def measure(name: str, base: Path, resolution: int) -> dict[str, Any]:
     import time
 
     from coeff_diffusers.training import DreamBoothRun, parse_settings
-    from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
-    from coeff_diffusers.training.run.plan import plan_run
 
     _, precision, flags = RUNS[name]
-    fixed = {
+    fixed = {"resolution": resolution, "max_train_steps": 1, "mixed_precision": precision, "memory": "off", "seed": 0}
+    given = [text for name, value in fixed.items() for text in (f"--{name}", str(value))]
+    batch = [] if "--train_batch_size" in flags else ["--train_batch_size", "1"]
+    start = time.perf_counter()
+    plan = plan_of(base, [*given, *batch, *flags])
+    seconds = time.perf_counter() - start
+    print(plan.text())
+    places = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": base / "images",
         "instance_prompt": "a sks dog",
         "output_dir": base / f"out-{name}",
-        "resolution": resolution,
-        "max_train_steps": 1,
-        "mixed_precision": precision,
-        "memory": "off",
-        "seed": 0,
     }
-    given = [text for name, value in fixed.items() for text in (f"--{name}", str(value))]
-    batch = [] if "--train_batch_size" in flags else ["--train_batch_size", "1"]
-    settings = parse_settings([*given, *batch, *flags])
-    index = pipeline_index(settings)
-    quantization = find_quantization(settings, index, False, torch.device("cpu"))
-    start = time.perf_counter()
-    plan = plan_run(find_family(settings, index), settings, index, precision, quantization)
-    seconds = time.perf_counter() - start
-    print(plan.text())
-    run = DreamBoothRun(settings)
+    where = [text for name, value in places.items() for text in (f"--{name}", str(value))]
+    run = DreamBoothRun(parse_settings([*where, *given, *batch, *flags]))
 
     def train() -> None:
         run.load_model()
@@ -172,7 +234,7 @@ def vae(channels: int, **changes: Any) -> AutoencoderKL:
     )
 
 
-def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def stable_diffusion_xl(deepest: int = 10) -> StableDiffusionXLPipeline:
     second = clip_config(
         hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
     )
@@ -182,7 +244,7 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
+            transformer_layers_per_block=(1, 2, deepest),
             attention_head_dim=(5, 10, 20),
             cross_attention_dim=2048,
             use_linear_projection=True,
@@ -203,11 +265,17 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     )
 
 
-def small_flux() -> FluxPipeline:
+def flux(double: int = 19, single: int = 38, t5_layers: int = 24) -> FluxPipeline:
     pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
     pieces += [(letter, -2.0) for letter in "▁" + string.printable[:94]]
     t5 = T5Config(
-        d_model=4096, d_kv=64, d_ff=10240, num_layers=2, num_heads=64, feed_forward_proj="gated-gelu", use_cache=False
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=t5_layers,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        use_cache=False,
     )
     return FluxPipeline(
         vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
@@ -215,15 +283,22 @@ def small_flux() -> FluxPipeline:
         text_encoder_2=on_meta(lambda: T5EncoderModel(t5)),
         tokenizer=clip_tokenizer(),
         tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512),
-        transformer=on_meta(lambda: FluxTransformer2DModel(num_layers=1, num_single_layers=3, guidance_embeds=True)),
+        transformer=on_meta(
+            lambda: FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+        ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
 
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": stable_diffusion,
+    "SDXL, small": lambda: stable_diffusion_xl(3),
+    "FLUX.1, small": lambda: flux(1, 3, 2),
+}
+WHOLE: dict[str, Callable[[], DiffusionPipeline]] = {
+    "SD 1.5": stable_diffusion,
     "SDXL": stable_diffusion_xl,
-    "FLUX.1, small": small_flux,
+    "FLUX.1": flux,
 }
 
 
@@ -234,6 +309,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help="for the pipelines, some 13 GB; that of temporary files if not given")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/memory.md"))
+    parser.add_argument("--expected", action="store_true", help="of whole models, whose runs are not made")
     parser.add_argument("--measure", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=3, metavar=("MODEL", "PRECISION", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -243,6 +319,8 @@ if __name__ == "__main__":
     arguments = parse_args()
     if arguments.make:
         make(*arguments.make[:2], Path(arguments.make[2]))
+    elif arguments.expected:
+        expected(arguments.output)
     elif arguments.measure:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]), arguments.resolution)))
