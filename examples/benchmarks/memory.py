@@ -3,9 +3,9 @@
     python examples/benchmarks/memory.py
 
 Pipelines of random weights, with the layers of Stable Diffusion 1.5, and with fewer of those of Stable Diffusion XL
-(the deepest transformers have 3 in the place of 10) and of FLUX.1 (1 + 3 blocks of 19 + 38, 2 of T5's 24), in their full
-width. Each run is a process of its own, on the CPU. Expected is what the process held before, and what the plan says;
-the peak is that of its resident memory, on Linux.
+(the deepest transformers have 3 in the place of 10) and of FLUX.1 (1 + 3 blocks of 19 + 38, 2 of T5's 24), in their
+full width. Each run is a process of its own, on the CPU. Expected is what the process held before, and what the plan
+says; the peak is that of its resident memory, on Linux.
 
     python examples/benchmarks/memory.py --expected
 
@@ -96,7 +96,7 @@ def expected(output: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_configs(WHOLE[model](), Path(folder))
             for side, flags in runs:
-                told = plan_of(Path(folder), ["--resolution", str(side), *flags.split()])
+                told = plan_of(Path(folder), ["--resolution", str(side), *flags.split()], "cuda")
                 phases = ", ".join(f"{phase.name} {phase.total / 2**30:.1f}" for phase in told.phases)
                 lines.append(f"| {model} | {side} | `{flags}` | {told.peak / 2**30:.1f} | {phases} |")
                 print(lines[-1], flush=True)
@@ -113,7 +113,7 @@ def write_configs(pipeline: Any, folder: Path) -> None:
             part.save_pretrained(folder / name)
 
 
-def plan_of(base: Path, flags: list[str]) -> Any:
+def plan_of(base: Path, flags: list[str], device: str = "cpu") -> Any:
     from coeff_diffusers.training import parse_settings
     from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
     from coeff_diffusers.training.run.plan import plan_run
@@ -128,7 +128,7 @@ def plan_of(base: Path, flags: list[str]) -> Any:
     index = pipeline_index(settings)
     quantization = find_quantization(settings, index, False, torch.device("cpu"))
     precision = settings.mixed_precision or "no"
-    return plan_run(find_family(settings, index), settings, index, precision, quantization)
+    return plan_run(find_family(settings, index), settings, index, precision, quantization, device_type=device)
 
 
 def main(args: argparse.Namespace) -> None:

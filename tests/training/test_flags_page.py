@@ -9,8 +9,10 @@ from pathlib import Path
 
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+CARDS = ROOT / "training" / "configs" / "memory"
 FLAGS = {setting.name for setting in fields(DreamBoothSettings)} | {"config", "help-all", "optimizer_type"}
 
 
@@ -51,3 +53,13 @@ def test_the_commands_of_the_pages_are_understood() -> None:
         if "--subjects" not in command and "--config" not in command  # whose files are read
     ]
     assert models == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "black-forest-labs/FLUX.1-dev"]
+
+
+def test_the_configs_for_cards_are_understood_and_explained() -> None:
+    rest = ["--instance_data_dir", "images", "--instance_prompt", "a sks dog", "--output_dir", "out"]
+    page, files = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), sorted(CARDS.glob("*.yaml"))
+    assert len(files) == 8
+    for file in files:
+        assert parse_settings(["--config", str(file), *rest]).train_batch_size
+        assert f"--config training/configs/memory/{file.name}" in file.read_text(encoding="utf-8")
+        assert f"(../training/configs/memory/{file.name})" in page

@@ -81,6 +81,7 @@ def plan_run(
     precision: str,
     quantization: Quantization,
     subjects: int = 1,
+    device_type: str = "cpu",
 ) -> Plan:
     """What the run's phases take, each process's part.
 
@@ -91,6 +92,7 @@ def plan_run(
         precision: of accelerate: "no", "fp16" or "bf16".
         quantization: of the base model.
         subjects: how many are trained at once, each with a batch of its own.
+        device_type: of the run. The tensors are those of a CPU in any case; but autocast on GPUs norms in float32.
 
     Raises:
         Exception: of any kind, where code of this base model wants to see values, which fake tensors have not.
@@ -103,6 +105,8 @@ def plan_run(
         weights = _weights(family, quantization, quantization.parts(index))
         adapters = add_adapters(family, settings, PROMPT)
         with fake_tensors(*parts), autocast:
+            if precision != "no" and device_type != "cpu":
+                _norm_in_float32(family.denoiser)
             return Plan(tuple(_phases(family, settings, weights, adapters, quantization.wanted, subjects)))
 
 
@@ -131,7 +135,7 @@ def _phases(
         condition = family.encode([PROMPT])[0]
     yield Phase("prompts", sum(weights.values()) - denoiser, tally.peak)
     height, width = _size(family, settings)
-    with torch.no_grad(), Tally(vae) as tally:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), Tally(vae) as tally:
         moments = family.encode_images(torch.empty(1, 3, height, width))
     encoded, held = tally.peak, denoiser
     if settings.train_text_encoder:
@@ -230,6 +234,15 @@ def pipeline_of_configs(settings: DreamBoothSettings, index: Mapping[str, Any], 
     return diffusers.DiffusionPipeline.from_pretrained(source, revision=revision, **unset, **models)
 
 
+def _norm_in_float32(denoiser: nn.Module) -> None:
+    """Layer and group norms as autocast has them on GPUs, with float32 inputs and outputs."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            for name, value in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(value.shape), False))
+            module.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what libraries say of a model, which they say again when it is loaded."""
@@ -279,7 +292,7 @@ def fitting(
     def plan(changed: DreamBoothSettings) -> Plan:
         quantization = find_quantization(changed, index, changed.train_text_encoder, device)
         asked = changed.mixed_precision if changed.mixed_precision != settings.mixed_precision else precision
-        return plan_run(kind, changed, index, asked or "no", quantization, subjects)
+        return plan_run(kind, changed, index, asked or "no", quantization, subjects, device.type)
 
     try:
         asked = plan(settings)
