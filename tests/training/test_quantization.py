@@ -15,11 +15,22 @@ from safetensors.torch import load_file
 from tiny_models import SIDE, call_settings, tiny_pipeline
 from tiny_sd import tiny_pipeline as tiny_sd
 
-from coeff_diffusers import coeff_disabled, load_coeff_weights, merge_coeff_files, read_coeff_metadata
+from coeff_diffusers import (
+    coeff_disabled,
+    load_coeff_weights,
+    merge_coeff_files,
+    read_coeff_metadata,
+    unload_coeff_weights,
+)
 from coeff_diffusers import quantization as module
 from coeff_diffusers.cli import main as command
-from coeff_diffusers.commands.generate import base_pipeline
+from coeff_diffusers.commands.flags import parse_generate
+from coeff_diffusers.commands.generate import base_pipeline, load_pipeline
+from coeff_diffusers.commands.requests import PromptsError
 from coeff_diffusers.quantization import METHODS, Quantization, quantization_of
+from coeff_diffusers.serving.pipeline import SubjectPipeline
+from coeff_diffusers.serving.run import checked_names
+from coeff_diffusers.serving.settings import parse_serve
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 
@@ -34,6 +45,12 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flux") / "tiny-flux"
     tiny_pipeline("FluxPipeline").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(flux: Path) -> Any:
+    """The pipeline as it is, with no coefficients between tests."""
+    return load(flux)
 
 
 @pytest.fixture
@@ -65,23 +82,23 @@ def said_of(file: Path | None) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_on_a_quantised_base_and_loads_into_it_and_into_the_plain_one(
-    method: str, train_flux: Callable[..., TrainingResult], flux: Path
+    method: str, train_flux: Callable[..., TrainingResult], flux: Path, plain: Any
 ) -> None:
     file = train_flux(quantize=method).coeff_file
     assert said_of(file) == method
     trained = load_file(file)
     assert all(delta.count_nonzero() == delta.numel() for delta in trained.values())  # gradients passed through
-    images = {}
-    for name, how in (("plain", {}), ("quantised", {"method": method})):
-        pipe = load(flux, **how)
+    images, quantised = {}, load(flux, method=method)
+    for name, pipe in (("plain", plain), ("quantised", quantised)):
         before = image(pipe)
         load_coeff_weights(pipe, file)
         images[name] = image(pipe)
         assert not np.array_equal(images[name], before)
         with coeff_disabled(pipe):
             np.testing.assert_array_equal(image(pipe), before)
-    assert quantization_of(pipe.transformer) == quantization_of(pipe.text_encoder_2) == method
-    assert quantization_of(pipe.text_encoder) is None  # CLIP is small
+    unload_coeff_weights(plain)
+    assert quantization_of(quantised.transformer) == quantization_of(quantised.text_encoder_2) == method
+    assert quantization_of(quantised.text_encoder) is None  # CLIP is small
     assert not np.array_equal(images["plain"], images["quantised"])
     assert np.abs(images["plain"] - images["quantised"]).max() < FAR.get(method, 0.03)
 
@@ -141,15 +158,18 @@ def write_gguf(path: Path) -> Path:
     return path
 
 
-def test_a_denoiser_in_a_gguf_file(train_flux: Callable[..., TrainingResult], flux: Path, tmp_path: Path) -> None:
+def test_a_denoiser_in_a_gguf_file(
+    train_flux: Callable[..., TrainingResult], flux: Path, plain: Any, tmp_path: Path
+) -> None:
     path = write_gguf(tmp_path / "flux.gguf")
     file = train_flux(gguf_file=path, quantize="torchao_int8").coeff_file
     assert said_of(file) == "gguf"
-    pipe, plain = load(flux, gguf_file=str(path), method="torchao_int8"), load(flux)
+    pipe = load(flux, gguf_file=str(path), method="torchao_int8")
     assert (quantization_of(pipe.transformer), quantization_of(pipe.text_encoder_2)) == ("gguf", "torchao_int8")
     for each in (pipe, plain):
         load_coeff_weights(each, file)
     assert 0 < np.abs(image(pipe) - image(plain)).max() < 0.03
+    unload_coeff_weights(plain)
     (tmp_path / "none.gguf").write_bytes(b"nothing")
     with pytest.raises(InputError, match="none.gguf is no FluxTransformer2DModel of "):
         train_flux(gguf_file=tmp_path / "none.gguf", output_dir=tmp_path / "b")
@@ -168,6 +188,23 @@ def test_the_header_tells_what_the_files_that_were_merged_have_in_common(
     assert line.endswith("layers, quantised: torchao_int8")
     assert said_of(merge_coeff_files([file, plain], tmp_path / "both.safetensors")) is None
     assert said_of(merge_coeff_files([file, file], tmp_path / "twice.safetensors")) == "torchao_int8"
+
+
+def test_generate_and_serve_take_the_flags(
+    train: Callable[..., TrainingResult], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = train(max_train_steps=1).coeff_file
+    assert file is not None
+    model = ["--pretrained_model_name_or_path", str(base), "--quantize", "torchao_int8"]
+    args = parse_generate([*model, "--coeff_weights", str(file), "--prompt", "a fox"])
+    assert quantization_of(load_pipeline(args, {"default": file}, "cpu").unet) == "torchao_int8"
+    settings = parse_serve([*model, "--adapters", str(file.parent)])
+    assert quantization_of(SubjectPipeline(settings).pipe.unet) == "torchao_int8"
+    monkeypatch.setattr(module, "_is_there", lambda name: False)
+    with pytest.raises(PromptsError, match="--quantize: torchao_int8 needs torchao: pip install torchao"):
+        load_pipeline(args, {"default": file}, "cpu")
+    with pytest.raises(InputError, match="--quantize: torchao_int8 needs torchao: pip install torchao"):
+        checked_names(settings)
 
 
 # What cannot be had

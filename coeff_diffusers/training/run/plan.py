@@ -103,11 +103,18 @@ def plan_run(
         family = kind(pipeline_of_configs(settings, index, dtype), settings)
         parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
         weights = _weights(family, quantization, quantization.parts(index))
+        plain = weight_bytes(family.denoiser, None) if quantization.method and device_type == "cpu" else 0
         adapters = add_adapters(family, settings, PROMPT)
         with fake_tensors(*parts), autocast:
             if precision != "no" and device_type != "cpu":
                 _norm_in_float32(family.denoiser)
-            return Plan(tuple(_phases(family, settings, weights, adapters, quantization.wanted, subjects)))
+            phases = list(_phases(family, settings, weights, adapters, quantization.wanted, subjects))
+            if (
+                plain and not quantization.gguf_file
+            ):  # a GPU gets what is quantised, a process has the file in memory, too
+                held = weights[family.denoiser_name] + weights["vae"]
+                phases.insert(-1, Phase("loading", held, plain))
+            return Plan(tuple(phases))
 
 
 def _weights(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, int]:
