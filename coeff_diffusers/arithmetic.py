@@ -204,16 +204,23 @@ def _write(
         lines = (f"\n  {key}: {why}" for key, why in problems.items())
         raise ValueError(f"{printable(path)} was not written, for loading would refuse it:" + "".join(lines))
     descriptions = [header["coeff_diffusers"] for header in headers]
+    first = descriptions[0]
     description = {
         "format_version": FORMAT_VERSION,
         "config": _common(descriptions).get("config"),
-        "base": descriptions[0]["base"],
+        "base": {component: _base([each["base"][component] for each in descriptions]) for component in first["base"]},
         "made_from": made_from,
     }
     formats = ("format", "coeff_diffusers", "modelspec.")
     kept = {key: value for key, value in _common(headers).items() if not key.startswith(formats)}
     save_whole(tensors, file_header(description, title=printable(path.stem), metadata=kept), path)
     return path
+
+
+def _base(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the first says of a component, without a quantisation that the others do not say, too."""
+    both = _common(said)
+    return {name: value for name, value in said[0].items() if name != "quantization" or name in both}
 
 
 def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

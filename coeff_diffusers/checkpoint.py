@@ -2,8 +2,9 @@
 
 Keys are `<component>.<module path>.coeff`, values Delta, (H, H) float32. The header's `coeff_diffusers` entry is JSON:
 `format_version`, `config`, `versions` of the libraries that wrote it, and for each component of the base model its
-class, its name and the head count of every attention layer. It serves to refuse files of another model; nothing that
-is computed comes from it. `modelspec.*` entries (Stability AI's specification of model metadata) are for other tools.
+class, its name, the head count of every attention layer, and `quantization` if its weights were quantised. It serves
+to refuse files of another model; nothing that is computed comes from it. `modelspec.*` entries (Stability AI's
+specification of model metadata) are for other tools.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .config import CoeffConfig
 from .files import check_file_name, check_subfolder, check_text, printable, whole_file
 from .layers import attention_layers, check_softmax, head_count, reason_left_out
 from .processor import CoeffAttnProcessor
+from .quantization import quantization_of
 from .resolved import CHANGES
 from .text import check_text_encoder, is_text_encoder
 
@@ -284,6 +286,7 @@ def _description(model: Any, adapter_name: str) -> dict[str, Any]:
             "class": type(part).__name__,
             "name": _base_name(model, part),
             "heads": {path: head_count(layer) for path, layer in attention_layers(part).items()},
+            **({"quantization": how} if (how := quantization_of(part)) else {}),
         }
         for component, part in components(model).items()
         if component in saved

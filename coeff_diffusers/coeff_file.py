@@ -249,8 +249,9 @@ def _check_description(description: Mapping[str, Any]) -> None:
             raise ValueError(f"{where} must be a component's name with an object, got {short(said)}")
         if not _is(said.get("class"), str) or not said["class"].isidentifier():
             raise ValueError(f"{where}.class must be the name of a class, got {short(said.get('class'))}")
-        if not _is(said.get("name", ""), str):
-            raise ValueError(f"{where}.name must be a string, got {short(said['name'])}")
+        for name in ("name", "quantization"):
+            if not _is(said.get(name, ""), str):
+                raise ValueError(f"{where}.{name} must be a string, got {short(said[name])}")
         heads = said.get("heads")
         if not _is(heads, dict):
             raise ValueError(f"{where}.heads must be an object, got {short(heads)}")

@@ -20,9 +20,9 @@ def main() -> None:
     settings = parse_settings()  # the flags; --help shows them
     hush()  # what libraries log of themselves while they are loaded
     run = DreamBoothRun(settings)  # checks them and reads the images, before anything is loaded
-    run.load_model()  # the pipeline, frozen; generates class images, if asked for, where they are missing
+    run.load_model()  # the pipeline, frozen: text encoders encode the prompts and go, then the denoiser comes
     run.add_adapters()  # coefficients, at zero, and a LoRA if asked for
-    run.encode_prompts()  # once, so that the text encoders need no memory while it trains
+    run.encode_prompts()  # with --train_text_encoder, by the text encoders that do not train
     for step in run.steps():
         # One optimizer step is done: step.number, step.loss, step.learning_rates. Your own lines go here.
         # run.family.pipeline is the pipeline with what is trained on it, run.state its parameters and optimizer.

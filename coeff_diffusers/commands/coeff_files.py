@@ -190,7 +190,8 @@ def _info_text(result: dict[str, Any]) -> str:
     lines = [f"{printable(result['file'])}: {size}", "", "made for"]
     for component, said in own["base"].items():
         name = printable(said.get("name") or "(no name)")
-        lines.append(f"  {component}: {said['class']} {name}, {len(said['heads'])} layers")
+        how = f", quantised: {printable(said['quantization'])}" if "quantization" in said else ""
+        lines.append(f"  {component}: {said['class']} {name}, {len(said['heads'])} layers{how}")
     told = {key: value for key, value in header.items() if key not in ("format", "coeff_diffusers")}
     told |= {key: json.dumps(own[key]) for key in ("versions", "made_from") if key in own}
     lines += ["", "said by its writer", *(printable(f"  {key}: {value}") for key, value in sorted(told.items()))]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..console import Parser
+from ..quantization import METHODS
 
 GENERATE = """Generates images by a coefficient file on any diffusers pipeline, beside the base model's of like seeds.
 
@@ -67,6 +68,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_sampling(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the first image of each prompt")
     _add_device(parser)
+    _add_quantization(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/images"))
     args = parser.parse_args(argv)
     try:
@@ -97,6 +99,7 @@ def parse_maps(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_sampling(parser)
     parser.add_argument("--seed", type=at_least(0), default=0)
     _add_device(parser)
+    _add_quantization(parser)
     parser.add_argument("--output_file", type=Path, default=Path("outputs/maps.png"))
     args = parser.parse_args(argv)
     try:
@@ -124,6 +127,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight_name", help="the file in that folder, where it holds several")
     parser.add_argument("--coeff_scale", type=float, default=1.0, help="weight of the coefficients")
     parser.add_argument("--lora_weights", help="LoRA file or folder to load as well, in both rows")
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize", choices=METHODS, help="hold the denoiser and the large text encoders so; docs/memory.md"
+    )
+    parser.add_argument("--gguf_file", help="the denoiser's weights in a GGUF file, instead of the pipeline's own")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

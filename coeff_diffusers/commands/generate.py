@@ -22,8 +22,10 @@ from ..adapters import coeff_adapters, coeff_disabled, set_coeff_adapters
 from ..checkpoint import find_file, load_coeff_weights, whole_file
 from ..console import escaped_output
 from ..per_sample import coeff_per_sample
+from ..quantization import Quantization
 from ..sampling import sampling_defaults
 from ..training.families.single_file import is_single_file, load_single_file
+from ..training.families.single_file import single_file_config as config_of_single_file
 from .requests import (
     MANIFEST,
     ImageRequest,
@@ -54,22 +56,64 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def base_pipeline(name_or_path: str, single_file_config: str | None, dtype: str) -> Any:
-    """A pipeline of diffusers: of a folder, a name on the Hub or a single file; `dtype` as torch names it."""
+def base_pipeline(
+    name_or_path: str,
+    single_file_config: str | None,
+    dtype: str,
+    quantization: Quantization,
+    device: torch.device | str,
+) -> Any:
+    """A pipeline of diffusers, on the device.
+
+    Args:
+        name_or_path: of a folder, a name on the Hub or a single file.
+        single_file_config: for the latter.
+        dtype: as torch names it.
+        quantization: of its denoiser and large text encoders.
+        device: where it goes.
+
+    Raises:
+        ValueError, OSError: if it cannot be had.
+    """
     kind = getattr(torch, dtype)
     if is_single_file(name_or_path):
-        return load_single_file(name_or_path, single_file_config, dtype=kind)
+        options = {"dtype": kind, "quantization": quantization, "device": device}
+        return load_single_file(name_or_path, single_file_config, **options).to(device)
     if single_file_config:
         raise ValueError(f"--single_file_config is for a single file, not {name_or_path}")
-    parts = DiffusionPipeline.load_config(name_or_path)
+    parts = pipeline_index(name_or_path, None)
     left_out = [name for name, of in parts.items() if of in ([None, None], (None, None))]
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=kind, **dict.fromkeys(left_out))
+    index = parts if quantization.wanted else {}
+    with quantization.loading():
+        arguments = dict.fromkeys(left_out) | quantization.arguments(index, name_or_path, kind)
+        pipe = DiffusionPipeline.from_pretrained(name_or_path, dtype=kind, **arguments)
+        quantization.check_loaded(pipe, index)
+    return pipe.to(device)
+
+
+def pipeline_index(name_or_path: str, single_file_config: str | None) -> dict[str, Any]:
+    """What the model_index.json of a base model says, or would say of a single file."""
+    if is_single_file(name_or_path):
+        return config_of_single_file(name_or_path, single_file_config)[1]
+    index: dict[str, Any] = DiffusionPipeline.load_config(name_or_path)
+    return index
 
 
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torch.device | str) -> Any:
+    quantization = Quantization(args.quantize, args.gguf_file)
+    if quantization.wanted:
+        with value_of("--pretrained_model_name_or_path"):
+            index = pipeline_index(args.pretrained_model_name_or_path, args.single_file_config)
+        with value_of("--quantize" if args.quantize else "--gguf_file"):
+            quantization.check(torch.device(device).type, index)
     with value_of("--pretrained_model_name_or_path"):
-        pipe = base_pipeline(args.pretrained_model_name_or_path, args.single_file_config, args.dtype)
-    pipe.to(device)
+        pipe = base_pipeline(
+            args.pretrained_model_name_or_path,
+            args.single_file_config,
+            args.dtype,
+            quantization,
+            device,
+        )
     with value_of("--coeff_weights"):
         for name, file in files.items():
             load_coeff_weights(pipe, file, adapter_name=name)
@@ -87,6 +131,7 @@ def make_all(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     made_with = {
         "model": args.pretrained_model_name_or_path,
         **({"single_file_config": args.single_file_config} if args.single_file_config else {}),
+        **{name: value for name in ("quantize", "gguf_file") if (value := getattr(args, name))},
         "coeff_weights": args.coeff_weights,
         "weight_name": {name: file.name for name, file in files.items()},
         "coeff_scale": args.coeff_scale,

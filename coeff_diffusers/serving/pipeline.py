@@ -21,6 +21,7 @@ from ..coeff_file import read_file
 from ..commands.generate import base_pipeline
 from ..files import printable
 from ..per_sample import coeff_per_sample
+from ..quantization import Quantization
 from ..sampling import sampling_defaults
 from ..store import AdapterStore
 from .folder import no_folder, no_subject, without_folder
@@ -50,9 +51,14 @@ class SubjectPipeline:
     def __init__(self, settings: PipelineSettings) -> None:
         self.settings = settings
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        quantization = Quantization(settings.quantize, settings.gguf_file)
         self.pipe = base_pipeline(
-            settings.pretrained_model_name_or_path, settings.single_file_config, settings.dtype
-        ).to(device or "cpu")
+            settings.pretrained_model_name_or_path,
+            settings.single_file_config,
+            settings.dtype,
+            quantization,
+            device or "cpu",
+        )
         self.pipe.set_progress_bar_config(disable=True)
         self.store = AdapterStore(settings.adapters, max_resident=settings.max_resident).attach(self.pipe)
         self.beside: set[str] = set()

@@ -16,9 +16,12 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import torch
 from diffusers import DiffusionPipeline
 from ray import serve
 
+from ..commands.generate import pipeline_index
+from ..quantization import Quantization
 from ..store import AdapterStore
 from ..training.errors import InputError
 from ..training.families.single_file import is_single_file
@@ -94,12 +97,19 @@ def shut_down(settings: ServeSettings) -> None:
 
 def checked_names(settings: ServeSettings) -> list[str]:
     """The subjects that there are. What can be told before Ray starts is told here."""
-    model = settings.pretrained_model_name_or_path
+    model, quantization = settings.pretrained_model_name_or_path, Quantization(settings.quantize, settings.gguf_file)
     try:
+        index = pipeline_index(model, settings.single_file_config) if quantization.wanted else None
         if not is_single_file(model):
             DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise InputError(f"--pretrained_model_name_or_path: {error}") from error
+    if index is not None and settings.ray_address is None:  # elsewhere replicas have other packages and devices
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        try:
+            quantization.check(device.type if device else "cpu", index)
+        except ValueError as error:
+            raise InputError(f"--{'quantize' if settings.quantize else 'gguf_file'}: {error}") from error
     try:
         names = AdapterStore(settings.adapters).names()
     except (OSError, ValueError) as error:
@@ -117,7 +127,7 @@ def here(settings: ServeSettings) -> ServeSettings:
     """With folders from the root on, for replicas run elsewhere."""
     folders: dict[str, Any] = {
         name: str(Path(value).absolute())
-        for name in ("pretrained_model_name_or_path", "adapters", "single_file_config")
+        for name in ("pretrained_model_name_or_path", "adapters", "single_file_config", "gguf_file")
         if (value := getattr(settings, name)) is not None and Path(value).exists()
     }
     return replace(settings, **folders)

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..console import Parser
+from ..quantization import MethodName
 from ..training.errors import InputError
 from ..training.settings.command_line import add_flag
 from ..training.settings.dreambooth import Settings, flag, hints
@@ -44,6 +45,8 @@ class PipelineSettings(Settings):
     single_file_config: Text | None = flag(
         "Of a single file: a folder in diffusers format of its kind, for what it lacks.", None
     )
+    quantize: MethodName | None = flag("Hold the denoiser and the large text encoders so; docs/memory.md.", None)
+    gguf_file: Text | None = flag("The denoiser's weights in a GGUF file, instead of the base model's own.", None)
     dtype: Literal["float32", "float16", "bfloat16"] = flag("Of the base model.", "float32")
     max_batch_size: Count = flag("Images that are made at once.", 8)
     max_resident: Count = flag("Subjects that a pipeline keeps loaded.", 1000)

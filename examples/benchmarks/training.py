@@ -126,10 +126,10 @@ def make_pipeline() -> StableDiffusionPipeline:
     )
 
 
-def make_images(folder: Path) -> None:
+def make_images(folder: Path, side: int = 256) -> None:
     folder.mkdir()
     for i in range(3):
-        noise = np.random.default_rng(i).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        noise = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
 
 

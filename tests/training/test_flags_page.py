@@ -6,9 +6,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from coeff_diffusers.training.settings import DreamBoothSettings
+from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+CARDS = ROOT / "training" / "configs" / "memory"
 FLAGS = {setting.name for setting in fields(DreamBoothSettings)} | {"config", "help-all", "optimizer_type"}
 
 
@@ -39,3 +41,13 @@ def test_every_flag_stands_in_one_row_and_those_left_out_do_not_exist() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     text = "\n".join(line for line in PAGE.splitlines() if not line.startswith("|"))
     assert {name.removeprefix("no_") for name in flags_in(text)} <= FLAGS
+
+
+def test_the_configs_for_cards_are_understood_and_explained() -> None:
+    rest = ["--instance_data_dir", "images", "--instance_prompt", "a sks dog", "--output_dir", "out"]
+    page, files = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), sorted(CARDS.glob("*.yaml"))
+    assert len(files) == 8
+    for file in files:
+        assert parse_settings(["--config", str(file), *rest]).train_batch_size
+        assert f"--config training/configs/memory/{file.name}" in file.read_text(encoding="utf-8")
+        assert f"(../training/configs/memory/{file.name})" in page

@@ -18,6 +18,7 @@ from tiny_sd import tiny_pipeline
 from coeff_diffusers import read_coeff_metadata
 from coeff_diffusers.commands import generate
 from coeff_diffusers.commands.requests import PromptsError, value_of
+from coeff_diffusers.quantization import Quantization
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families.single_file import load_single_file, single_file_config
 from coeff_diffusers.training.run.dreambooth import TrainingResult
@@ -38,7 +39,9 @@ def test_a_run_on_a_single_file_is_the_run_on_its_folder(
     torch.testing.assert_close(load_file(of_file.coeff_file), load_file(of_folder.coeff_file), rtol=0, atol=0)
     assert read_coeff_metadata(of_file.coeff_file)["coeff_diffusers"]["base"]["unet"]["name"] == "fox.safetensors"
     assert 'StableDiffusionPipeline.from_single_file("fox.safetensors")' in of_file.model_card.read_text()
-    args = argparse.Namespace(**single, coeff_scale=1.0, lora_weights=None, dtype="float32")
+    args = argparse.Namespace(
+        **single, coeff_scale=1.0, lora_weights=None, dtype="float32", quantize=None, gguf_file=None
+    )
     pipe = generate.load_pipeline(args, {"default": of_file.coeff_file}, "cpu")
     torch.testing.assert_close(pipe.unet.conv_in.weight, tiny_pipeline().unet.conv_in.weight, rtol=0, atol=0)
 
@@ -80,7 +83,7 @@ def test_a_file_that_is_no_base_model_is_named_with_ways_out(
     ):
         main(argv(**single))
     with pytest.raises(PromptsError, match="convert it once"), value_of("--pretrained_model_name_or_path"):
-        load_single_file(str(path), str(base))
+        load_single_file(str(path), str(base), dtype=torch.float32, quantization=Quantization(), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def load(*args: Any) -> Any:
         kept["family"] = original_load(*args)
+        kept["family"].load_denoiser()
         kept["parts"] = dict(kept["family"].pipeline.components)  # text encoders are released later
         kept["before"] = _values(kept["parts"])
         return kept["family"]

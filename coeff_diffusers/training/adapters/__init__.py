@@ -11,6 +11,7 @@ from torch import nn
 
 from coeff_diffusers import CoeffConfig, add_coeff_adapter, coeff_parameters, save_coeff_weights
 from coeff_diffusers.layers import select_layers
+from coeff_diffusers.quantization import parameter_count
 
 from ..errors import InputError
 from ..families import Family
@@ -102,7 +103,8 @@ def trainable_parameters_text(family: Family, parameters: Mapping[str, list[nn.P
     parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
     frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
     trained = count_parameters(parameters)
-    trainable, count, here = sum(trained.values()), sum(p.numel() for p in frozen), sum(held(p) for p in frozen)
+    trainable, count = sum(trained.values()), family.released + sum(parameter_count(p) for p in frozen)
+    here = family.released + sum(held(p) for p in frozen)
     text = (
         f"trainable params: {trainable:,} || all params: {trainable + count:,} || "
         f"trainable%: {100 * trainable / (trainable + count):.4f}"

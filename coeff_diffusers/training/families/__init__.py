@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
+from ...quantization import Quantization, large_text_encoders, text_encoders
 from ..errors import InputError
-from ..settings.dreambooth import BaseModelSettings, ObjectiveSettings
+from ..settings.dreambooth import BaseModelSettings
 from .base import Conditions, DiffusionFamily, Family, FlowFamily
 from .flux import Flux
 from .flux2 import Flux2Klein
+from .loading import load_family, save_vae_memory
 from .lumina2 import Lumina2
 from .pixart import PixArt
 from .qwen_image import QwenImage
 from .sana import Sana
-from .sharding import shard_frozen_weights
-from .single_file import is_single_file, load_single_file, single_file_config
+from .single_file import is_single_file, single_file_config
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 from .z_image import ZImage
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionFamily", "Family", "FlowFamily", "find_family", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "DiffusionFamily",
+    "Family",
+    "FlowFamily",
+    "find_family",
+    "find_quantization",
+    "load_family",
+    "pipeline_index",
+    "save_vae_memory",
+]
 
 FAMILIES: tuple[type[Family], ...] = (
     StableDiffusion,
@@ -41,23 +53,42 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def find_family(settings: BaseModelSettings) -> type[Family]:
-    """Reads which pipeline the base model is.
+def find_family(settings: BaseModelSettings, index: Mapping[str, Any]) -> type[Family]:
+    """Which family the base model is of, by what [`pipeline_index`] says.
 
     Raises:
-        InputError: if the base model is not there, or of a family that cannot be trained.
+        InputError: if it is one that cannot be trained.
     """
-    name, config = settings.pretrained_model_name_or_path, _pipeline_config(settings)
-    families = {pipeline: family for family in FAMILIES for pipeline in family.supported}
-    if config.get("_class_name") not in families:
+    name, families = (
+        settings.pretrained_model_name_or_path,
+        {p: family for family in FAMILIES for p in family.supported},
+    )
+    if index.get("_class_name") not in families:
         raise InputError(
-            f"--pretrained_model_name_or_path: {name} is a {config.get('_class_name')}; supported are "
+            f"--pretrained_model_name_or_path: {name} is a {index.get('_class_name')}; supported are "
             + ", ".join(sorted(families))
         )
-    return families[config["_class_name"]]
+    return families[index["_class_name"]]
 
 
-def _pipeline_config(settings: BaseModelSettings) -> dict[str, Any]:
+def find_quantization(
+    settings: BaseModelSettings, index: Mapping[str, Any], train_text_encoder: bool, device: torch.device
+) -> Quantization:
+    """How the base model's weights are to be held. Text encoders that train are held as they are.
+
+    Raises:
+        InputError: if that cannot be had on the device, or there is nothing to quantise.
+    """
+    trains = train_text_encoder and len(text_encoders(index)) == len(large_text_encoders(index))  # CLIP's train else
+    quantization = Quantization(settings.quantize, settings.gguf_file, text_encoders=not trains)
+    try:
+        quantization.check(device.type, index)
+    except ValueError as error:
+        raise InputError(f"--{'quantize' if settings.quantize else 'gguf_file'}: {error}") from error
+    return quantization
+
+
+def pipeline_index(settings: BaseModelSettings) -> dict[str, Any]:
     """What model_index.json says; raises InputError if there is none, or a setting is not for such a base model."""
     name = settings.pretrained_model_name_or_path
     if settings.revision and Path(name).exists():
@@ -78,70 +109,3 @@ def _pipeline_config(settings: BaseModelSettings) -> dict[str, Any]:
         return config
     except (OSError, ValueError) as error:
         raise InputError(f"--pretrained_model_name_or_path: there is no pipeline at {name!r}: {error}") from error
-
-
-def load_family(
-    kind: type[Family],
-    settings: BaseModelSettings,
-    objective: ObjectiveSettings,
-    device: torch.device,
-    dtype: torch.dtype,
-    fsdp: bool = False,
-) -> Family:
-    """Loads and freezes everything. Safety checkers take no part in training.
-
-    Args:
-        kind: of [`find_family`].
-        settings: which base model.
-        objective: what it is trained for.
-        device: where it goes.
-        dtype: of all its weights.
-        fsdp: shards the denoiser over the processes.
-
-    Raises:
-        InputError: if it cannot be loaded, or not trained so.
-    """
-    name, revision = settings.pretrained_model_name_or_path, settings.revision
-    left_out = [part for part, of in _pipeline_config(settings).items() if of in ([None, None], (None, None))]
-    arguments = dict.fromkeys(left_out) | dict(kind.load_arguments)
-    if settings.pretrained_vae_model_name_or_path:
-        arguments["vae"] = load_vae(settings.pretrained_vae_model_name_or_path, dtype)
-    if is_single_file(name):
-        try:
-            pipeline = load_single_file(name, settings.single_file_config, revision=revision, dtype=dtype, **arguments)
-        except ValueError as error:
-            raise InputError(f"--pretrained_model_name_or_path: {error}") from error
-    else:
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                name, revision=revision, variant=settings.variant, dtype=dtype, **arguments
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(f"--pretrained_model_name_or_path: {name} cannot be loaded: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    for part in ("tiling", "slicing"):
-        if getattr(settings, f"enable_vae_{part}"):
-            save_vae_memory(pipeline.vae, part)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-    if fsdp:  # before the whole of it is on the device
-        shard_frozen_weights(getattr(pipeline, kind.denoiser_name), device)
-    return kind(pipeline.to(device), objective)
-
-
-def load_vae(name: str, dtype: torch.dtype) -> nn.Module:
-    """Raises InputError if there is none."""
-    try:
-        vae: nn.Module = diffusers.AutoModel.from_pretrained(name, dtype=dtype)
-        return vae
-    except (OSError, ValueError) as error:
-        raise InputError(f"--pretrained_vae_model_name_or_path: there is no VAE at {name!r}: {error}") from error
-
-
-def save_vae_memory(vae: Any, part: str) -> None:
-    """Has the VAE compute in tiles of an image, or an image at a time; raises InputError if it cannot."""
-    try:
-        getattr(vae, f"enable_{part}")()
-    except (AttributeError, NotImplementedError) as error:
-        raise InputError(f"--enable_vae_{part}: {type(vae).__name__} cannot do that") from error

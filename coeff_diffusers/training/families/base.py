@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -34,6 +34,8 @@ OFFSET = 0.1  # of --offset_noise, as in diffusers' scripts, from crosslabs.org/
 
 class Family(ABC):
     """A loaded pipeline of one family, on its device, and the training errors of images on it.
+
+    The denoiser, its largest part, may come later, by `load_denoiser`.
 
     Args:
         pipeline: frozen, of one of the classes in `supported`.
@@ -61,6 +63,8 @@ class Family(ABC):
             )
         self._remembered: dict[str, Conditions] = {}
         self.trained_text_encoders: list[nn.Module] = []
+        self.denoiser_loader: Callable[[], nn.Module] | None = None  # `None` once it is loaded
+        self.released = 0  # parameters that the pipeline had before its text encoders were released
 
     @property
     def denoiser(self) -> nn.Module:
@@ -77,9 +81,16 @@ class Family(ABC):
                 "inpainting, editing and others with more conditions than a prompt cannot be trained"
             )
 
+    def load_denoiser(self) -> None:
+        """Puts the denoiser in the place of the model that has its config alone, if that is not done yet."""
+        if self.denoiser_loader is not None:
+            self.pipeline.register_modules(**{self.denoiser_name: self.denoiser_loader()})
+            self.denoiser_loader = None
+
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        device: torch.device = self.pipeline.components[self.denoiser_name].device
+        return device
 
     # Sizes
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ...quantization import parameter_count
+
 
 def shard_frozen_weights(denoiser: nn.Module, device: torch.device) -> None:
     """Leaves each process its share of the denoiser's blocks, on `device`; the few weights outside of blocks whole.
@@ -43,4 +45,4 @@ def sharded_names(model: nn.Module) -> list[str]:
 
 def held(parameter: nn.Parameter) -> int:
     """How many of a parameter's numbers this process holds."""
-    return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
+    return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter_count(parameter)

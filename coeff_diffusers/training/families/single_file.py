@@ -10,6 +10,8 @@ import torch
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from safetensors import safe_open
 
+from ...quantization import Quantization, bitsandbytes_on_cpu
+
 
 def is_single_file(name: str) -> bool:
     return Path(name).is_file()
@@ -40,12 +42,23 @@ def single_file_config(file: str, config: str | None, **hub: Any) -> tuple[str, 
         raise _unusable(file, error) from error
 
 
-def load_single_file(file: str, config: str | None, **arguments: Any) -> Any:
+def load_single_file(
+    file: str,
+    config: str | None,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    device: torch.device | str,
+    **arguments: Any,
+) -> Any:
     """The pipeline; what its file lacks, such as FLUX's text encoders, is taken from `config`, if that is a folder.
 
     Args:
         file: as in [`single_file_config`].
         config: likewise.
+        dtype: of all that is not quantised.
+        quantization: of the denoiser and the large text encoders.
+        device: that these are quantised on.
         **arguments: of `from_single_file`.
 
     Raises:
@@ -53,13 +66,20 @@ def load_single_file(file: str, config: str | None, **arguments: Any) -> Any:
     """
     config, index = single_file_config(file, config)
     try:
-        pipeline = getattr(diffusers, index["_class_name"]).from_single_file(file, config=config, **arguments)
+        lacking = {name: said for name, said in index.items() if name not in arguments}
+        with bitsandbytes_on_cpu():
+            arguments |= quantization.single_file_parts(lacking, file, config, dtype, str(device))
+        pipeline = getattr(diffusers, index["_class_name"]).from_single_file(
+            file, config=config, dtype=dtype, **arguments
+        )
         parts: dict[str, Any] = {
-            name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+            name: part
+            for name, part in pipeline.components.items()
+            if isinstance(part, torch.nn.Module) and name in lacking
         }
-        lacking = [f"{name}.{key}" for name, part in parts.items() for key, p in part.named_parameters() if p.is_meta]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
+        absent = [f"{name}.{key}" for name, part in parts.items() for key, p in part.named_parameters() if p.is_meta]
+        if absent:
+            raise ValueError(f"it lacks {', '.join(absent)}")
     except Exception as error:  # what the conversion meets in a file of another kind is anything
         raise _unusable(file, error, index["_class_name"]) from error
     for part in parts.values():

@@ -57,6 +57,7 @@ def complete_class_images(
     numbers = list(islice(free, missing))
     accelerator.wait_for_everyone()  # the free numbers are the same for all, so nobody writes before all have them
     if numbers:
+        family.load_denoiser()
         with accelerator.split_between_processes(numbers, apply_padding=fsdp) as share:
             starts = range(0, len(share), batch_size)
             for start in tqdm(starts, desc="class images", disable=not accelerator.is_main_process):

@@ -35,6 +35,11 @@ def check_cacheable(images: Sequence[TrainingImage], settings: ImageSettings) ->
         )
 
 
+def is_cacheable(images: Sequence[TrainingImage], settings: ImageSettings) -> bool:
+    """Whether --cache_latents could be had."""
+    return settings.center_crop or bool(settings.aspect_ratio_buckets) or all(p.height == p.width for p in images)
+
+
 def encode_crops(family: Family, dataset: DreamBoothDataset | SubjectsDataset, silent: bool) -> dict[Crop, Tensor]:
     """The moments, float32 in the CPU's memory, of everything that the data set will show."""
     moments = {}

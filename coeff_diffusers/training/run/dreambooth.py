@@ -1,9 +1,9 @@
 """A run of DreamBooth with attention coefficients, from its settings to its files.
 
     run = DreamBoothRun(settings)    checks the settings and reads the images, before anything is loaded
-    run.load_model()                 the base model, frozen; class images, where they are missing
+    run.load_model()                 text encoders encode all prompts and go, then the rest of the base model comes
     run.add_adapters()               coefficients, at zero, and a LoRA if asked for
-    run.encode_prompts()             once, so that the text encoders can be let go
+    run.encode_prompts()             where text encoders train: by those that do not
     for step in run.steps(): ...     each one optimizer step; checkpoints and validation are made in between
     result = run.finish()            weights, images, model card
 
@@ -44,12 +44,12 @@ from ..adapters import (
     trainable_parameters_text,
 )
 from ..errors import WriteError
-from ..families import Family, find_family, load_family
+from ..families import Family, find_family, find_quantization, load_family, pipeline_index
 from ..images.augment import plain
 from ..images.buckets import buckets_text, nearest_bucket
 from ..images.class_images import complete_class_images
 from ..images.files import TrainingImage
-from ..images.latents import encode_crops, release_vae
+from ..images.latents import encode_crops, is_cacheable, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
 from ..results.files import check_output_folder, missing_folders, size_text, write_grid
 from ..results.hub import check_hub, open_repository, push
@@ -62,8 +62,9 @@ from ..writing import write_text
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
-from .memory import peak_memory_text, release_frozen_text_encoders, release_text_encoders
+from .memory import checkpoint_blocks, peak_memory_text, release_frozen_text_encoders, release_text_encoders
 from .optimizers import check_optimizer
+from .plan import fitting
 from .processes import DTYPES, check_processes, start_accelerator
 from .state import TrainingState
 from .step import DenoisingStep
@@ -172,9 +173,14 @@ class DreamBoothRun:
         for alone in self.subjects.settings(settings).values():
             self._made = list(dict.fromkeys((*missing_folders(alone.output_dir), *self._made)))
             check_output_folder(alone.output_dir)
-        self._kind = find_family(settings)
+        self._index = pipeline_index(settings)
+        self._kind = find_family(settings, self._index)
         self.accelerator: Accelerator = start_accelerator(settings, settings)
+        settings = self._fitting(settings)
         check_processes(settings, settings, self.subjects.several, self.accelerator)
+        self._quantization = find_quantization(
+            settings, self._index, settings.train_text_encoder, self.accelerator.device
+        )
         self.own = self.subjects.own(self.accelerator)
         if self.accelerator.is_main_process:
             self._lock = OutputLock(settings.output_dir, list(self.images) if self.subjects.several else ())
@@ -183,6 +189,29 @@ class DreamBoothRun:
         self.resumed = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir, self.accelerator.print)
         check_agreement(self.resumed)
         self.settings = with_seed_of(self.resumed, settings)
+
+    def _fitting(self, settings: DreamBoothSettings) -> DreamBoothSettings:
+        """With what makes the run fit into memory, if that is asked for: as the main process finds, in all."""
+        fits = [settings]
+        if self.accelerator.is_main_process:
+            cacheable = is_cacheable(list(chain(*self.images.values())), settings)
+            accelerator = self.accelerator
+            fits = [
+                fitting(
+                    self._kind,
+                    settings,
+                    self._index,
+                    accelerator.device,
+                    accelerator.mixed_precision,
+                    cacheable,
+                    len(self.images),
+                    accelerator.print,
+                )
+            ]
+        broadcast_object_list(fits)
+        if fits[0] != settings:  # its precision and its accumulation among it
+            self.accelerator = start_accelerator(fits[0], fits[0])
+        return fits[0]
 
     @contextmanager
     def _holding_folder(self) -> Iterator[None]:
@@ -200,6 +229,9 @@ class DreamBoothRun:
     def load_model(self) -> None:
         """The base model, frozen, and class images, where they are missing.
 
+        Text encoders that do not train encode all prompts, and are released, before the denoiser is loaded; but where
+        class images are missing it generates them first.
+
         Raises:
             InputError: if the settings do not go with this model, or with the checkpoint that is resumed.
         """
@@ -210,7 +242,16 @@ class DreamBoothRun:
     def _load_model(self) -> None:
         settings, accelerator = self.settings, self.accelerator
         dtype = DTYPES[accelerator.mixed_precision]
-        family = load_family(self._kind, settings, settings, accelerator.device, dtype, settings.fsdp)
+        family = load_family(
+            self._kind,
+            settings,
+            settings,
+            accelerator.device,
+            dtype,
+            self._quantization,
+            self._index,
+            settings.fsdp,
+        )
         self.family: Family = family
         self._sampling = sampling_defaults(family.pipeline)
         alone = self.subjects.settings(settings)
@@ -241,6 +282,10 @@ class DreamBoothRun:
                 )
                 for name, each in self.alone.items()
             }
+        self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
+        if not settings.train_text_encoder:
+            self._encode_prompts()
+        family.load_denoiser()
         everything = [*chain(*self.images.values()), *chain(*self._classes.values())]
         self._facts = facts_of_run(settings, everything, family.denoiser, accelerator.num_processes)
         if self.subjects.several:
@@ -300,13 +345,16 @@ class DreamBoothRun:
         )
 
     def encode_prompts(self) -> None:
-        """Of training and of validation, once; text encoders that do not train are released."""
-        with self._holding_folder():
-            self._encode_prompts()
+        """With --train_text_encoder, what text encoders that do not train say of the prompts; they are released.
+
+        Without it `load_model` has encoded all prompts, and released all text encoders.
+        """
+        if self.settings.train_text_encoder:
+            with self._holding_folder():
+                self._encode_prompts()
 
     def _encode_prompts(self) -> None:
         family = self.family
-        self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
         prompts = [*chain(*(each.prompts(self.settings) for each in self._shown.values()))]
         prompts += [""] if self.settings.caption_dropout else []
         calls = [call for name in self.own for call in chain(*self._calls(name, all_prompts(self.alone[name])))]
@@ -337,8 +385,7 @@ class DreamBoothRun:
             return
         if settings.gradient_checkpointing:
             trained: list[Any] = family.trained_text_encoders
-            denoiser: Any = family.denoiser
-            denoiser.enable_gradient_checkpointing()
+            checkpoint_blocks(family.denoiser, settings.checkpoint_every)
             for encoder in trained:
                 encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         sharing = self.subjects.sharing(accelerator)[0]

@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from torch import nn
+from torch.utils import checkpoint
 
+from ...quantization import parameter_count
 from ..families import Family
 
 try:
@@ -38,6 +40,7 @@ def release_text_encoders(family: Family, calls: Iterable[Callable[[], object]])
     _encode_prompts_of(calls, family.denoiser)
     record.encode = None
     names = [name for name in family.text_encoder_names if getattr(pipeline, name, None) is not None]
+    family.released += sum(parameter_count(p) for name in names for p in getattr(pipeline, name).parameters())
     pipeline.register_modules(**dict.fromkeys(names))
     free_memory()
     return names
@@ -130,6 +133,18 @@ class _EncodedTokens(nn.Module):
                     )
                 self.answers[row] = self.encoder(ids[None], *args, **kwargs)[0][0]
         return (torch.stack([self.answers[row] for row in rows]),)
+
+
+def checkpoint_blocks(denoiser: Any, every: int) -> None:
+    """Has the backward pass compute the activations of one block in `every` again, by the order of first calls."""
+    numbers: dict[nn.Module, int] = {}
+
+    def call(block: Any, *args: Any) -> Any:
+        if isinstance(block, nn.Module) and numbers.setdefault(block, len(numbers)) % every:
+            return block(*args)
+        return checkpoint.checkpoint(block, *args, use_reentrant=False)
+
+    denoiser.enable_gradient_checkpointing(call)
 
 
 def peak_memory_text(accelerator: Accelerator) -> str:

@@ -64,8 +64,25 @@ def combination_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--final_validation_prompt and --skip_final_inference exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
+    problems += _quantization_problems(settings)
     problems += _subjects_problems(settings) if settings.subjects else _source_problems(settings)
     return problems + _folder_problems(settings) + _optimizer_problems(settings) + _hub_problems(settings)
+
+
+def _quantization_problems(settings: DreamBoothSettings) -> list[str]:
+    given = [f"--{name}" for name in changed(settings, "quantize", "gguf_file")]
+    if not given:
+        return []
+    problems = []
+    if settings.fsdp:
+        problems.append(f"{', '.join(given)}: shards of --fsdp are of plain weights; leave one of them out")
+    if settings.use_dora and (settings.gguf_file or settings.quantize == "bnb_int8"):
+        how = "--gguf_file" if settings.gguf_file else "--quantize bnb_int8"
+        problems.append(
+            f"--use_dora: peft cannot read the magnitudes of weights under {how}; take --quantize bnb_nf4, or a LoRA "
+            "without it"
+        )
+    return problems
 
 
 def _source_problems(settings: DreamBoothSettings) -> list[str]:
@@ -178,6 +195,7 @@ def idle_problems(settings: DreamBoothSettings, names: Collection[str]) -> list[
             any("adam" in name or name in ("prodigy", "soap") for name in (s.optimizer, s.lora_optimizer)),
             f"is for SOAP and optimizers with Adam in their name: give {s.optimizer} its own by --optimizer_args",
         ),
+        "checkpoint_every": (s.gradient_checkpointing, "needs --gradient_checkpointing"),
         "augment_words": (s.augment, "needs --augment"),
         "num_class_images prior_loss_weight": (s.with_prior_preservation, "needs --with_prior_preservation"),
         "ema_decay": (s.use_ema, "needs --use_ema"),

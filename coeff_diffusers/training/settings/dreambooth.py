@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from ...quantization import MethodName
 from ..errors import InputError
 from .combinations import COEFFICIENT_RATES, FILLED_IN, LORA_RATES, RATES, combination_problems, idle_problems
 from .config_file import write_config
@@ -116,6 +117,16 @@ class BaseModelSettings(Settings):
     )
     pretrained_vae_model_name_or_path: Text | None = flag(
         "Another VAE for the base model, such as one for SDXL that bears 16 bits; a folder, or a name on the Hub.",
+        None,
+    )
+    quantize: MethodName | None = flag(
+        "Hold the frozen denoiser and the large text encoders in 4 or 8 bits: by bitsandbytes (bnb_...), torchao or "
+        "optimum-quanto.",
+        None,
+    )
+    gguf_file: Text | None = flag(
+        "The denoiser's weights in a GGUF file, instead of the base model's own; --quantize is of the large text "
+        "encoders then.",
         None,
     )
     enable_vae_tiling: bool = flag("Have the VAE compute large images in tiles, to save memory.", False)
@@ -251,6 +262,15 @@ class StepSettings(Settings):
     num_train_epochs: Count | None = flag("Passes over the subject's images, instead of max_train_steps.", None)
     gradient_accumulation_steps: Count = flag("Batches per optimizer step.", 1)
     gradient_checkpointing: bool = flag("Compute activations again in the backward pass, to save memory.", False)
+    checkpoint_every: Count = flag(
+        "Of so many blocks of the denoiser --gradient_checkpointing takes one: 2 is faster than 1, and saves half.",
+        1,
+    )
+    memory: Literal["plan", "auto", "off"] = flag(
+        "Before a model that is not small is loaded: say what it will take, and what would make it fit (plan); take "
+        "the flags that do (auto); or go ahead (off).",
+        "plan",
+    )
     mixed_precision: Precision | None = flag(
         "Precision of the frozen weights and of the computation; trainable parameters stay float32. "
         "accelerate's own setting if not given.",

@@ -1,0 +1,441 @@
+"""What a run will hold in memory, told before its model is loaded, and the flags by which it holds less.
+
+The base model is built of fake tensors, by its configs, and the run's own code goes through on them: it encodes a
+prompt and an image, takes a training step, decodes an image. What lives at the same time is added up for each phase.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from accelerate import init_empty_weights
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from ...quantization import Quantization
+from ..adapters import add_adapters
+from ..errors import InputError
+from ..families import Family, find_quantization
+from ..families.loading import is_model
+from ..families.single_file import is_single_file, single_file_config
+from ..results.validation import all_prompts
+from ..settings.dreambooth import DreamBoothSettings
+from ..settings.rules import parse_buckets
+from .memory import checkpoint_blocks
+from .processes import DTYPES
+from .tally import Tally, fake_tensors
+
+BITS = {"bnb_nf4": 4.127, "bnb_int8": 8.0, "torchao_int8": 8.0, "torchao_float8": 8.0}  # a weight, with its scales
+BITS |= {"quanto_int8": 8.0, "quanto_float8": 8.0, "gguf": 8.5}  # the latter of Q8_0: a smaller file takes less
+PROMPT = "a"  # longer ones take no more: encoders pad them, or take little
+SMALL = 2**26  # bytes of weights, below which no device is too small
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: bytes of the weights that are on the device, and the most of all else at once."""
+
+    name: str
+    weights: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.rest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Phases of a run."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes, of the phase that takes most."""
+        return max(phase.total for phase in self.phases)
+
+    def text(self) -> str:
+        return ", ".join(
+            f"{phase.name} {gib(phase.total)} ({gib(phase.weights)} of them weights)" for phase in self.phases
+        )
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def plan_run(
+    kind: type[Family],
+    settings: DreamBoothSettings,
+    index: Mapping[str, Any],
+    precision: str,
+    quantization: Quantization,
+    subjects: int = 1,
+    device_type: str = "cpu",
+) -> Plan:
+    """What the run's phases take, each process's part.
+
+    Args:
+        kind: of the base model.
+        settings: of the run.
+        index: what the base model's model_index.json says.
+        precision: of accelerate: "no", "fp16" or "bf16".
+        quantization: of the base model.
+        subjects: how many are trained at once, each with a batch of its own.
+        device_type: of the run. The tensors are those of a CPU in any case; but autocast on GPUs norms in float32.
+
+    Raises:
+        Exception: of any kind, where code of this base model wants to see values, which fake tensors have not.
+    """
+    dtype = DTYPES[precision]
+    autocast = nullcontext() if precision == "no" else torch.autocast("cpu", dtype)
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        family = kind(pipeline_of_configs(settings, index, dtype), settings)
+        parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
+        weights = _weights(family, quantization, quantization.parts(index))
+        plain = weight_bytes(family.denoiser, None) if quantization.method and device_type == "cpu" else 0
+        adapters = add_adapters(family, settings, PROMPT)
+        with fake_tensors(*parts), autocast:
+            if precision != "no" and device_type != "cpu":
+                _norm_in_float32(family.denoiser)
+            phases = list(_phases(family, settings, weights, adapters, quantization.wanted, subjects))
+            if (
+                plain and not quantization.gguf_file
+            ):  # a GPU gets what is quantised, a process has the file in memory, too
+                held = weights[family.denoiser_name] + weights["vae"]
+                phases.insert(-1, Phase("loading", held, plain))
+            return Plan(tuple(phases))
+
+
+def _weights(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, int]:
+    """Bytes of each model of the pipeline."""
+    method = dict.fromkeys(quantised, quantization.method)
+    if quantization.gguf_file:
+        method[family.denoiser_name] = "gguf"
+    parts = family.pipeline.components.items()
+    return {name: weight_bytes(part, method.get(name)) for name, part in parts if isinstance(part, nn.Module)}
+
+
+def _phases(
+    family: Family,
+    settings: DreamBoothSettings,
+    weights: Mapping[str, int],
+    adapters: Mapping[str, list[nn.Parameter]],
+    quantised: bool,
+    subjects: int,
+) -> Iterator[Phase]:
+    vae, denoiser = family.pipeline.vae, weights[family.denoiser_name]
+    encoders = [getattr(family.pipeline, name) for name in family.text_encoder_names if name in weights]
+    if settings.with_prior_preservation:
+        yield Phase("class images", sum(weights.values()), _decoded(family, settings))
+    with torch.no_grad(), Tally(*encoders) as tally:
+        condition = family.encode([PROMPT])[0]
+    yield Phase("prompts", sum(weights.values()) - denoiser, tally.peak)
+    height, width = _size(family, settings)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), Tally(vae) as tally:
+        moments = family.encode_images(torch.empty(1, 3, height, width))
+    encoded, held = tally.peak, denoiser
+    if settings.train_text_encoder:
+        held += sum(weights[name] for name in family.text_encoder_names if name in weights)
+    if settings.cache_latents:
+        yield Phase("latents", held + weights["vae"], encoded)
+        encoded = 0
+    else:
+        held += weights["vae"]
+    batch = settings.train_batch_size * subjects * (2 if settings.with_prior_preservation else 1)
+    step = _training_step(family, settings, moments, condition, encoders, batch)
+    trained = sum(p.numel() for group in adapters.values() for p in group) * subjects
+    step += 16 * trained  # float32: a parameter, its gradient, two means of AdamW
+    workspace = _largest_layer(family.denoiser) if quantised else 0
+    yield Phase("training", held, max(encoded, step) + workspace)
+    if all_prompts(settings) or settings.subjects:
+        yield Phase("validation", held + weights["vae"] * settings.cache_latents, _decoded(family, settings))
+
+
+def _training_step(
+    family: Family,
+    settings: DreamBoothSettings,
+    moments: Any,
+    condition: dict[str, Any],
+    encoders: list[nn.Module],
+    batch: int,
+) -> int:
+    """Bytes of a step, beside all parameters."""
+    denoiser: Any = family.denoiser
+    if settings.gradient_checkpointing:
+        checkpoint_blocks(denoiser, settings.checkpoint_every)
+    denoiser.train()
+    height, width = _size(family, settings)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * batch)
+    with Tally(denoiser, *encoders) as tally:
+        generators = [torch.Generator().manual_seed(0) for _ in range(batch)]
+        latents = family.sample_latents(moments.expand(batch, *moments.shape[1:]), generators)
+        conditions = family.encode([PROMPT] * batch) if settings.train_text_encoder else [condition] * batch
+        errors = family.errors(denoiser, latents, family.collate(conditions), sizes, generators)
+        errors.mean().backward()
+    return int(tally.peak)
+
+
+def _decoded(family: Family, settings: DreamBoothSettings) -> int:
+    """Bytes of decoding a batch of images, beside weights."""
+    vae, side = family.pipeline.vae, settings.resolution or family.own_resolution
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), Tally(vae) as tally:
+        moments = family.encode_images(torch.empty(1, 3, side, side))
+        before = tally.now
+        tally.peak = before
+        count = min(settings.sample_batch_size, settings.num_validation_images)
+        vae.decode(moments[:, 0].expand(count, *moments.shape[2:]).to(vae.dtype))
+    return int(tally.peak - before)
+
+
+def _size(family: Family, settings: DreamBoothSettings) -> tuple[int, int]:
+    """Height and width of the largest training image."""
+    side = settings.resolution or family.own_resolution
+    return max(parse_buckets(settings.aspect_ratio_buckets) or ((side, side),), key=lambda size: size[0] * size[1])
+
+
+def weight_bytes(model: Any, method: str | None) -> int:
+    """What the weights take, those of linear layers quantised."""
+    total = sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
+    if method is None:
+        return int(total)
+    kept = list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not any(name in path.split(".") for name in kept):
+            total -= int(module.weight.numel() * (module.weight.itemsize - BITS[method] / 8))
+    return int(total)
+
+
+def _largest_layer(denoiser: nn.Module) -> int:
+    """Bytes of the layer that is largest when its weights are dequantised."""
+    return max(int(m.weight.numel() * m.weight.itemsize) for m in denoiser.modules() if isinstance(m, nn.Linear))
+
+
+def pipeline_of_configs(settings: DreamBoothSettings, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The base model's pipeline, its models by their configs alone, without weights."""
+    name, revision = settings.pretrained_model_name_or_path, settings.revision
+    source = single_file_config(name, settings.single_file_config)[0] if is_single_file(name) else name
+    models: dict[str, Any] = {}
+    for part, said in index.items():
+        if is_model(said):
+            kind = getattr(importlib.import_module(said[0]), said[1])
+            of_diffusers = said[0] == "diffusers"
+            read = kind.load_config if of_diffusers else kind.config_class.from_pretrained
+            config = read(source, subfolder=part, revision=revision)
+            if of_diffusers:
+                config.pop("quantization_config", None)
+            with init_empty_weights():
+                model = kind.from_config(config) if of_diffusers else kind._from_config(config)
+            models[part] = nn.Module.to(model, dtype=dtype).requires_grad_(False).eval()
+    unset = {part: None for part, said in index.items() if said in ([None, None], (None, None))}
+    return diffusers.DiffusionPipeline.from_pretrained(source, revision=revision, **unset, **models)
+
+
+def _norm_in_float32(denoiser: nn.Module) -> None:
+    """Layer and group norms as autocast has them on GPUs, with float32 inputs and outputs."""
+    for module in denoiser.modules():
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            for name, value in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(value.shape), False))
+            module.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what libraries say of a model, which they say again when it is loaded."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+# What there is, and what to do about it
+
+
+def fitting(
+    kind: type[Family],
+    settings: DreamBoothSettings,
+    index: Mapping[str, Any],
+    device: torch.device,
+    precision: str,
+    cacheable: bool,
+    subjects: int,
+    say: Callable[[str], object],
+) -> DreamBoothSettings:
+    """Says what the run will take, and what would make it fit; with --memory auto, the settings that fit.
+
+    Args:
+        kind: of the base model.
+        settings: of the run.
+        index: what the base model's model_index.json says.
+        device: of the run.
+        precision: of accelerate: "no", "fp16" or "bf16".
+        cacheable: whether --cache_latents can be had for the images.
+        subjects: how many are trained at once.
+        say: is told.
+
+    Raises:
+        InputError: if it cannot fit, or --memory auto finds nothing that does, or cannot tell.
+    """
+    auto = settings.memory == "auto"
+    if settings.memory == "off" or not (auto or _may_be_large(settings)):
+        return settings
+    free, whole = free_memory_of(device), whole_memory_of(device)
+
+    def plan(changed: DreamBoothSettings) -> Plan:
+        quantization = find_quantization(changed, index, changed.train_text_encoder, device)
+        asked = changed.mixed_precision if changed.mixed_precision != settings.mixed_precision else precision
+        return plan_run(kind, changed, index, asked or "no", quantization, subjects, device.type)
+
+    try:
+        asked = plan(settings)
+    except InputError:
+        raise
+    except Exception as error:  # of whatever wants to see the values of tensors that have none
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if auto:
+            raise InputError(f"--memory auto: this model's memory cannot be told before ({reason})") from error
+        say(f"Memory: cannot be told before ({reason}).")
+        return settings
+    say(f"Memory: {gib(asked.peak)} expected beside what is taken now, of {gib(free)} that are free: {asked.text()}.")
+    if asked.peak <= free:
+        return settings
+    chosen, flags, found = _remedied(settings, free, plan, remedies(settings, device, cacheable))
+    return _answer(settings, asked, chosen, flags, found, free, whole, say)
+
+
+def _remedied(
+    settings: DreamBoothSettings, free: int, plan: Callable[[DreamBoothSettings], Plan], ways: list[Remedy]
+) -> tuple[DreamBoothSettings, list[str], Plan | None]:
+    """The settings with as few remedies as make it fit, those that cost little first; and these flags and their plan.
+
+    A remedy that replaces another, as 4 bits replace 8, takes its place.
+    """
+    changed, flags, found = settings, {}, None
+    for way in ways:
+        try:
+            tried = way.change(changed)
+            found = plan(tried)
+        except InputError:  # a package that is not there, or settings that do not go together
+            continue
+        changed = tried
+        flags[way.flags.split()[0]] = f"{way.flags} (costs {way.cost}; {gib(found.peak)})"
+        if found.peak <= free:
+            break
+    return changed, list(flags.values()), found
+
+
+def _answer(
+    settings: DreamBoothSettings,
+    asked: Plan,
+    chosen: DreamBoothSettings,
+    flags: list[str],
+    found: Plan | None,
+    free: int,
+    whole: int,
+    say: Callable[[str], object],
+) -> DreamBoothSettings:
+    """What becomes of a run that does not fit as it was asked for."""
+    fits = found is not None and found.peak <= free
+    listed = "".join(f"\n  {flag}" for flag in flags)
+    if settings.memory == "auto" and fits:
+        say(f"--memory auto takes, one after the other:{listed}")
+        return replace(chosen, memory="plan")
+    ways = (
+        f"These flags, one after the other, would make it fit:{listed}"
+        if fits
+        else f"Not even these flags would make it fit:{listed}\n  A smaller --resolution or model is what is left."
+    )
+    if settings.memory == "auto":
+        raise InputError(f"--memory auto: {gib(free)} are free. {ways}")
+    if max(phase.weights for phase in asked.phases) > whole:
+        raise InputError(f"the weights alone do not fit into the {gib(whole)} that this device has. {ways}")
+    say(f"It may not fit. {ways}")
+    return settings
+
+
+def _may_be_large(settings: DreamBoothSettings) -> bool:
+    """Whether to look at all, which takes seconds: not at a folder whose weights are a few MB."""
+    name = Path(settings.pretrained_model_name_or_path)
+    files = [name] if name.is_file() else [*name.rglob("*.safetensors"), *name.rglob("*.bin")]
+    return not files or sum(file.stat().st_size for file in files) > SMALL
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Bytes that a device has free; of a CPU's, what a container leaves to this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free, limit = int(psutil.virtual_memory().available), _limit_of_container()
+    if limit is None:
+        return free
+    used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    return min(free, limit - used)
+
+
+def whole_memory_of(device: torch.device) -> int:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    whole, limit = int(psutil.virtual_memory().total), _limit_of_container()
+    return whole if limit is None else min(whole, limit)
+
+
+def _limit_of_container() -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not in a container of that kind, or without a limit ("max")
+        return None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings by which a run takes less, and what they cost."""
+
+    flags: str
+    cost: str
+    change: Callable[[DreamBoothSettings], DreamBoothSettings]
+
+
+def remedies(settings: DreamBoothSettings, device: torch.device, cacheable: bool) -> list[Remedy]:
+    """Those that these settings leave, in the order of what they cost."""
+    found = []
+    if cacheable and not settings.cache_latents:
+        found.append(Remedy("--cache_latents", "nothing", lambda s: replace(s, cache_latents=True)))
+    if settings.mixed_precision in (None, "no") and _bf16_is_there(device):
+        found.append(Remedy("--mixed_precision bf16", "some precision", lambda s: replace(s, mixed_precision="bf16")))
+    if not settings.gradient_checkpointing:
+        change = Remedy(
+            "--gradient_checkpointing", "a third of the speed", lambda s: replace(s, gradient_checkpointing=True)
+        )
+        found.append(change)
+    if settings.train_batch_size > 1:
+        images = settings.train_batch_size * settings.gradient_accumulation_steps
+        found.append(
+            Remedy(
+                f"--train_batch_size 1 --gradient_accumulation_steps {images}",
+                "some speed",
+                lambda s: replace(s, train_batch_size=1, gradient_accumulation_steps=images),
+            )
+        )
+    if not (settings.quantize or settings.gguf_file or settings.fsdp or settings.use_dora):
+        found.append(Remedy("--quantize bnb_int8", "some precision", lambda s: replace(s, quantize="bnb_int8")))
+        found.append(Remedy("--quantize bnb_nf4", "more precision", lambda s: replace(s, quantize="bnb_nf4")))
+    return found
+
+
+def _bf16_is_there(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported()

@@ -1,0 +1,328 @@
+"""The memory that a run is said to take before its model is loaded, against what it takes.
+
+    python examples/benchmarks/memory.py
+
+Pipelines of random weights, with the layers of Stable Diffusion 1.5, and with fewer of those of Stable Diffusion XL
+(the deepest transformers have 3 in the place of 10) and of FLUX.1 (1 + 3 blocks of 19 + 38, 2 of T5's 24), in their
+full width. Each run is a process of its own, on the CPU. Expected is what the process held before, and what the plan
+says; the peak is that of its resident memory, on Linux.
+
+    python examples/benchmarks/memory.py --expected
+
+tells what runs on whole models take, from their configs alone: the table of docs/memory.md. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from report import current_memory, highest_memory, machine, peak_memory, write
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from training import make_images
+from training import make_pipeline as stable_diffusion
+
+SMALL = ["--cache_latents", "--gradient_checkpointing"]
+RUNS: dict[str, tuple[str, str, list[str]]] = {
+    "sd": ("SD 1.5", "no", []),
+    "sd-checkpointing": ("SD 1.5", "no", ["--gradient_checkpointing"]),
+    "sd-every-2": ("SD 1.5", "no", ["--gradient_checkpointing", "--checkpoint_every", "2"]),
+    "sd-batch-2": ("SD 1.5", "no", ["--cache_latents", "--train_batch_size", "2"]),
+    "sd-nf4": ("SD 1.5", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "sd-lora": ("SD 1.5", "no", [*SMALL, "--no_coeff", "--lora_rank", "4"]),
+    "sdxl": ("SDXL, small", "no", SMALL),
+    "sdxl-nf4": ("SDXL, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "flux": ("FLUX.1, small", "no", SMALL),
+    "flux-nf4": ("FLUX.1, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "flux-int8": ("FLUX.1, small", "no", [*SMALL, "--quantize", "torchao_int8"]),
+}
+
+CHEAP = "--mixed_precision bf16 --train_batch_size 1 --gradient_accumulation_steps 4 --cache_latents"
+EXPECTED = {
+    "SD 1.5": [
+        (512, "--train_batch_size 4"),
+        (512, "--mixed_precision bf16 --train_batch_size 4 --cache_latents"),
+        (512, f"{CHEAP} --gradient_checkpointing"),
+    ],
+    "SDXL": [
+        (1024, CHEAP),
+        (1024, f"{CHEAP} --gradient_checkpointing --checkpoint_every 2"),
+        (1024, f"{CHEAP} --gradient_checkpointing"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+    ],
+    "FLUX.1": [
+        (512, f"{CHEAP} --gradient_checkpointing"),
+        (1024, f"{CHEAP} --gradient_checkpointing"),
+        (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
+        (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+    ],
+}
+
+
+def expected(output: Path) -> None:
+    """The table of what runs on whole models take."""
+    lines = ["| model | pixels | flags | expected GiB | phases |", "|---|---|---|---|---|"]
+    for model, runs in EXPECTED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_configs(WHOLE[model](), Path(folder))
+            for side, flags in runs:
+                told = plan_of(Path(folder), ["--resolution", str(side), *flags.split()], "cuda")
+                phases = ", ".join(f"{phase.name} {phase.total / 2**30:.1f}" for phase in told.phases)
+                lines.append(f"| {model} | {side} | `{flags}` | {told.peak / 2**30:.1f} | {phases} |")
+                print(lines[-1], flush=True)
+    write("\n".join(lines) + "\n", output)
+
+
+def write_configs(pipeline: Any, folder: Path) -> None:
+    """A pipeline's folder without weights."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            (part.save_config if hasattr(part, "save_config") else part.config.save_pretrained)(folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+
+
+def plan_of(base: Path, flags: list[str], device: str = "cpu") -> Any:
+    from coeff_diffusers.training import parse_settings
+    from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
+    from coeff_diffusers.training.run.plan import plan_run
+
+    fixed = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": base / "images",
+        "instance_prompt": "a sks dog",
+        "output_dir": base / "out",
+    }
+    settings = parse_settings([*(text for name, value in fixed.items() for text in (f"--{name}", str(value))), *flags])
+    index = pipeline_index(settings)
+    quantization = find_quantization(settings, index, False, torch.device("cpu"))
+    precision = settings.mixed_precision or "no"
+    return plan_run(find_family(settings, index), settings, index, precision, quantization, device_type=device)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    lines = [
+        f"{args.resolution} px; {machine()}",
+        "",
+        "| model | precision | flags | expected GB | peak GB | expected / peak | phase | seconds to tell |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for name in args.runs:
+            model, precision, flags = RUNS[name]
+            base = Path(folder) / f"{model}-{precision}"
+            if not base.exists():
+                given = [sys.executable, __file__, "--make", model, precision, str(base)]
+                subprocess.run(given, check=True)
+                make_images(base / "images", args.resolution)
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--resolution", str(args.resolution)]
+            done = subprocess.run([*command, "--measure", name, str(base)], stdout=subprocess.PIPE, text=True)
+            print(done.stdout)
+            done.check_returncode()
+            r = json.loads(done.stdout.splitlines()[-1])
+            lines.append(
+                f"| {model} | {precision} | `{' '.join(flags)}` | {r['expected'] / 1024:.2f} | "
+                f"{r['peak'] / 1024:.2f} | {r['expected'] / r['peak']:.2f} | {r['phase']} | {r['seconds']:.0f} |"
+            )
+    write("\n".join(lines) + "\n", args.output)
+
+
+def measure(name: str, base: Path, resolution: int) -> dict[str, Any]:
+    """Trains one step in this process: MB expected and at the peak."""
+    import time
+
+    from coeff_diffusers.training import DreamBoothRun, parse_settings
+
+    _, precision, flags = RUNS[name]
+    fixed = {"resolution": resolution, "max_train_steps": 1, "mixed_precision": precision, "memory": "off", "seed": 0}
+    given = [text for name, value in fixed.items() for text in (f"--{name}", str(value))]
+    batch = [] if "--train_batch_size" in flags else ["--train_batch_size", "1"]
+    start = time.perf_counter()
+    plan = plan_of(base, [*given, *batch, *flags])
+    seconds = time.perf_counter() - start
+    print(plan.text())
+    places = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": base / "images",
+        "instance_prompt": "a sks dog",
+        "output_dir": base / f"out-{name}",
+    }
+    where = [text for name, value in places.items() for text in (f"--{name}", str(value))]
+    run = DreamBoothRun(parse_settings([*where, *given, *batch, *flags]))
+
+    def train() -> None:
+        run.load_model()
+        run.add_adapters()
+        run.encode_prompts()
+        list(run.steps())
+
+    before = current_memory()
+    peak_memory(train)
+    phase = max(plan.phases, key=lambda phase: phase.total).name
+    return {"expected": before + plan.peak / 2**20, "peak": highest_memory(), "phase": phase, "seconds": seconds}
+
+
+def make(model: str, precision: str, folder: Path) -> None:
+    """Writes the pipeline's folder."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    pipeline: Any = MODELS[model]()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and any(p.is_meta for p in part.parameters()):
+            part.to(dtype).to_empty(device="cpu")
+            with torch.no_grad():
+                for parameter in part.parameters():
+                    parameter.uniform_(-0.02, 0.02)
+    pipeline.to(dtype).save_pretrained(folder)
+
+
+def on_meta(build: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        return build()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [*string.printable[:94], *(letter + "</w>" for letter in string.printable[:94])]
+    vocabulary = {word: i for i, word in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def clip_config(**changes: Any) -> CLIPTextConfig:
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} | changes
+    return CLIPTextConfig(bos_token_id=0, eos_token_id=1, **sizes)
+
+
+def vae(channels: int, **changes: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=channels,
+        **changes,
+    )
+
+
+def stable_diffusion_xl(deepest: int = 10) -> StableDiffusionXLPipeline:
+    second = clip_config(
+        hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+    )
+    unet = on_meta(
+        lambda: UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, deepest),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae(4, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(clip_config()),
+        text_encoder_2=on_meta(lambda: CLIPTextModelWithProjection(second)),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+
+
+def flux(double: int = 19, single: int = 38, t5_layers: int = 24) -> FluxPipeline:
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    pieces += [(letter, -2.0) for letter in "▁" + string.printable[:94]]
+    t5 = T5Config(
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=t5_layers,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        use_cache=False,
+    )
+    return FluxPipeline(
+        vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=CLIPTextModel(clip_config()),
+        text_encoder_2=on_meta(lambda: T5EncoderModel(t5)),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512),
+        transformer=on_meta(
+            lambda: FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "SD 1.5": stable_diffusion,
+    "SDXL, small": lambda: stable_diffusion_xl(3),
+    "FLUX.1, small": lambda: flux(1, 3, 2),
+}
+WHOLE: dict[str, Callable[[], DiffusionPipeline]] = {
+    "SD 1.5": stable_diffusion,
+    "SDXL": stable_diffusion_xl,
+    "FLUX.1": flux,
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", help="for the pipelines, some 13 GB; that of temporary files if not given")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/memory.md"))
+    parser.add_argument("--expected", action="store_true", help="of whole models, whose runs are not made")
+    parser.add_argument("--measure", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=3, metavar=("MODEL", "PRECISION", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    if arguments.make:
+        make(*arguments.make[:2], Path(arguments.make[2]))
+    elif arguments.expected:
+        expected(arguments.output)
+    elif arguments.measure:
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]), arguments.resolution)))
+    else:
+        main(arguments)

@@ -1,0 +1,183 @@
+"""What a run is said to take before its model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SIDE, tiny_pipeline
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from coeff_diffusers.training import parse_settings
+from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
+from coeff_diffusers.training.run import plan as module
+from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.plan import Phase, Plan, plan_run
+from coeff_diffusers.training.run.tally import Tally, fake_tensors
+
+Argv = Callable[..., list[str]]
+
+
+def planned(argv: list[str], precision: str = "no", device: str = "cpu") -> Plan:
+    settings = parse_settings(argv)
+    index = pipeline_index(settings)
+    quantization = find_quantization(settings, index, settings.train_text_encoder, torch.device("cpu"))
+    return plan_run(find_family(settings, index), settings, index, precision, quantization, device_type=device)
+
+
+def phases(plan: Plan) -> dict[str, Phase]:
+    return {phase.name: phase for phase in plan.phases}
+
+
+def test_the_tally_counts_what_lives_at_once() -> None:
+    with fake_tensors():
+        known = torch.nn.Linear(100, 100, bias=False)
+        with Tally(known) as tally:
+            first = torch.empty(1000)  # 4,000 bytes
+            second = first * 2
+            del first
+            third = known.weight.T[0, :10] + second[:10]  # views take nothing
+            assert (tally.now, tally.peak) == (4040, 8000)
+            del second, third
+            assert tally.now == 0
+
+
+def test_the_plan_is_what_the_same_steps_hold_of_real_tensors(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = argv(resolution=16, validation_prompt=["a fox"], gradient_checkpointing=True, checkpoint_every=2)
+    told = planned(flags)
+    pipeline = tiny_pipeline("StableDiffusionPipeline")
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+    monkeypatch.setattr(module, "pipeline_of_configs", lambda *args: pipeline)
+    monkeypatch.setattr(module, "fake_tensors", lambda *models: nullcontext())
+    assert planned(flags) == told
+    assert [phase.name for phase in told.phases] == ["prompts", "training", "validation"]
+
+
+def test_what_takes_more_and_what_takes_less(argv: Argv) -> None:
+    fixed = {"resolution": 16, "center_crop": True, "train_batch_size": 1}
+    plain, four, computed_again, small = (
+        phases(planned(argv(**fixed | changes)))["training"]
+        for changes in (
+            {},
+            {"train_batch_size": 4},
+            {"gradient_checkpointing": True},
+            {"cache_latents": True, "quantize": "torchao_int8"},
+        )
+    )
+    assert four.rest > 3 * plain.rest
+    assert computed_again.rest < 0.7 * plain.rest
+    pipeline = tiny_pipeline("StableDiffusionPipeline")
+    vae = sum(p.numel() for p in pipeline.vae.parameters())
+    linear = sum(m.weight.numel() for m in pipeline.unet.modules() if isinstance(m, torch.nn.Linear))
+    assert plain.weights - small.weights == 4 * vae + 3 * linear
+
+
+def test_a_transformer_with_a_lora_in_bf16_and_one_that_cannot_be_told(argv: Argv, tmp_path: Path) -> None:
+    """Lumina's asks how long a prompt is, which is a value."""
+    for name in ("FluxPipeline", "Lumina2Pipeline"):
+        tiny_pipeline(name).save_pretrained(tmp_path / name)
+    fixed = {"resolution": SIDE, "lora_rank": 2, "train_batch_size": 1}
+    flags = argv(pretrained_model_name_or_path=tmp_path / "FluxPipeline", **fixed)
+    told, of_gpu = (phases(planned(flags, "bf16", device))["training"] for device in ("cpu", "cuda"))
+    assert of_gpu.rest > told.rest > 0  # whose autocast norms in float32
+    with pytest.raises(DataDependentOutputException):
+        planned(argv(pretrained_model_name_or_path=tmp_path / "Lumina2Pipeline", **fixed))
+
+
+# What is made of it
+
+
+def sizes(**changes: int) -> Any:
+    """Plans by made-up sizes: of weights and of all else, less where the settings say so."""
+
+    def plan_run(kind: Any, settings: Any, *args: Any) -> Plan:
+        weights, rest = changes["weights"], changes["rest"]
+        if settings.quantize:
+            weights //= 2 if settings.quantize == "bnb_int8" else 4
+        if settings.gradient_checkpointing:
+            rest //= 2
+        return Plan((Phase("training", weights << 30, (rest * settings.train_batch_size) << 30),))
+
+    return plan_run
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what a device has and what a run takes, in GiB."""
+
+    def build(free: int, whole: int, **changes: int) -> None:
+        monkeypatch.setattr(module, "free_memory_of", lambda device: free << 30)
+        monkeypatch.setattr(module, "whole_memory_of", lambda device: whole << 30)
+        monkeypatch.setattr(module, "plan_run", sizes(**changes))
+        monkeypatch.setattr(module, "SMALL", 0)
+
+    return build
+
+
+def test_what_fits_is_said_and_nothing_else(
+    memory: Callable[..., None], train: Callable[..., TrainingResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory(10, 10, weights=2, rest=4)
+    train(max_train_steps=1)
+    out = capsys.readouterr().out
+    assert "Memory: 10.00 GiB expected beside what is taken now, of 10.00 GiB that are free: training" in out
+    assert "It may not fit" not in out
+
+
+def test_flags_that_make_it_fit_are_named_in_the_order_of_what_they_cost(
+    memory: Callable[..., None], train: Callable[..., TrainingResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory(5, 8, weights=4, rest=4)
+    train(max_train_steps=1, center_crop=True)
+    lines = capsys.readouterr().out.split("It may not fit.")[1].splitlines()[1:6]
+    assert [line.split()[0] for line in lines] == [
+        "--cache_latents",
+        "--mixed_precision",
+        "--gradient_checkpointing",
+        "--train_batch_size",
+        "--quantize",
+    ]
+    assert lines[4] == "  --quantize bnb_int8 (costs some precision; 4.00 GiB)"
+
+
+def test_auto_takes_them(
+    memory: Callable[..., None], train: Callable[..., TrainingResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory(4, 8, weights=2, rest=4)
+    settings = train(max_train_steps=1, memory="auto", mixed_precision="bf16", gradient_accumulation_steps=3).settings
+    taken = (settings.gradient_checkpointing, settings.train_batch_size, settings.gradient_accumulation_steps)
+    assert taken == (True, 1, 6)
+    assert (settings.quantize, settings.memory) == (None, "plan")
+    assert "--memory auto takes, one after the other:\n  --gradient_checkpointing (" in capsys.readouterr().out
+
+
+def test_what_cannot_fit_is_refused(memory: Callable[..., None], train: Callable[..., TrainingResult]) -> None:
+    memory(1, 8, weights=9, rest=1)
+    with pytest.raises(InputError, match=r"(?s)the weights alone do not fit into the 8.00 GiB .*\n  A smaller --res"):
+        train()
+    with pytest.raises(InputError, match="--memory auto: 1.00 GiB are free. Not even these flags would make it fit:"):
+        train(memory="auto")
+
+
+def test_a_model_that_cannot_be_told(
+    memory: Callable[..., None],
+    train: Callable[..., TrainingResult],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory(1, 8, weights=9, rest=1)
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("it wants to see a value\nand more")
+
+    monkeypatch.setattr(module, "plan_run", fail)
+    train(max_train_steps=1)
+    assert "Memory: cannot be told before (RuntimeError: it wants to see a value)." in capsys.readouterr().out
+    with pytest.raises(InputError, match="--memory auto: this model's memory cannot be told before"):
+        train(memory="auto")
