@@ -276,6 +276,21 @@ def test_the_command_draws_the_layers_that_change_most(sd, tmp_path, capsys) -> 
     assert "error: the prompt 'a red fox' has no 'hat'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_file", "maps.txt"], "--output_file: its name must end in .png or .jpg, got maps.txt"),
+        (["--height", "64"], "--height and --width: give both, or none"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(flags: list[str], message: str, capsys) -> None:
+    needed = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "fox", "--word", "fox"]
+    with pytest.raises(SystemExit) as ended:
+        main(["maps", *needed, *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_the_page_shows_runs(sd, tmp_path, monkeypatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "attention_maps.md").read_text(encoding="utf-8")
     set_timesteps = sd.scheduler.set_timesteps
