@@ -16,14 +16,14 @@ from torch import nn
 from .adapters import DEFAULT_ADAPTER
 from .checkpoint import find_file, read_coeff_metadata, save_coeff_weights
 from .coeff_file import read_file
-from .model_card import THIS_FOLDER, Card, license_of
+from .model_card import FIGURES, THIS_FOLDER, Card, license_of, with_figures
 from .sampling import sampling_defaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CARD = "README.md"
-OF_A_RUN = ("*.safetensors", "adapter_config.json", "config.yaml", "validation/*/*.png")
+OF_A_RUN = ("*.safetensors", "adapter_config.json", "config.yaml", "validation/*/*.png", *FIGURES)
 
 
 def push_coeff_to_hub(
@@ -47,7 +47,8 @@ def push_coeff_to_hub(
     Args:
         model: a diffusers model or a pipeline with the adapter; or the folder that a training run wrote, whose
             weights, model card, settings and validation images are uploaded. The card then gets the repository's
-            name, and the base model's licence.
+            name, the base model's licence, and `attention_maps.png`, `coefficients.png` and `growth.png`, if the
+            folder has them (`coeff-diffusers maps` and `info` draw them).
         repo_id: `user/name`, or the name alone of a repository of the token's user.
         adapter_name: which adapter of the model, active or not.
         metadata: of the file, see [`save_coeff_weights`]; the card shows it as a table, and `instance_prompt` as the
@@ -112,7 +113,8 @@ class _Pushed:
 
     def card_for(self, repository: str, token: str | bool | None) -> str:
         if self.card is not None:
-            return _completed(self.card.replace(THIS_FOLDER, repository), token)
+            text = with_figures(self.card.replace(THIS_FOLDER, repository), self.files)
+            return _completed(text, token)
         tensors, header = read_file(self.coeff_file)
         said = header["coeff_diffusers"]["base"].values()
         base = getattr(self.model, "name_or_path", None) or next(
@@ -131,7 +133,7 @@ class _Pushed:
             training={name: value for name, value in header.items() if _is_setting(name)},
             license=license_of(base, token, ask_hub=True),
         )
-        return card.text(repository)
+        return with_figures(card.text(repository), self.files)
 
 
 def _of_folder(folder: Path) -> _Pushed:
