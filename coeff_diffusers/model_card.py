@@ -23,8 +23,8 @@ NAMES = {
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 THIS_FOLDER = "path/to/this/folder"
 FIGURES = {  # in the folder of a run, by the commands `maps` and `info`
-    "attention_maps.png": "Where each head looks for a word of the prompt, before its maps are mixed and after: red where "
-    "it takes the word's values, blue where it takes them away.",
+    "attention_maps.png": "Where heads look for a word of the prompt, before mixing and after: red where they take its"
+    " values, blue where they take them away.",
     "coefficients.png": "The coefficients of each layer: rows are output heads, columns the maps that they take.",
     "growth.png": "How large the coefficients of each layer became over the steps.",
 }

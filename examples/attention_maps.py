@@ -1,12 +1,13 @@
 """What coefficients do to the maps of a word, in numbers and as a sheet, on the model that ships with the project.
 
     python examples/attention_maps.py
-    python examples/attention_maps.py --coeff_weights outputs/demo --subject "panda face"    # of examples/demo.py
+    python examples/demo.py --subject "panda face"
+    python examples/attention_maps.py --coeff_weights outputs/demo --subject "panda face"
 
 Four images of the subject, on backgrounds that its training did not show. Of each layer with cross-attention the mean
 over images and heads of: the word's share of attention, on the subject and beside it, before and after mixing; how
-large the change is; and how many entries of the mixed maps no softmax could have. Writes `outputs/maps.png`, of the three layers with the most
-places that change most.
+large the change is; and how many entries of the mixed maps no softmax could have. Writes `outputs/maps.png`, of those
+three layers with the most places that change most.
 """
 
 from __future__ import annotations

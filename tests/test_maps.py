@@ -237,6 +237,14 @@ def test_words_that_cannot_be_had_are_named(sd) -> None:
 def test_what_cannot_be_recorded_is_named(sd) -> None:
     with pytest.raises(ValueError, match="of one prompt and one image: call once for each"):
         attention_maps(sd, [PROMPT, PROMPT], "fox")
+    for changes in ({"output_type": "latent"}, {"return_dict": False}):
+        with pytest.raises(ValueError, match="are of an image: leave output_type and return_dict out"):
+            attention_maps(sd, PROMPT, "fox", **changes)
+    with pytest.raises(ValueError, match="steps must name a denoising step, got none"):
+        attention_maps(sd, PROMPT, "fox", steps=[])
+    for word in ([], [-1], 5, None, [1.5]):
+        with pytest.raises(ValueError, match=r"must be of the prompt, or a list of positions from 0 on, got"):
+            attention_maps(sd, PROMPT, word)
     with pytest.raises(ValueError, match=r"no layer that sees the text matches \('attn1',\)"):
         attention_maps(sd, PROMPT, "fox", layers="attn1")
     with pytest.raises(ValueError, match=r"where text and image stand in the sequence of \['ZSingleStream"):
