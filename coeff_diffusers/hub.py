@@ -16,6 +16,7 @@ from torch import nn
 from .adapters import DEFAULT_ADAPTER
 from .checkpoint import find_file, read_coeff_metadata, save_coeff_weights
 from .coeff_file import read_file
+from .files import printable
 from .model_card import FIGURES, THIS_FOLDER, Card, license_of, with_figures
 from .sampling import sampling_defaults
 
@@ -66,7 +67,8 @@ def push_coeff_to_hub(
 
     Raises:
         ValueError: if there is no such adapter, or a folder holds no coefficients or is given with what it has itself;
-            or for images beside a card that stays. Nothing has been sent then.
+            or is no folder; or for images beside a card that stays. Nothing has been sent then.
+        TypeError: if `images` are no pairs of a prompt and an image.
         OSError: if the Hub cannot be reached or refuses, or a folder cannot be read.
     """
     with tempfile.TemporaryDirectory() as made:
@@ -74,6 +76,7 @@ def push_coeff_to_hub(
             _check_alone(adapter_name=adapter_name != DEFAULT_ADAPTER, metadata=metadata, images=images)
             pushed = _of_folder(Path(model))
         else:
+            _check_images(images)
             file = save_coeff_weights(model, made, adapter_name=adapter_name, metadata=metadata)
             pushed = _Pushed({file.name: file, **_png_files(images)}, file, model, [prompt for prompt, _ in images])
         api = HfApi(token=token)
@@ -138,6 +141,8 @@ class _Pushed:
 
 def _of_folder(folder: Path) -> _Pushed:
     """Of what a training run wrote, or a folder with a coefficient file alone."""
+    if not folder.is_dir():
+        raise ValueError(f"{printable(folder)} is no folder: give a model, or the folder that a training run wrote")
     found = sorted({path for pattern in OF_A_RUN for path in folder.glob(pattern)})
     file = find_file(folder)
     read_coeff_metadata(file)
@@ -164,6 +169,12 @@ def _png_files(images: Sequence[tuple[str, Image]]) -> dict[str, bytes]:
         image.save(data, format="PNG")
         files[f"images/{i}.png"] = data.getvalue()
     return files
+
+
+def _check_images(images: Sequence[tuple[str, Image]]) -> None:
+    for pair in images:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and hasattr(pair[1], "save")):
+            raise TypeError(f"images must be pairs of a prompt and a PIL image, got {pair!r}")
 
 
 def _is_setting(name: str) -> bool:

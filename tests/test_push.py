@@ -153,6 +153,12 @@ def test_what_cannot_be_pushed_is_an_error_before_anything_is_sent(pipe, server:
         push(tmp_path, metadata={"steps": "9"})
     with pytest.raises(FileNotFoundError, match="there is no pytorch_coeff_weights.safetensors in"):
         push(tmp_path)
+    for path in (save_coeff_weights(pipe, tmp_path / "run"), "nowhere"):  # the card alone would have been sent
+        with pytest.raises(ValueError, match="is no folder: give a model, or the folder that a training run wrote"):
+            push(path)
+    for images in ([Image.new("RGB", (4, 4))], [("a fox", "fox.png")]):
+        with pytest.raises(TypeError, match="images must be pairs of a prompt and a PIL image, got"):
+            push(pipe, images=images)
     assert not server.requests
 
 
