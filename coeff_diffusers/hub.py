@@ -16,14 +16,15 @@ from torch import nn
 from .adapters import DEFAULT_ADAPTER
 from .checkpoint import find_file, read_coeff_metadata, save_coeff_weights
 from .coeff_file import read_file
-from .model_card import THIS_FOLDER, Card, license_of
+from .files import printable
+from .model_card import FIGURES, THIS_FOLDER, Card, license_of, with_figures
 from .sampling import sampling_defaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 CARD = "README.md"
-OF_A_RUN = ("*.safetensors", "adapter_config.json", "config.yaml", "validation/*/*.png")
+OF_A_RUN = ("*.safetensors", "adapter_config.json", "config.yaml", "validation/*/*.png", *FIGURES)
 
 
 def push_coeff_to_hub(
@@ -47,7 +48,8 @@ def push_coeff_to_hub(
     Args:
         model: a diffusers model or a pipeline with the adapter; or the folder that a training run wrote, whose
             weights, model card, settings and validation images are uploaded. The card then gets the repository's
-            name, and the base model's licence.
+            name, the base model's licence, and `attention_maps.png`, `coefficients.png` and `growth.png`, if the
+            folder has them (`coeff-diffusers maps` and `info` draw them).
         repo_id: `user/name`, or the name alone of a repository of the token's user.
         adapter_name: which adapter of the model, active or not.
         metadata: of the file, see [`save_coeff_weights`]; the card shows it as a table, and `instance_prompt` as the
@@ -65,7 +67,8 @@ def push_coeff_to_hub(
 
     Raises:
         ValueError: if there is no such adapter, or a folder holds no coefficients or is given with what it has itself;
-            or for images beside a card that stays. Nothing has been sent then.
+            or is no folder; or for images beside a card that stays. Nothing has been sent then.
+        TypeError: if `images` are no pairs of a prompt and an image.
         OSError: if the Hub cannot be reached or refuses, or a folder cannot be read.
     """
     with tempfile.TemporaryDirectory() as made:
@@ -73,6 +76,7 @@ def push_coeff_to_hub(
             _check_alone(adapter_name=adapter_name != DEFAULT_ADAPTER, metadata=metadata, images=images)
             pushed = _of_folder(Path(model))
         else:
+            _check_images(images)
             file = save_coeff_weights(model, made, adapter_name=adapter_name, metadata=metadata)
             pushed = _Pushed({file.name: file, **_png_files(images)}, file, model, [prompt for prompt, _ in images])
         api = HfApi(token=token)
@@ -112,7 +116,8 @@ class _Pushed:
 
     def card_for(self, repository: str, token: str | bool | None) -> str:
         if self.card is not None:
-            return _completed(self.card.replace(THIS_FOLDER, repository), token)
+            text = with_figures(self.card.replace(THIS_FOLDER, repository), self.files)
+            return _completed(text, token)
         tensors, header = read_file(self.coeff_file)
         said = header["coeff_diffusers"]["base"].values()
         base = getattr(self.model, "name_or_path", None) or next(
@@ -131,11 +136,13 @@ class _Pushed:
             training={name: value for name, value in header.items() if _is_setting(name)},
             license=license_of(base, token, ask_hub=True),
         )
-        return card.text(repository)
+        return with_figures(card.text(repository), self.files)
 
 
 def _of_folder(folder: Path) -> _Pushed:
     """Of what a training run wrote, or a folder with a coefficient file alone."""
+    if not folder.is_dir():
+        raise ValueError(f"{printable(folder)} is no folder: give a model, or the folder that a training run wrote")
     found = sorted({path for pattern in OF_A_RUN for path in folder.glob(pattern)})
     file = find_file(folder)
     read_coeff_metadata(file)
@@ -162,6 +169,12 @@ def _png_files(images: Sequence[tuple[str, Image]]) -> dict[str, bytes]:
         image.save(data, format="PNG")
         files[f"images/{i}.png"] = data.getvalue()
     return files
+
+
+def _check_images(images: Sequence[tuple[str, Image]]) -> None:
+    for pair in images:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and hasattr(pair[1], "save")):
+            raise TypeError(f"images must be pairs of a prompt and a PIL image, got {pair!r}")
 
 
 def _is_setting(name: str) -> bool:

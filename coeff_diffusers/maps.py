@@ -90,12 +90,16 @@ def attention_maps(
 
     Raises:
         ValueError: if the word is not in the prompt, or was cut off; if no layer is selected; for several prompts or
-            images; for layers of an unknown kind, or steps that the call has not.
+            images, or another `output_type`; for layers of an unknown kind, or steps that the call has not.
         RuntimeError: if the layers were called and no attention was seen, as in a compiled model.
     """
     if not isinstance(prompt, str) or call.get("num_images_per_prompt", 1) != 1:
         raise ValueError("attention maps are of one prompt and one image: call once for each")
-    positions = token_positions(pipe, prompt, word) if isinstance(word, str) else tuple(word)
+    if call.get("output_type", "pil") != "pil" or not call.get("return_dict", True):
+        raise ValueError("attention maps are of an image: leave output_type and return_dict out")
+    if steps is not None and not steps:
+        raise ValueError("steps must name a denoising step, got none; None takes all")
+    positions = token_positions(pipe, prompt, word) if isinstance(word, str) else _checked_positions(word)
     record = _Record(positions, None if steps is None else frozenset(steps))
     with record.attached(pipe, (layers,) if isinstance(layers, str) else layers):
         image = pipe(prompt=prompt, **call).images[0]
@@ -115,6 +119,13 @@ def attention_maps(
         after={path: mean[1] for path, mean in means.items()},
         steps=tuple(sorted(record.taken)),
     )
+
+
+def _checked_positions(given: Any) -> tuple[int, ...]:
+    positions = tuple(given) if isinstance(given, Sequence) else ()
+    if not positions or not all(isinstance(position, int) and position >= 0 for position in positions):
+        raise ValueError(f"the word must be of the prompt, or a list of positions from 0 on, got {given!r}")
+    return positions
 
 
 def overlay_map(image: Image.Image, weights: Tensor, *, limit: float | None = None) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,12 @@ NAMES = {
 }
 TAGS = {"coefficients": "coeff-tuning", "lora": "lora"}
 THIS_FOLDER = "path/to/this/folder"
+FIGURES = {  # in the folder of a run, by the commands `maps` and `info`
+    "attention_maps.png": "Where heads look for a word of the prompt, before mixing and after: red where they take its"
+    " values, blue where they take them away.",
+    "coefficients.png": "The coefficients of each layer: rows are output heads, columns the maps that they take.",
+    "growth.png": "How large the coefficients of each layer became over the steps.",
+}
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,15 @@ class Card:
     def _table(self) -> str:
         rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.training.items()]
         return "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows]) if rows else ""
+
+
+def with_figures(text: str, names: Collection[str]) -> str:
+    """A card that also shows those of `FIGURES` that are in the repository and not in the card yet, above its use."""
+    shown = [f"{said}\n\n![{said}]({name})" for name, said in FIGURES.items() if name in names and name not in text]
+    if not shown:
+        return text
+    above, use, below = text.partition("\n## Use\n")
+    return "\n\n".join([above.rstrip("\n"), "## What it does to attention", *shown]) + "\n" + use + below
 
 
 def name_on_hub(base_model: str) -> str | None:

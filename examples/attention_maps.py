@@ -1,11 +1,13 @@
 """What coefficients do to the maps of a word, in numbers and as a sheet, on the model that ships with the project.
 
-    python examples/demo.py --subject "fox face" --output_dir outputs/fox
-    python examples/attention_maps.py --coeff_weights outputs/fox --subject "fox face"
+    python examples/attention_maps.py
+    python examples/demo.py --subject "panda face"
+    python examples/attention_maps.py --coeff_weights outputs/demo --subject "panda face"
 
 Four images of the subject, on backgrounds that its training did not show. Of each layer with cross-attention the mean
 over images and heads of: the word's share of attention, on the subject and beside it, before and after mixing; how
-large the change is; and how many entries of the mixed maps no softmax could have. Writes `outputs/maps.png`.
+large the change is; and how many entries of the mixed maps no softmax could have. Writes `outputs/maps.png`, of those
+three layers with the most places that change most.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def main(args: argparse.Namespace) -> list[tuple[str, list[float]]]:
         print(f"{layer:58}{on:10.2f}{on_after:10.2f}{off:10.2f}{off_after:10.2f}{change:8.1f}{outside:16.0%}")
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     first, title = found[0], f"{args.subject!r} in {prompt(args.subject, NEW_BACKGROUNDS[0])!r}"
-    maps_sheet(first, title, first.most_changed()[:3]).save(args.output_file)
+    places = max(maps[0].numel() for maps in first.before.values())
+    shown = [path for path in first.most_changed() if first.before[path][0].numel() == places]
+    maps_sheet(first, title, shown[:3]).save(args.output_file)
     print(f"wrote {args.output_file}")
     return rows
 
@@ -75,8 +79,8 @@ def subject_mask(image: Image.Image, size: tuple[int, ...]) -> Tensor:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coeff_weights", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--subject", default="panda face")
+    parser.add_argument("--coeff_weights", type=Path, default=HERE / "emoji" / "coefficients" / "fox.safetensors")
+    parser.add_argument("--subject", default="fox face")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--output_file", type=Path, default=Path("outputs/maps.png"))

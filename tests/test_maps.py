@@ -237,6 +237,14 @@ def test_words_that_cannot_be_had_are_named(sd) -> None:
 def test_what_cannot_be_recorded_is_named(sd) -> None:
     with pytest.raises(ValueError, match="of one prompt and one image: call once for each"):
         attention_maps(sd, [PROMPT, PROMPT], "fox")
+    for changes in ({"output_type": "latent"}, {"return_dict": False}):
+        with pytest.raises(ValueError, match="are of an image: leave output_type and return_dict out"):
+            attention_maps(sd, PROMPT, "fox", **changes)
+    with pytest.raises(ValueError, match="steps must name a denoising step, got none"):
+        attention_maps(sd, PROMPT, "fox", steps=[])
+    for word in ([], [-1], 5, None, [1.5]):
+        with pytest.raises(ValueError, match=r"must be of the prompt, or a list of positions from 0 on, got"):
+            attention_maps(sd, PROMPT, word)
     with pytest.raises(ValueError, match=r"no layer that sees the text matches \('attn1',\)"):
         attention_maps(sd, PROMPT, "fox", layers="attn1")
     with pytest.raises(ValueError, match=r"where text and image stand in the sequence of \['ZSingleStream"):
@@ -274,6 +282,21 @@ def test_the_command_draws_the_layers_that_change_most(sd, tmp_path, capsys) -> 
         assert drawn.height > 5 * 96  # the image, and two layers before and after
     assert main(["maps", *flags, "--word", "hat"]) == 1
     assert "error: the prompt 'a red fox' has no 'hat'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_file", "maps.txt"], "--output_file: its name must end in .png or .jpg, got maps.txt"),
+        (["--height", "64"], "--height and --width: give both, or none"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(flags: list[str], message: str, capsys) -> None:
+    needed = ["--pretrained_model_name_or_path", "none", "--coeff_weights", "none", "--prompt", "fox", "--word", "fox"]
+    with pytest.raises(SystemExit) as ended:
+        main(["maps", *needed, *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_the_page_shows_runs(sd, tmp_path, monkeypatch) -> None:

@@ -96,7 +96,7 @@ def test_links_and_images_of_the_metadata_are_absolute_and_those_of_the_readme_r
         url.removeprefix("Repository, ") for url in metadata.get_all("Project-URL") if "Repository" in url
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert repository not in readme
+    assert f"]({repository}" not in readme
     links = re.findall(r"(!?)\[[^]]*\]\((.*?)\)", metadata.get_payload())
     assert len(links) == len(re.findall(r"\]\(", readme))
     assert all(re.match("https://", link) for _, link in links)

@@ -109,6 +109,31 @@ def test_the_folder_of_a_run_is_pushed_with_its_card_completed(pipe, server: typ
     assert front_matter(server.files["README.md"])["license_name"] == "a-license"
 
 
+def test_maps_and_coefficients_that_were_drawn_are_shown(pipe, server: type[Hub], tmp_path: Path) -> None:
+    save_coeff_weights(pipe, tmp_path)
+    for name in ("attention_maps.png", "coefficients.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    push(tmp_path)  # without a card of its own
+    card = Card("base/model", "StableDiffusionPipeline", {"coefficients": 152}, {"coefficients": WEIGHTS})
+    (tmp_path / "README.md").write_text(card.text("fox"))
+    first = server.files["README.md"].decode()
+    push(tmp_path)
+    assert set(server.files) == {WEIGHTS, "README.md", "attention_maps.png", "coefficients.png"}
+    for text in (first, server.files["README.md"].decode()):
+        above, _, below = text.partition("\n\n## What it does to attention\n\n")
+        assert (
+            below.index("](attention_maps.png)") < below.index("](coefficients.png)") < below.index("\n\n## Use\n\n")
+        )
+        assert "growth.png" not in text
+        assert "beside the frozen base model" in above
+    mine = "# Mine\n\n![the maps](attention_maps.png)\n"
+    (tmp_path / "README.md").write_text(mine)
+    push(tmp_path)
+    text = server.files["README.md"].decode()
+    assert text.startswith(mine.rstrip())
+    assert text.count("](attention_maps.png)") == text.count("](coefficients.png)") == 1
+
+
 def test_a_file_alone_in_a_folder_gets_a_card(pipe, server: type[Hub], tmp_path: Path) -> None:
     save_coeff_weights(pipe, tmp_path, weight_name="fox.safetensors", metadata={"instance_prompt": "a sks fox"})
     push(tmp_path)
@@ -128,6 +153,12 @@ def test_what_cannot_be_pushed_is_an_error_before_anything_is_sent(pipe, server:
         push(tmp_path, metadata={"steps": "9"})
     with pytest.raises(FileNotFoundError, match="there is no pytorch_coeff_weights.safetensors in"):
         push(tmp_path)
+    for path in (save_coeff_weights(pipe, tmp_path / "run"), "nowhere"):  # the card alone would have been sent
+        with pytest.raises(ValueError, match="is no folder: give a model, or the folder that a training run wrote"):
+            push(path)
+    for images in ([Image.new("RGB", (4, 4))], [("a fox", "fox.png")]):
+        with pytest.raises(TypeError, match="images must be pairs of a prompt and a PIL image, got"):
+            push(pipe, images=images)
     assert not server.requests
 
 

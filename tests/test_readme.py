@@ -32,6 +32,11 @@ def test_links_and_images_lead_somewhere(page) -> None:
     assert "@@" not in text
 
 
+def test_the_address_of_the_repository_is_one(page) -> None:
+    known = re.search(r'^REPOSITORY = "(.*)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+    assert set(re.findall(r"git clone (https://[^\s`]*)", page.read_text())) <= {known}
+
+
 def headings(page: Path) -> set[str]:
     """As GitHub names them, and mkdocs."""
     found = re.findall(

@@ -29,8 +29,9 @@ number of processes.
 """
 MAPS = """Draws where each head looks for a word of the prompt, before and after its maps are mixed, over the image.
 
-    coeff-diffusers maps --pretrained_model_name_or_path examples/emoji/model --coeff_weights outputs/demo \\
-        --prompt "a sks panda face on a blue background" --word "panda face" --output_file maps.png
+    coeff-diffusers maps --pretrained_model_name_or_path examples/emoji/model \\
+        --coeff_weights examples/emoji/coefficients/fox.safetensors \\
+        --prompt "a sks fox face on a blue background" --word "fox face" --output_file maps.png
 
 docs/attention_maps.md explains how to read them.
 """
@@ -75,8 +76,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
     except ValueError as error:
         parser.error(str(error))
-    if (args.height is None) != (args.width is None):
-        parser.error("--height and --width: give both, or none; pipelines ignore one that is alone")
+    _check_size(parser, args)
     if args.prompt and len(args.coeff_weights) > 1:
         parser.error("--prompt compares one coefficient file with the base model; --prompts_file takes several")
     given = [flag for flag, value in (("--batch_size", args.batch_size), ("--overwrite", args.overwrite)) if value]
@@ -86,6 +86,11 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.num_images_per_prompt is None:
         args.num_images_per_prompt = 2 if args.prompt else 1
     return args
+
+
+def _check_size(parser: Parser, args: argparse.Namespace) -> None:
+    if (args.height is None) != (args.width is None):
+        parser.error("--height and --width: give both, or none; pipelines ignore one that is alone")
 
 
 def parse_maps(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,8 +105,11 @@ def parse_maps(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=at_least(0), default=0)
     _add_device(parser)
     _add_quantization(parser)
-    parser.add_argument("--output_file", type=Path, default=Path("outputs/maps.png"))
+    parser.add_argument("--output_file", type=Path, default=Path("outputs/maps.png"), help="a .png or .jpg file")
     args = parser.parse_args(argv)
+    if args.output_file.suffix not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--output_file: its name must end in .png or .jpg, got {args.output_file}")
+    _check_size(parser, args)
     try:
         args.coeff_weights = named_paths("--coeff_weights", args.coeff_weights)
     except ValueError as error:
