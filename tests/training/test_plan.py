@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import SIDE, tiny_pipeline
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from coeff_diffusers.training import parse_settings
 from coeff_diffusers.training.errors import InputError
@@ -59,35 +58,22 @@ def test_the_plan_is_what_the_same_steps_hold_of_real_tensors(argv: Argv, monkey
     assert [phase.name for phase in told.phases] == ["prompts", "training", "validation"]
 
 
-def test_what_takes_more_and_what_takes_less(argv: Argv) -> None:
+def test_what_takes_less(argv: Argv) -> None:
     fixed = {"resolution": 16, "center_crop": True, "train_batch_size": 1}
-    plain, four, computed_again, small = (
-        phases(planned(argv(**fixed | changes)))["training"]
-        for changes in (
-            {},
-            {"train_batch_size": 4},
-            {"gradient_checkpointing": True},
-            {"cache_latents": True, "quantize": "torchao_int8"},
-        )
-    )
-    assert four.rest > 3 * plain.rest
-    assert computed_again.rest < 0.7 * plain.rest
+    less = {"gradient_checkpointing": True, "cache_latents": True, "quantize": "torchao_int8"}
+    plain, small = (phases(planned(argv(**fixed | changes)))["training"] for changes in ({}, less))
+    assert small.rest < 0.7 * plain.rest
     pipeline = tiny_pipeline("StableDiffusionPipeline")
     vae = sum(p.numel() for p in pipeline.vae.parameters())
     linear = sum(m.weight.numel() for m in pipeline.unet.modules() if isinstance(m, torch.nn.Linear))
     assert plain.weights - small.weights == 4 * vae + 3 * linear
 
 
-def test_a_transformer_with_a_lora_in_bf16_and_one_that_cannot_be_told(argv: Argv, tmp_path: Path) -> None:
-    """Lumina's asks how long a prompt is, which is a value."""
-    for name in ("FluxPipeline", "Lumina2Pipeline"):
-        tiny_pipeline(name).save_pretrained(tmp_path / name)
-    fixed = {"resolution": SIDE, "lora_rank": 2, "train_batch_size": 1}
-    flags = argv(pretrained_model_name_or_path=tmp_path / "FluxPipeline", **fixed)
+def test_a_transformer_with_a_lora_in_bf16(argv: Argv, tmp_path: Path) -> None:
+    tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "flux")
+    flags = argv(pretrained_model_name_or_path=tmp_path / "flux", resolution=SIDE, lora_rank=2, train_batch_size=1)
     told, of_gpu = (phases(planned(flags, "bf16", device))["training"] for device in ("cpu", "cuda"))
     assert of_gpu.rest > told.rest > 0  # whose autocast norms in float32
-    with pytest.raises(DataDependentOutputException):
-        planned(argv(pretrained_model_name_or_path=tmp_path / "Lumina2Pipeline", **fixed))
 
 
 # What is made of it
