@@ -54,6 +54,7 @@ from coeff_diffusers.app.train import (
 from coeff_diffusers.app.visitors import Visitor, Visitors, free_name
 from coeff_diffusers.checkpoint import KEY_SUFFIX
 from coeff_diffusers.commands.generate import base_pipeline
+from coeff_diffusers.quantization import Quantization
 from coeff_diffusers.serving.requests import Refusal
 from coeff_diffusers.training import InputError
 
@@ -124,7 +125,7 @@ def test_no_such_model_is_an_input_error(tmp_path) -> None:
 
 
 def test_a_pipeline_that_lacks_parts_is_loaded_without_them() -> None:
-    pipe = base_pipeline(str(EMBEDDED / "model_dit"), None, "float32")
+    pipe = base_pipeline(str(EMBEDDED / "model_dit"), None, "float32", Quantization(), "cpu")
     assert (pipe.text_encoder_3, pipe.tokenizer_3) == (None, None)
 
 

@@ -140,6 +140,8 @@ def test_an_adapter_that_is_not_in_use_is_one_tensor(unet, source) -> None:
         found = gc.get_objects()
         return len(found), sum(isinstance(each, nn.Parameter | nn.Module) for each in found)
 
+    run(unet, "first")
+    objects()  # what Python keeps of a first look at all
     before = objects()
     for n in range(50):
         load_coeff_weights(unet, state, adapter_name=f"a{n}")
