@@ -28,7 +28,14 @@ def escaped_output() -> Iterator[None]:
 
 
 # parts of what libraries log while they are loaded, of ways to compute that nobody here takes
-HUSHED = ("requires torchvision", "gemm_4bit_forward")
+HUSHED = (
+    *("requires torchvision", "gemm_4bit_forward"),
+    *("/torchao/_C_", "is an Enum subclass", "Unable to import `torchao` Tensor"),
+)
+LOGGERS = (
+    *("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"),
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
 
 
 def _is_heard(record: logging.LogRecord) -> bool:
@@ -36,11 +43,12 @@ def _is_heard(record: logging.LogRecord) -> bool:
 
 
 def hush() -> None:
-    """Keeps transformers and bitsandbytes from `HUSHED`, and transformers from a progress bar within diffusers'."""
+    """Keeps other libraries from `HUSHED`, and transformers from a progress bar within diffusers'."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_heard)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_is_heard)
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_is_heard)
 
