@@ -36,7 +36,7 @@ from coeff_diffusers.app.create import (
 )
 from coeff_diffusers.app.inspect_file import look_into, refused, table, verdict
 from coeff_diffusers.app.pipeline import SharedPipeline
-from coeff_diffusers.app.run import App, check_port
+from coeff_diffusers.app.run import App
 from coeff_diffusers.app.runs import DONE, FAILED, STOPPED, WAITS, Line, Run, name_of
 from coeff_diffusers.app.settings import EMBEDDED, AppSettings, filled_in, parse_app
 from coeff_diffusers.app.train import (
@@ -56,6 +56,7 @@ from coeff_diffusers.checkpoint import KEY_SUFFIX
 from coeff_diffusers.commands.generate import base_pipeline
 from coeff_diffusers.quantization import Quantization
 from coeff_diffusers.serving.requests import Refusal
+from coeff_diffusers.serving.settings import check_address
 from coeff_diffusers.training import InputError
 
 STEPS = 2
@@ -116,7 +117,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"--port {port}"):
-            check_port(AppSettings(port=port))
+            check_address("127.0.0.1", port)
 
 
 def test_no_such_model_is_an_input_error(tmp_path) -> None:

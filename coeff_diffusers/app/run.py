@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported: it tells its makers nothing
 
 from ..console import hush
+from ..serving.settings import check_address
 from ..training.errors import InputError
 from .page import CSS, page, theme
 from .pipeline import SharedPipeline
@@ -53,7 +53,7 @@ class App:
     """The app of some settings; several can run in one process, on ports of their own."""
 
     def __init__(self, settings: AppSettings) -> None:
-        check_port(settings)
+        check_address(settings.host, settings.port)
         hush()
         self.settings = settings
         try:
@@ -88,13 +88,3 @@ class App:
         """Ends training runs, with a checkpoint, and the server."""
         self.visitors.close()
         self.blocks.close(verbose=False)
-
-
-def check_port(settings: AppSettings) -> None:
-    """Raises InputError if the address cannot be listened to."""
-    try:
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind((settings.host, settings.port))
-    except OSError as error:
-        raise InputError(f"--host {settings.host} --port {settings.port}: {error.strerror}; give others") from error

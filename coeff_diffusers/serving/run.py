@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..store import AdapterStore
 from ..training.errors import InputError
 from ..training.families.single_file import is_single_file
 from .api import application, resources
-from .settings import ServeSettings, token_of
+from .settings import ServeSettings, check_address, token_of
 
 NAME = "coeff_diffusers"  # of the application
 
@@ -114,12 +113,7 @@ def checked_names(settings: ServeSettings) -> list[str]:
         names = AdapterStore(settings.adapters).names()
     except (OSError, ValueError) as error:
         raise InputError(f"--adapters: {settings.adapters} is no folder here, and no repository: {error}") from error
-    try:
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind((settings.host, settings.port))
-    except OSError as error:
-        raise InputError(f"--host {settings.host} --port {settings.port}: {error.strerror}; give others") from error
+    check_address(settings.host, settings.port)
     return names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
@@ -125,3 +126,13 @@ def parse_flags(group: type[S], command: str, description: str, argv: Sequence[s
     if missing := [f"--{s.name}" for s in fields(kind) if s.default is MISSING and s.name not in given]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     return group(**given)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises InputError if it cannot be listened to."""
+    try:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; give others") from error
