@@ -15,6 +15,8 @@ from torch import nn
 # A minute or more each: started last, one of them would keep one process busy when all others are through.
 SLOWEST = (
     "test_gpu.py", "test_resume.py", "test_generate.py", "test_distributed.py", "test_choice.py", "test_app.py",
+    "test_serving.py", "test_subjects.py", "test_training.py", "test_docs.py", "test_scripts.py",
+    "test_quantization.py", "test_plan.py",
 )  # fmt: skip
 
 
