@@ -52,6 +52,7 @@ def until_stopped(name: str, argv: Sequence[str]) -> int:
         return _missing(name, error)
     try:
         settings = getattr(settings_module, f"parse_{name}")(argv)
+        hush()
         try:
             run = importlib.import_module(f"..{package}.run", __package__).run
         except ImportError as error:
