@@ -16,7 +16,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch
-from diffusers import DiffusionPipeline
 from ray import serve
 
 from ..commands.generate import pipeline_index
@@ -98,12 +97,11 @@ def checked_names(settings: ServeSettings) -> list[str]:
     """The subjects that there are. What can be told before Ray starts is told here."""
     model, quantization = settings.pretrained_model_name_or_path, Quantization(settings.quantize, settings.gguf_file)
     try:
-        index = pipeline_index(model, settings.single_file_config) if quantization.wanted else None
-        if not is_single_file(model):
-            DiffusionPipeline.load_config(model)
+        looked_at = quantization.wanted or not is_single_file(model)
+        index = pipeline_index(model, settings.single_file_config) if looked_at else {}
     except (OSError, ValueError) as error:
         raise InputError(f"--pretrained_model_name_or_path: {error}") from error
-    if index is not None and settings.ray_address is None:  # elsewhere replicas have other packages and devices
+    if quantization.wanted and settings.ray_address is None:  # elsewhere replicas have other packages and devices
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         try:
             quantization.check(device.type if device else "cpu", index)
