@@ -17,7 +17,6 @@ from PIL import Image
 
 from ..adapters import delete_coeff_adapters
 from ..checkpoint import differences, load_coeff_weights
-from ..console import hush
 from ..maps import AttentionMaps, attention_maps
 from ..per_sample import coeff_per_sample
 from ..resolved import CHANGES
@@ -45,7 +44,6 @@ class SharedPipeline:
     """
 
     def __init__(self, settings: AppSettings) -> None:
-        hush()
         self._none = tempfile.TemporaryDirectory(prefix="coeff-app-")  # a folder without subjects
         self.settings = replace(settings, adapters=settings.adapters or self._none.name)
         self._batches = SubjectPipeline(self.settings)
