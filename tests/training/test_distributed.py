@@ -26,7 +26,7 @@ from two_processes import on_two_processes
 from coeff_diffusers import coeff_parameters
 from coeff_diffusers.training.adapters import add_adapters
 from coeff_diffusers.training.errors import InputError
-from coeff_diffusers.training.families.sharding import blocks, shard_frozen_weights, sharded_names
+from coeff_diffusers.training.families.sharding import blocks, shard_frozen_weights
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.processes import check_processes, start_accelerator
 from coeff_diffusers.training.settings import DreamBoothSettings, parse_settings
@@ -202,7 +202,7 @@ def test_blocks_hold_most_of_a_denoiser_and_none_twice(name: str) -> None:
 def test_a_denoiser_of_each_family_can_be_shared_out(name: str) -> None:
     whole, shared = make_family(make_pipeline(name)), make_family(make_pipeline(name))
     shard_frozen_weights(shared.denoiser, torch.device("cpu"))
-    assert sharded_names(shared.denoiser)
+    assert any(isinstance(parameter, DTensor) for parameter in shared.denoiser.parameters())
     gradients = []
     for family in (whole, shared):
         add_adapters(family, family.settings, PROMPTS[0])

@@ -16,6 +16,7 @@ from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
 from coeff_diffusers.training.run import plan as module
 from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.offload import offloadable_blocks
 from coeff_diffusers.training.run.plan import Phase, Plan, plan_run
 from coeff_diffusers.training.run.tally import Tally, fake_tensors
 
@@ -67,6 +68,18 @@ def test_what_takes_less(argv: Argv) -> None:
     vae = sum(p.numel() for p in pipeline.vae.parameters())
     linear = sum(m.weight.numel() for m in pipeline.unet.modules() if isinstance(m, torch.nn.Linear))
     assert plain.weights - small.weights == 4 * vae + 3 * linear
+
+
+def test_what_is_offloaded_is_not_on_a_gpu(argv: Argv) -> None:
+    fixed = {"resolution": 16, "train_batch_size": 4, "center_crop": True, "cache_latents": True}
+    ways = ({"gradient_checkpointing": True}, {"group_offload": True}, {"group_offload": True, "offload_activations": True})
+    kept, offloaded, both = (phases(planned(argv(**fixed | way), device="cuda"))["training"] for way in ways)
+    blocks = offloadable_blocks(tiny_pipeline("StableDiffusionPipeline").unet)
+    sizes = sorted(4 * sum(p.numel() for p in block.parameters()) for block in blocks)
+    assert kept.weights - offloaded.weights == sum(sizes[:-3]) > 0
+    assert both.weights == offloaded.weights
+    assert both.rest < offloaded.rest <= kept.rest
+    assert phases(planned(argv(**fixed | ways[2])))["training"] == phases(planned(argv(**fixed | ways[1])))["training"]
 
 
 def test_a_transformer_with_a_lora_in_bf16(argv: Argv, tmp_path: Path) -> None:

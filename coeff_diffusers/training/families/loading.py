@@ -32,6 +32,7 @@ def load_family(
     quantization: Quantization,
     index: Mapping[str, Any],
     fsdp: bool = False,
+    offload: bool = False,
 ) -> Family:
     """Loads and freezes everything but the denoiser. Safety checkers take no part in training.
 
@@ -44,6 +45,7 @@ def load_family(
         quantization: of the denoiser and the large text encoders.
         index: what its model_index.json says.
         fsdp: shards the denoiser over the processes.
+        offload: leaves the denoiser where it is loaded, for what brings its blocks to the device.
 
     Raises:
         InputError: if it cannot be loaded, or not trained so; so does [`Family.load_denoiser`] later.
@@ -69,7 +71,8 @@ def load_family(
         denoiser.requires_grad_(False).eval()
         if fsdp:  # before the whole of it is on the device
             shard_frozen_weights(denoiser, device)
-        denoiser.to(device)
+        if not offload:
+            denoiser.to(device)
         return cast(nn.Module, denoiser)
 
     others = {name for name in index if is_model(index[name])} - {part}

@@ -38,11 +38,6 @@ def blocks(denoiser: nn.Module) -> list[nn.Module]:
     return [block for block in found if next(block.parameters(), None) is not None]
 
 
-def sharded_names(model: nn.Module) -> list[str]:
-    """Parameters that this process has a share of."""
-    return [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-
-
 def held(parameter: nn.Parameter) -> int:
     """How many of a parameter's numbers this process holds."""
     return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter_count(parameter)

@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
+from torch import Tensor
 
 import coeff_diffusers
 from coeff_diffusers import coeff_adapters
@@ -48,9 +49,11 @@ from ..families import Family, find_family, find_quantization, load_family, pipe
 from ..images.augment import plain
 from ..images.buckets import buckets_text, nearest_bucket
 from ..images.class_images import complete_class_images
+from ..images.dreambooth_dataset import Crop
 from ..images.files import TrainingImage
 from ..images.latents import encode_crops, is_cacheable, release_vae
 from ..images.subject_images import GivenImages, SubjectImages
+from ..images.subjects_dataset import SubjectsDataset
 from ..results.files import check_output_folder, missing_folders, size_text, write_grid
 from ..results.hub import check_hub, open_repository, push
 from ..results.model_card import card_of_run, write_card
@@ -62,7 +65,8 @@ from ..writing import write_text
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
-from .memory import checkpoint_blocks, peak_memory_text, release_frozen_text_encoders, release_text_encoders
+from .memory import checkpoint_blocks, offloaded_activations, peak_memory_text, release_frozen_text_encoders, release_text_encoders
+from .offload import offload_blocks
 from .optimizers import check_optimizer
 from .plan import fitting
 from .processes import DTYPES, check_processes, start_accelerator
@@ -229,8 +233,8 @@ class DreamBoothRun:
     def load_model(self) -> None:
         """The base model, frozen, and class images, where they are missing.
 
-        Text encoders that do not train encode all prompts, and are released, before the denoiser is loaded; but where
-        class images are missing it generates them first.
+        Text encoders that do not train encode all prompts, and are released, before the denoiser is loaded, and so does
+        the VAE with cached latents; but where class images are missing it generates them first.
 
         Raises:
             InputError: if the settings do not go with this model, or with the checkpoint that is resumed.
@@ -251,6 +255,7 @@ class DreamBoothRun:
             self._quantization,
             self._index,
             settings.fsdp,
+            settings.group_offload,
         )
         self.family: Family = family
         self._sampling = sampling_defaults(family.pipeline)
@@ -285,6 +290,7 @@ class DreamBoothRun:
         self._shown = {name: SubjectImages(self.images[name], self._classes[name]) for name in self.own}
         if not settings.train_text_encoder:
             self._encode_prompts()
+        self._moments = self._encode_images() if settings.cache_latents else {}
         family.load_denoiser()
         everything = [*chain(*self.images.values()), *chain(*self._classes.values())]
         self._facts = facts_of_run(settings, everything, family.denoiser, accelerator.num_processes)
@@ -320,6 +326,8 @@ class DreamBoothRun:
         kinds = dict.fromkeys(chain(*parameters.values()))
         together = {kind: list(chain(*(each.get(kind, []) for each in parameters.values()))) for kind in kinds}
         check_trainable(family, together)
+        if settings.group_offload:
+            offload_blocks(family, list(chain(*together.values())), accelerator)
         self.trained = {name: count_parameters(each) for name, each in parameters.items()}
         count = f" Subjects: {len(self.alone)}." if self.subjects.several else ""
         accelerator.print(f"{trainable_parameters_text(family, together)}\nSeed: {self.seed}.{count}")
@@ -366,6 +374,26 @@ class DreamBoothRun:
             with self.accelerator.autocast():
                 release_text_encoders(family, calls)
 
+    def _dataset(self, first_step: int) -> SubjectsDataset:
+        """What the run shows from a step on."""
+        settings, sharing = self.settings, self.subjects.sharing(self.accelerator)[0]
+        return make_dataset(
+            self._shown,
+            settings,
+            resolution=self.resolution,
+            seed=self.seed,
+            step_draws=settings.train_batch_size * settings.gradient_accumulation_steps * sharing,
+            first_step=first_step,
+            steps=self.max_train_steps,
+        )
+
+    def _encode_images(self) -> dict[Crop, Tensor]:
+        """The latents of all images, after which the VAE is released, as far as it can be."""
+        dataset = self._dataset(0 if self.resumed is None else self.resumed.step)
+        moments = encode_crops(self.family, dataset, silent=not self.accelerator.is_main_process)
+        release_vae(self.family, keep_decoder=any(all_prompts(self.alone[name]) for name in self.own))
+        return moments
+
     def steps(self) -> Iterator[TrainingStep]:
         """Trains: yields after each optimizer step; then checkpoints and validation follow where they are due.
 
@@ -385,25 +413,16 @@ class DreamBoothRun:
             return
         if settings.gradient_checkpointing:
             trained: list[Any] = family.trained_text_encoders
-            checkpoint_blocks(family.denoiser, settings.checkpoint_every)
+            if not settings.group_offload:  # which does so itself
+                checkpoint_blocks(family.denoiser, settings.checkpoint_every)
             for encoder in trained:
                 encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        sharing = self.subjects.sharing(accelerator)[0]
-        dataset = make_dataset(
-            self._shown,
-            settings,
-            resolution=self.resolution,
-            seed=self.seed,
-            step_draws=settings.train_batch_size * settings.gradient_accumulation_steps * sharing,
-            first_step=len(state.losses),
-            steps=self.max_train_steps,
-        )
-        if settings.cache_latents:
-            dataset.moments = encode_crops(family, dataset, silent=not accelerator.is_main_process)
-            release_vae(family, keep_decoder=any(all_prompts(self.alone[name]) for name in self.own))
+        dataset = self._dataset(len(state.losses))
+        dataset.moments = self._moments
         step: Any = DenoisingStep(family, family.trained_text_encoders, state.all_parameters)
         batches: Any = make_batches(dataset, settings.train_batch_size, settings.dataloader_num_workers)
-        step, state.optimizer, batches = self.subjects.prepare(step, state.optimizer, batches, accelerator)
+        whole = not settings.group_offload
+        step, state.optimizer, batches = self.subjects.prepare(step, state.optimizer, batches, accelerator, whole)
         step.train()
         with stop_request(self._cancel) as request:
             yield from training_steps(
@@ -418,6 +437,7 @@ class DreamBoothRun:
                 seed=self.seed,
                 prior_loss_weight=settings.prior_loss_weight,
                 max_grad_norm=settings.max_grad_norm,
+                saving=offloaded_activations(accelerator) if settings.offload_activations else nullcontext,
                 after_step=lambda: self._after_step(request),
                 safe_text=self.checkpoints.safe_text,
             )

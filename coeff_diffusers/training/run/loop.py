@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,7 @@ def training_steps(
     seed: int,
     prior_loss_weight: float,
     max_grad_norm: float,
+    saving: Callable[[], AbstractContextManager[Any]],
     after_step: Callable[[], None],
     safe_text: Callable[[], str],
 ) -> Iterator[TrainingStep]:
@@ -135,6 +136,7 @@ def training_steps(
         seed: of the run.
         prior_loss_weight: as of `dreambooth_loss`.
         max_grad_norm: of the gradients of each subject.
+        saving: around the forward pass, has what is saved for the backward pass where it is to be.
         after_step: saves, stops and validates where it is time to.
         safe_text: says what is not lost if the run breaks off.
 
@@ -154,7 +156,9 @@ def training_steps(
             rows = coeff_per_sample(family.denoiser, batch["subjects"]) if several else nullcontext()
             with accelerator.accumulate(step), rows:
                 given = (batch["prompts"], batch["sizes"], batch["seeds"], batch.get("boxes"))
-                errors = step(moments_of(family, batch), *given)
+                moments = moments_of(family, batch)
+                with saving():
+                    errors = step(moments, *given)
                 losses = losses_by_subject(errors, batch, prior_loss_weight)
                 loss = torch.stack(list(losses.values())).sum()
                 check_finite("the loss", loss, state, steps, batch, safe_text)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils import checkpoint
 
 from ...quantization import parameter_count
@@ -145,6 +147,14 @@ def checkpoint_blocks(denoiser: Any, every: int) -> None:
         return checkpoint.checkpoint(block, *args, use_reentrant=False)
 
     denoiser.enable_gradient_checkpointing(call)
+
+
+def offloaded_activations(accelerator: Accelerator) -> Callable[[], AbstractContextManager[Any]]:
+    """Inside, what is saved for the backward pass is in the CPU's memory, pinned where that is another's."""
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        accelerator.print("--offload_activations saves nothing here: they are in the CPU's memory.")
+    return partial(save_on_cpu, pin_memory=not on_cpu, device_type=accelerator.device.type)
 
 
 def peak_memory_text(accelerator: Accelerator) -> str:

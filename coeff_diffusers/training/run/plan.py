@@ -19,7 +19,8 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...quantization import Quantization
 from ..adapters import add_adapters
@@ -31,6 +32,7 @@ from ..results.validation import all_prompts
 from ..settings.dreambooth import DreamBoothSettings
 from ..settings.rules import parse_buckets
 from .memory import checkpoint_blocks
+from .offload import GroupOffload, offloadable_blocks
 from .processes import DTYPES
 from .tally import Tally, fake_tensors
 
@@ -102,13 +104,20 @@ def plan_run(
     with _quietly(), torch.random.fork_rng(devices=[]):
         family = kind(pipeline_of_configs(settings, index, dtype), settings)
         parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
-        weights = _weights(family, quantization, quantization.parts(index))
+        methods = _methods(family, quantization, quantization.parts(index))
+        named = family.pipeline.components.items()
+        weights = {name: weight_bytes(part, methods.get(name)) for name, part in named if isinstance(part, nn.Module)}
         plain = weight_bytes(family.denoiser, None) if quantization.method and device_type == "cpu" else 0
         adapters = add_adapters(family, settings, PROMPT)
         with fake_tensors(*parts), autocast:
             if precision != "no" and device_type != "cpu":
                 _norm_in_float32(family.denoiser)
-            phases = list(_phases(family, settings, weights, adapters, quantization.wanted, subjects))
+            resident = weights[family.denoiser_name]
+            if device_type == "cpu":  # which has all that is offloaded in its memory
+                settings = replace(settings, offload_activations=False)
+            elif settings.group_offload:
+                resident -= _bytes_at_home(family.denoiser, methods.get(family.denoiser_name))
+            phases = list(_phases(family, settings, weights, resident, adapters, quantization.wanted, subjects))
             if (
                 plain and not quantization.gguf_file
             ):  # a GPU gets what is quantised, a process has the file in memory, too
@@ -117,19 +126,23 @@ def plan_run(
             return Plan(tuple(phases))
 
 
-def _weights(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, int]:
-    """Bytes of each model of the pipeline."""
+def _methods(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, str | None]:
+    """How the models of the pipeline are quantised, those that are."""
     method = dict.fromkeys(quantised, quantization.method)
-    if quantization.gguf_file:
-        method[family.denoiser_name] = "gguf"
-    parts = family.pipeline.components.items()
-    return {name: weight_bytes(part, method.get(name)) for name, part in parts if isinstance(part, nn.Module)}
+    return method | ({family.denoiser_name: "gguf"} if quantization.gguf_file else {})
+
+
+def _bytes_at_home(denoiser: nn.Module, method: str | None) -> int:
+    """Bytes of the blocks that --group_offload has in the CPU's memory, while three of them are on the device."""
+    blocks = sorted(weight_bytes(block, method) for block in offloadable_blocks(denoiser))
+    return sum(blocks[:-3])
 
 
 def _phases(
     family: Family,
     settings: DreamBoothSettings,
     weights: Mapping[str, int],
+    resident: int,
     adapters: Mapping[str, list[nn.Parameter]],
     quantised: bool,
     subjects: int,
@@ -144,7 +157,7 @@ def _phases(
     height, width = _size(family, settings)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), Tally(vae) as tally:
         moments = family.encode_images(torch.empty(1, 3, height, width))
-    encoded, held = tally.peak, denoiser
+    encoded, held = tally.peak, 0
     if settings.train_text_encoder:
         held += sum(weights[name] for name in family.text_encoder_names if name in weights)
     if settings.cache_latents:
@@ -152,6 +165,7 @@ def _phases(
         encoded = 0
     else:
         held += weights["vae"]
+    held += resident
     batch = settings.train_batch_size * subjects * (2 if settings.with_prior_preservation else 1)
     step = _training_step(family, settings, moments, condition, encoders, batch)
     trained = sum(p.numel() for group in adapters.values() for p in group) * subjects
@@ -172,7 +186,9 @@ def _training_step(
 ) -> int:
     """Bytes of a step, beside all parameters."""
     denoiser: Any = family.denoiser
-    if settings.gradient_checkpointing:
+    if settings.group_offload:
+        GroupOffload(denoiser, torch.device("cpu"))
+    elif settings.gradient_checkpointing:
         checkpoint_blocks(denoiser, settings.checkpoint_every)
     denoiser.train()
     height, width = _size(family, settings)
@@ -181,9 +197,19 @@ def _training_step(
         generators = [torch.Generator().manual_seed(0) for _ in range(batch)]
         latents = family.sample_latents(moments.expand(batch, *moments.shape[1:]), generators)
         conditions = family.encode([PROMPT] * batch) if settings.train_text_encoder else [condition] * batch
-        errors = family.errors(denoiser, latents, family.collate(conditions), sizes, generators)
+        with saved_tensors_hooks(_shape, _empty) if settings.offload_activations else nullcontext():
+            errors = family.errors(denoiser, latents, family.collate(conditions), sizes, generators)
         errors.mean().backward()
     return int(tally.peak)
+
+
+def _shape(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _empty(shape: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
+    size, stride, dtype = shape
+    return torch.empty_strided(size, stride, dtype=dtype)
 
 
 def _decoded(family: Family, settings: DreamBoothSettings) -> int:
@@ -434,7 +460,21 @@ def remedies(settings: DreamBoothSettings, device: torch.device, cacheable: bool
     if not (settings.quantize or settings.gguf_file or settings.fsdp or settings.use_dora):
         found.append(Remedy("--quantize bnb_int8", "some precision", lambda s: replace(s, quantize="bnb_int8")))
         found.append(Remedy("--quantize bnb_nf4", "more precision", lambda s: replace(s, quantize="bnb_nf4")))
+    if device.type == "cpu" or settings.fsdp:
+        return found
+    if not settings.group_offload:
+        change = Remedy("--group_offload", "speed: blocks are copied twice a step", _with_group_offload)
+        found.append(change)
+    if not settings.offload_activations:
+        change = Remedy(
+            "--offload_activations", "speed: they are copied, too", lambda s: replace(s, offload_activations=True)
+        )
+        found.append(change)
     return found
+
+
+def _with_group_offload(settings: DreamBoothSettings) -> DreamBoothSettings:
+    return replace(settings, group_offload=True, checkpoint_every=1)
 
 
 def _bf16_is_there(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from ..families.sharding import sharded_names
 
 
 class DenoisingStep(nn.Module):
@@ -23,8 +22,9 @@ class DenoisingStep(nn.Module):
         self.denoiser = family.denoiser
         self.text_encoders = nn.ModuleList(text_encoders)
         self.trained = nn.ParameterList(trained)
-        # frozen and shared out: of no concern to what averages gradients
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
+        # of no concern to what averages gradients, and not on the device if they are shared out or offloaded
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def forward(
         self, moments: Tensor, prompts: list[str], sizes: Tensor, seeds: Tensor, boxes: Tensor | None = None

@@ -43,8 +43,10 @@ class Subjects(ABC):
         """How many processes share an optimizer step's images, and which of them this is."""
 
     @abstractmethod
-    def prepare(self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator) -> tuple[Any, Any, Any]:
-        """By accelerate."""
+    def prepare(
+        self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator, whole: bool
+    ) -> tuple[Any, Any, Any]:
+        """By accelerate; the step is put on the device if it is to be there as a whole."""
 
     @abstractmethod
     def gather_losses(self, own: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
@@ -91,8 +93,11 @@ class OneSubject(Subjects):
     def sharing(self, accelerator: Accelerator) -> tuple[int, int]:
         return accelerator.num_processes, accelerator.process_index
 
-    def prepare(self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator) -> tuple[Any, Any, Any]:
-        step, optimizer, batches = accelerator.prepare(step, optimizer, batches)
+    def prepare(
+        self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator, whole: bool
+    ) -> tuple[Any, Any, Any]:
+        places = [whole, None, None]
+        step, optimizer, batches = accelerator.prepare(step, optimizer, batches, device_placement=places)
         return step, optimizer, batches
 
     def gather_losses(self, own: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
@@ -141,11 +146,14 @@ class ManySubjects(Subjects):
     def sharing(self, accelerator: Accelerator) -> tuple[int, int]:
         return 1, 0
 
-    def prepare(self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator) -> tuple[Any, Any, Any]:
+    def prepare(
+        self, step: Any, optimizer: Any, batches: Any, accelerator: Accelerator, whole: bool
+    ) -> tuple[Any, Any, Any]:
         batches = prepare_data_loader(
             batches, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
-        return accelerator.prepare_model(step, evaluation_mode=True), accelerator.prepare_optimizer(optimizer), batches
+        step = accelerator.prepare_model(step, device_placement=whole, evaluation_mode=True)
+        return step, accelerator.prepare_optimizer(optimizer), batches
 
     def gather_losses(self, own: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
         shares = gather_object([{name: loss.item() for name, loss in own.items()}])

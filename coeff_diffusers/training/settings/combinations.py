@@ -64,7 +64,7 @@ def combination_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--final_validation_prompt and --skip_final_inference exclude each other")
     if settings.lr_scheduler == "constant" and settings.lr_warmup_steps:
         problems.append("--lr_warmup_steps has no effect on constant: use --lr_scheduler constant_with_warmup")
-    problems += _quantization_problems(settings)
+    problems += _quantization_problems(settings) + _offload_problems(settings)
     problems += _subjects_problems(settings) if settings.subjects else _source_problems(settings)
     return problems + _folder_problems(settings) + _optimizer_problems(settings) + _hub_problems(settings)
 
@@ -82,6 +82,22 @@ def _quantization_problems(settings: DreamBoothSettings) -> list[str]:
             f"--use_dora: peft cannot read the magnitudes of weights under {how}; take --quantize bnb_nf4, or a LoRA "
             "without it"
         )
+    return problems
+
+
+def _offload_problems(settings: DreamBoothSettings) -> list[str]:
+    problems = []
+    if settings.group_offload and settings.fsdp:
+        problems.append("--group_offload and --fsdp exclude each other: shards stay on their devices")
+    if settings.group_offload and settings.checkpoint_every > 1:
+        problems.append("--checkpoint_every does not go with --group_offload, which computes all blocks again")
+    if settings.group_offload and settings.quantize == "bnb_int8":
+        problems.append(
+            "--group_offload cannot move the weights of --quantize bnb_int8, which bitsandbytes keeps beside the "
+            "layers' own; take bnb_nf4 or torchao_int8"
+        )
+    if settings.offload_activations and not (settings.gradient_checkpointing or settings.group_offload):
+        problems.append("--offload_activations needs --gradient_checkpointing or --group_offload")
     return problems
 
 

@@ -266,6 +266,14 @@ class StepSettings(Settings):
         "Of so many blocks of the denoiser --gradient_checkpointing takes one: 2 is faster than 1, and saves half.",
         1,
     )
+    group_offload: bool = flag(
+        "Keep the frozen denoiser's blocks in the CPU's memory, and bring each for as long as it computes; its "
+        "activations are computed again in the backward pass, as with --gradient_checkpointing.",
+        False,
+    )
+    offload_activations: bool = flag(
+        "Keep what --gradient_checkpointing or --group_offload keeps of each block in the CPU's memory.", False
+    )
     memory: Literal["plan", "auto", "off"] = flag(
         "Before a model that is not small is loaded: say what it will take, and what would make it fit (plan); take "
         "the flags that do (auto); or go ahead (off).",

@@ -1,0 +1,167 @@
+"""The frozen denoiser's blocks in the CPU's memory, each on the device while it computes: `--group_offload`.
+
+diffusers' own group offloading takes a block away after its forward pass, before its backward pass has used it. Here
+a block's activations are computed again in the backward pass, so that each pass brings its own weights. They are read
+only: what comes back is the copy that stayed behind, and nothing is copied from the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils import checkpoint
+
+from ..errors import InputError
+from ..families import Family
+
+Copies = dict[tuple[nn.Module, str], Any]  # module and name of a parameter -> it, on the device
+
+
+def offloadable_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks that a denoiser repeats, as diffusers names them; the innermost, for a UNet has blocks in blocks."""
+    kinds = {*(getattr(denoiser, "_repeated_blocks", None) or ()), *(getattr(denoiser, "_no_split_modules", None) or ())}
+    named = denoiser.named_modules()
+    found = {module: path for path, module in named if path.split(".")[-1].isdigit() and type(module).__name__ in kinds}
+    return [block for block in found if not any(part in found for part in block.modules() if part is not block)]
+
+
+def offload_blocks(family: Family, trained: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Has a family's denoiser keep its blocks in the CPU's memory, all else on the accelerator's device.
+
+    Args:
+        family: with its adapters, before their optimizer is made.
+        trained: the trainable parameters, which go to the device, too.
+        accelerator: of the run.
+
+    Raises:
+        InputError: if that cannot be had.
+    """
+    device = accelerator.device
+    if device.type == "cpu":
+        accelerator.print("--group_offload saves nothing here: a CPU has the whole model in its memory.")
+    try:
+        GroupOffload(family.denoiser, device)
+    except ValueError as error:
+        raise InputError(f"--group_offload: {error}; --gradient_checkpointing and --quantize save memory, too") from error
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+
+
+class GroupOffload:
+    """Keeps the frozen parameters of a denoiser's blocks in the CPU's memory, and brings a block for each pass.
+
+    While a block computes, the next is on its way: the one that came after these two the last time. So there are two
+    or three blocks on the device at a time.
+
+    Args:
+        denoiser: with its adapters, on the CPU or on the device; all of it but the blocks' frozen parameters is put
+            on the device.
+        device: that computes.
+
+    Raises:
+        ValueError: if the denoiser has no blocks that are known.
+    """
+
+    def __init__(self, denoiser: nn.Module, device: torch.device) -> None:
+        blocks = offloadable_blocks(denoiser)
+        if not blocks:
+            raise ValueError(f"a {type(denoiser).__name__} has no blocks that are known to be repeated")
+        self._device = device
+        self._home = {block: _frozen_parameters(block) for block in blocks}
+        for parameters in self._home.values():
+            _to_host(parameters, pin=device.type == "cuda")
+        kept = {id(parameter) for parameters in self._home.values() for parameter in parameters.values()}
+        _to_device(denoiser, kept, device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: dict[nn.Module, Copies] = {}
+        self._last: tuple[nn.Module | None, nn.Module | None] = (None, None)
+        self._next: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
+        self._done: deque[Any] = deque()
+        for block in blocks:
+            block.forward = self._brought(block)
+
+    def _brought(self, block: Any) -> Any:
+        """The block's forward pass, with its weights on the device."""
+        forward = block.forward
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            self._bring(block)
+            try:
+                return forward(*args, **kwargs)
+            finally:  # after what ends a second forward pass early, too
+                self._send(block)
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return checkpoint.checkpoint(compute, *args, use_reentrant=False, **kwargs)
+            return compute(*args, **kwargs)
+
+        return call
+
+    def _bring(self, block: nn.Module) -> None:
+        copies = self._ahead.pop(block, None) or self._copied(block)
+        if self._stream is not None:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_stream(self._stream)
+            for each in copies.values():
+                each.record_stream(computing)  # the backward pass lets go of it while it still computes with it
+        for (module, name), parameter in copies.items():
+            module._parameters[name] = parameter
+        before, self._last = self._last, (self._last[1], block)
+        self._next[before] = block
+        if self._stream is not None:
+            self._ahead = {}  # what did not come
+            following = self._next.get(self._last)
+            if following is not None and following is not block:
+                self._ahead[following] = self._copied(following)
+
+    def _copied(self, block: nn.Module) -> Copies:
+        with torch.cuda.stream(self._stream):  # nothing without one
+            return {place: _copy(parameter, self._device) for place, parameter in self._home[block].items()}
+
+    def _send(self, block: nn.Module) -> None:
+        for (module, name), parameter in self._home[block].items():
+            module._parameters[name] = parameter
+        if self._stream is not None:  # lest blocks be brought faster than they compute
+            self._done.append(torch.cuda.current_stream(self._device).record_event())
+            if len(self._done) > 1:
+                self._done.popleft().synchronize()
+
+
+def _frozen_parameters(block: nn.Module) -> Copies:
+    return {
+        (module, name): parameter
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    }
+
+
+def _to_host(parameters: Copies, pin: bool) -> None:
+    """Into the CPU's memory, pinned where these are plain tensors, so that they can be copied while others compute."""
+    for (module, name), parameter in parameters.items():
+        kept = parameter.cpu()
+        if pin and type(kept.data) is torch.Tensor:
+            kept.data = kept.data.pin_memory()
+        parameters[module, name] = module._parameters[name] = kept
+
+
+def _copy(parameter: Any, device: torch.device) -> Any:
+    return parameter.to(device, non_blocking=True)
+
+
+def _to_device(denoiser: nn.Module, kept: set[int], device: torch.device) -> None:
+    """All parameters and buffers but those kept."""
+    for module in denoiser.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in kept:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
