@@ -157,6 +157,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", help="the one that accelerate gives this process, if not given")
+    parser.add_argument(
+        "--group_offload",
+        action="store_true",
+        help="keep weights in the CPU's memory, and bring each layer's for as long as it computes",
+    )
 
 
 def parse_score(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,9 @@ import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain, groupby
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ def base_pipeline(
     dtype: str,
     quantization: Quantization,
     device: torch.device | str,
+    group_offload: bool = False,
 ) -> Any:
     """A pipeline of diffusers, on the device.
 
@@ -71,14 +74,16 @@ def base_pipeline(
         dtype: as torch names it.
         quantization: of its denoiser and large text encoders.
         device: where it goes.
+        group_offload: keeps its models in the CPU's memory, each part for as long as it computes on the device.
 
     Raises:
         ValueError, OSError: if it cannot be had.
     """
+    place = partial(_with_group_offload, device=device) if group_offload else methodcaller("to", device)
     kind = getattr(torch, dtype)
     if is_single_file(name_or_path):
         options = {"dtype": kind, "quantization": quantization, "device": device}
-        return load_single_file(name_or_path, single_file_config, **options).to(device)
+        return place(load_single_file(name_or_path, single_file_config, **options))
     if single_file_config:
         raise ValueError(f"--single_file_config is for a single file, not {name_or_path}")
     parts = pipeline_index(name_or_path, None)
@@ -88,7 +93,16 @@ def base_pipeline(
         arguments = dict.fromkeys(left_out) | quantization.arguments(index, name_or_path, kind)
         pipe = DiffusionPipeline.from_pretrained(name_or_path, dtype=kind, **arguments)
         quantization.check_loaded(pipe, index)
-    return pipe.to(device)
+    return place(pipe)
+
+
+def _with_group_offload(pipe: Any, device: torch.device | str) -> Any:
+    """By diffusers' hooks, a layer at a time, which all its models take; on a GPU by a stream."""
+    on_gpu = torch.device(device).type == "cuda"
+    if torch.device(device).type == "cpu":
+        print("--group_offload saves nothing here: a CPU has the whole model in its memory.")
+    pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=on_gpu)
+    return pipe
 
 
 def pipeline_index(name_or_path: str, single_file_config: str | None) -> dict[str, Any]:
@@ -113,6 +127,7 @@ def load_pipeline(args: argparse.Namespace, files: dict[str, Path], device: torc
             args.dtype,
             quantization,
             device,
+            args.group_offload,
         )
     with value_of("--coeff_weights"):
         for name, file in files.items():

@@ -58,6 +58,7 @@ class SubjectPipeline:
             settings.dtype,
             quantization,
             device or "cpu",
+            settings.group_offload,
         )
         self.pipe.set_progress_bar_config(disable=True)
         self.store = AdapterStore(settings.adapters, max_resident=settings.max_resident).attach(self.pipe)

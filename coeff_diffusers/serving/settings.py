@@ -48,6 +48,9 @@ class PipelineSettings(Settings):
     )
     quantize: MethodName | None = flag("Hold the denoiser and the large text encoders so; docs/memory.md.", None)
     gguf_file: Text | None = flag("The denoiser's weights in a GGUF file, instead of the base model's own.", None)
+    group_offload: bool = flag(
+        "Keep weights in the CPU's memory, and bring each layer's for as long as it computes.", False
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = flag("Of the base model.", "float32")
     max_batch_size: Count = flag("Images that are made at once.", 8)
     max_resident: Count = flag("Subjects that a pipeline keeps loaded.", 1000)

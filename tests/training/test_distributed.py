@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_each_family import PROMPTS, generators, make_family, make_pipeline, pixels, sizes_of
 from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from two_processes import on_two_processes
 
 from coeff_diffusers import coeff_parameters

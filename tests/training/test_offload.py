@@ -14,6 +14,10 @@ from tiny_models import FAMILIES, SIDE, tiny_pipeline
 from torch import nn
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters
+from coeff_diffusers.commands.flags import parse_generate
+from coeff_diffusers.commands.generate import load_pipeline
+from coeff_diffusers.serving.pipeline import SubjectPipeline
+from coeff_diffusers.serving.settings import parse_serve
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.run import offload
 from coeff_diffusers.training.run.dreambooth import TrainingResult
@@ -121,3 +125,19 @@ def test_what_does_not_go_together(train: Train) -> None:
     }.items():
         with pytest.raises(InputError, match=said):
             train(**dict.fromkeys(flags, True))
+
+
+def test_generate_and_serve_take_the_flag_and_make_the_same_images(train: Train, base: Path) -> None:
+    file = train(lora_rank=2).coeff_file
+    assert file is not None
+    model = ["--pretrained_model_name_or_path", str(base)]
+    of_file = ["--coeff_weights", str(file), "--lora_weights", str(file.parent), "--prompt", "a fox"]
+    made = []
+    for flags in ([], ["--group_offload"]):
+        pipe = load_pipeline(parse_generate([*model, *of_file, *flags]), {"default": file}, "cpu")
+        generator = torch.Generator().manual_seed(0)
+        made.append(pipe("a sks fox", num_inference_steps=2, output_type="np", generator=generator).images)
+    assert (made[0] == made[1]).all()
+    served = SubjectPipeline(parse_serve([*model, "--adapters", str(file.parent), "--group_offload"])).pipe
+    for unet in (pipe.unet, served.unet):
+        assert any(getattr(module, "_diffusers_hook", None) is not None for module in unet.modules())

@@ -72,7 +72,8 @@ def test_what_takes_less(argv: Argv) -> None:
 
 def test_what_is_offloaded_is_not_on_a_gpu(argv: Argv) -> None:
     fixed = {"resolution": 16, "train_batch_size": 4, "center_crop": True, "cache_latents": True}
-    ways = ({"gradient_checkpointing": True}, {"group_offload": True}, {"group_offload": True, "offload_activations": True})
+    group = {"group_offload": True}
+    ways = ({"gradient_checkpointing": True}, group, group | {"offload_activations": True})
     kept, offloaded, both = (phases(planned(argv(**fixed | way), device="cuda"))["training"] for way in ways)
     blocks = offloadable_blocks(tiny_pipeline("StableDiffusionPipeline").unet)
     sizes = sorted(4 * sum(p.numel() for p in block.parameters()) for block in blocks)

@@ -65,7 +65,13 @@ from ..writing import write_text
 from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
 from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
-from .memory import checkpoint_blocks, offloaded_activations, peak_memory_text, release_frozen_text_encoders, release_text_encoders
+from .memory import (
+    checkpoint_blocks,
+    offloaded_activations,
+    peak_memory_text,
+    release_frozen_text_encoders,
+    release_text_encoders,
+)
 from .offload import offload_blocks
 from .optimizers import check_optimizer
 from .plan import fitting
@@ -233,8 +239,8 @@ class DreamBoothRun:
     def load_model(self) -> None:
         """The base model, frozen, and class images, where they are missing.
 
-        Text encoders that do not train encode all prompts, and are released, before the denoiser is loaded, and so does
-        the VAE with cached latents; but where class images are missing it generates them first.
+        Text encoders that do not train encode all prompts, and are released, before the denoiser is loaded, and so
+        does the VAE with cached latents; but where class images are missing it generates them first.
 
         Raises:
             InputError: if the settings do not go with this model, or with the checkpoint that is resumed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ Copies = dict[tuple[nn.Module, str], Any]  # module and name of a parameter -> i
 
 def offloadable_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The blocks that a denoiser repeats, as diffusers names them; the innermost, for a UNet has blocks in blocks."""
-    kinds = {*(getattr(denoiser, "_repeated_blocks", None) or ()), *(getattr(denoiser, "_no_split_modules", None) or ())}
-    named = denoiser.named_modules()
-    found = {module: path for path, module in named if path.split(".")[-1].isdigit() and type(module).__name__ in kinds}
+    names = (getattr(denoiser, attribute, None) or () for attribute in ("_repeated_blocks", "_no_split_modules"))
+    kinds = {*chain(*names)}
+    items = (module for path, module in denoiser.named_modules() if path.split(".")[-1].isdigit())
+    found = dict.fromkeys(module for module in items if type(module).__name__ in kinds)
     return [block for block in found if not any(part in found for part in block.modules() if part is not block)]
 
 
@@ -47,7 +49,8 @@ def offload_blocks(family: Family, trained: list[nn.Parameter], accelerator: Acc
     try:
         GroupOffload(family.denoiser, device)
     except ValueError as error:
-        raise InputError(f"--group_offload: {error}; --gradient_checkpointing and --quantize save memory, too") from error
+        ways = "--gradient_checkpointing and --quantize save memory, too"
+        raise InputError(f"--group_offload: {error}; {ways}") from error
     for parameter in trained:
         parameter.data = parameter.data.to(device)
 
@@ -159,7 +162,7 @@ def _copy(parameter: Any, device: torch.device) -> Any:
 def _to_device(denoiser: nn.Module, kept: set[int], device: torch.device) -> None:
     """All parameters and buffers but those kept."""
     for module in denoiser.modules():
-        for name, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in kept:
                 parameter.data = parameter.data.to(device)
         for name, buffer in module._buffers.items():

@@ -128,8 +128,10 @@ def plan_run(
 
 def _methods(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, str | None]:
     """How the models of the pipeline are quantised, those that are."""
-    method = dict.fromkeys(quantised, quantization.method)
-    return method | ({family.denoiser_name: "gguf"} if quantization.gguf_file else {})
+    methods: dict[str, str | None] = dict.fromkeys(quantised, quantization.method)
+    if quantization.gguf_file:
+        methods[family.denoiser_name] = "gguf"
+    return methods
 
 
 def _bytes_at_home(denoiser: nn.Module, method: str | None) -> int:
