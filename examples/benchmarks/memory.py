@@ -60,6 +60,12 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "sd-lora": ("SD 1.5", "no", [*SMALL, "--no_coeff", "--lora_rank", "4"]),
     "sdxl": ("SDXL, small", "no", SMALL),
     "sdxl-nf4": ("SDXL, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
+    "sdxl-whole": ("SDXL", "no", [*SMALL, "--quantize", "bnb_nf4", "--group_offload"]),
+    "sdxl-whole-lora": (
+        "SDXL",
+        "no",
+        [*SMALL, "--quantize", "bnb_nf4", "--group_offload", "--no_coeff", "--lora_rank", "4"],
+    ),
     "flux": ("FLUX.1, small", "no", SMALL),
     "flux-nf4": ("FLUX.1, small", "no", [*SMALL, "--quantize", "bnb_nf4"]),
     "flux-int8": ("FLUX.1, small", "no", [*SMALL, "--quantize", "torchao_int8"]),
@@ -136,8 +142,8 @@ def main(args: argparse.Namespace) -> None:
     lines = [
         f"{args.resolution} px; {machine()}",
         "",
-        "| model | precision | flags | expected GB | peak GB | expected / peak | phase | seconds to tell |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | precision | flags | expected GB | peak GB | expected / peak | peak of a step | phase | seconds to tell |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for name in args.runs:
@@ -154,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
             r = json.loads(done.stdout.splitlines()[-1])
             lines.append(
                 f"| {model} | {precision} | `{' '.join(flags)}` | {r['expected'] / 1024:.2f} | "
-                f"{r['peak'] / 1024:.2f} | {r['expected'] / r['peak']:.2f} | {r['phase']} | {r['seconds']:.0f} |"
+                f"{r['peak'] / 1024:.2f} | {r['expected'] / r['peak']:.2f} | {r['training'] / 1024:.2f} | "
+                f"{r['phase']} | {r['seconds']:.0f} |"
             )
     write("\n".join(lines) + "\n", args.output)
 
@@ -182,16 +189,23 @@ def measure(name: str, base: Path, resolution: int) -> dict[str, Any]:
     where = [text for name, value in places.items() for text in (f"--{name}", str(value))]
     run = DreamBoothRun(parse_settings([*where, *given, *batch, *flags]))
 
-    def train() -> None:
+    def load() -> None:
         run.load_model()
         run.add_adapters()
         run.encode_prompts()
-        list(run.steps())
 
     before = current_memory()
-    peak_memory(train)
-    phase = max(plan.phases, key=lambda phase: phase.total).name
-    return {"expected": before + plan.peak / 2**20, "peak": highest_memory(), "phase": phase, "seconds": seconds}
+    peak_memory(load)
+    loading = highest_memory()
+    peak_memory(lambda: list(run.steps()))
+    training = highest_memory()
+    return {
+        "expected": before + plan.peak / 2**20,
+        "peak": max(loading, training),
+        "training": training,
+        "phase": max(plan.phases, key=lambda phase: phase.total).name,
+        "seconds": seconds,
+    }
 
 
 def make(model: str, precision: str, folder: Path) -> None:
@@ -292,6 +306,7 @@ def flux(double: int = 19, single: int = 38, t5_layers: int = 24) -> FluxPipelin
 
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": stable_diffusion,
+    "SDXL": stable_diffusion_xl,
     "SDXL, small": lambda: stable_diffusion_xl(3),
     "FLUX.1, small": lambda: flux(1, 3, 2),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, SIDE, tiny_pipeline
+from tiny_models import FAMILIES, tiny_pipeline
 from torch import nn
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters
@@ -79,15 +79,6 @@ def test_the_run_is_the_same_to_the_bit_and_never_computes_with_what_stayed_behi
     shown = {"validation_prompt": ["a fox"], "validation_num_inference_steps": 1}
     the_same(train(**changes, **shown, group_offload=True, output_dir=tmp_path / "offloaded"), without)
     assert poisoned
-
-
-@pytest.mark.parametrize("method", ["bnb_nf4", "torchao_int8", "quanto_int8"])
-def test_a_quantised_transformer(method: str, train: Train, tmp_path: Path) -> None:
-    tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "flux")
-    settings = {"pretrained_model_name_or_path": tmp_path / "flux", "resolution": SIDE, "max_train_steps": 2}
-    settings |= {"train_batch_size": 1, "quantize": method}
-    without = train(**settings)
-    the_same(train(**settings, group_offload=True, output_dir=tmp_path / "offloaded"), without)
 
 
 def test_a_block_is_there_while_it_computes_and_at_home_after(monkeypatch: pytest.MonkeyPatch) -> None:

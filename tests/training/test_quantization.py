@@ -32,6 +32,7 @@ from coeff_diffusers.serving.pipeline import SubjectPipeline
 from coeff_diffusers.serving.run import checked_names
 from coeff_diffusers.serving.settings import parse_serve
 from coeff_diffusers.training.errors import InputError
+from coeff_diffusers.training.run import offload
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 
 # How far images are from those of the plain base: weights of 4 bits are off by some 10 %, of float8 by 6 % at most (3
@@ -188,6 +189,26 @@ def test_the_header_tells_what_the_files_that_were_merged_have_in_common(
     assert line.endswith("layers, quantised: torchao_int8")
     assert said_of(merge_coeff_files([file, plain], tmp_path / "both.safetensors")) is None
     assert said_of(merge_coeff_files([file, file], tmp_path / "twice.safetensors")) == "torchao_int8"
+
+
+@pytest.mark.parametrize("method", ["bnb_nf4", "torchao_int8", "quanto_int8", "gguf"])
+def test_group_offload_is_the_same_run(
+    method: str, train_flux: Callable[..., TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"gguf_file": write_gguf(tmp_path / "flux.gguf")} if method == "gguf" else {"quantize": method}
+    expected = load_file(train_flux(**how).coeff_file)
+    brought = []
+    monkeypatch.setattr(offload, "_copy", lambda parameter, device: brought.append(parameter) or parameter.to(device))
+    file = train_flux(**how, group_offload=True, output_dir=tmp_path / "offloaded").coeff_file
+    torch.testing.assert_close(load_file(file), expected, rtol=0, atol=0)
+    assert {type(parameter) for parameter in brought} > {torch.nn.Parameter}  # biases, and what is quantised
+
+
+def test_weights_of_bnb_int8_cannot_be_offloaded(flux: Path, train: Callable[..., TrainingResult]) -> None:
+    with pytest.raises(ValueError, match="bitsandbytes holds weights of 8 bits beside the layers' own"):
+        offload.GroupOffload(load(flux, method="bnb_int8").transformer, torch.device("cpu"))
+    with pytest.raises(InputError, match="--group_offload cannot move the weights of --quantize bnb_int8"):
+        train(quantize="bnb_int8", group_offload=True)
 
 
 def test_generate_and_serve_take_the_flags(

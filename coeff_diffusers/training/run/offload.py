@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils import checkpoint
 
+from ...quantization import quantization_of
 from ..errors import InputError
 from ..families import Family
 
@@ -67,13 +68,15 @@ class GroupOffload:
         device: that computes.
 
     Raises:
-        ValueError: if the denoiser has no blocks that are known.
+        ValueError: if the denoiser has no blocks that are known, or its weights cannot be moved.
     """
 
     def __init__(self, denoiser: nn.Module, device: torch.device) -> None:
         blocks = offloadable_blocks(denoiser)
         if not blocks:
             raise ValueError(f"a {type(denoiser).__name__} has no blocks that are known to be repeated")
+        if quantization_of(denoiser) == "bnb_int8":
+            raise ValueError("bitsandbytes holds weights of 8 bits beside the layers' own, where they cannot be moved")
         self._device = device
         self._home = {block: _frozen_parameters(block) for block in blocks}
         for parameters in self._home.values():
