@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     lines = [
         f"{args.resolution} px; {machine()}",
         "",
-        "| model | precision | flags | expected GB | peak GB | expected / peak | peak of a step | phase | seconds to tell |",
+        "| model | precision | flags | expected GB | peak GB | expected / peak | peak of a step | phase | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
