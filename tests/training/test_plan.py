@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import SIDE, tiny_pipeline
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from coeff_diffusers.training import parse_settings
 from coeff_diffusers.training.errors import InputError
@@ -21,6 +23,7 @@ from coeff_diffusers.training.run.plan import Phase, Plan, plan_run
 from coeff_diffusers.training.run.tally import Tally, fake_tensors
 
 Argv = Callable[..., list[str]]
+ASKING = ("QwenImagePipeline", "ZImagePipeline", "Lumina2Pipeline")  # for the values of tensors: lengths, masks
 
 
 def planned(argv: list[str], precision: str = "no", device: str = "cpu") -> Plan:
@@ -47,16 +50,43 @@ def test_the_tally_counts_what_lives_at_once() -> None:
             assert tally.now == 0
 
 
-def test_the_plan_is_what_the_same_steps_hold_of_real_tensors(argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = argv(resolution=16, validation_prompt=["a fox"], gradient_checkpointing=True, checkpoint_every=2)
+def test_integers_have_values_and_all_else_has_shapes() -> None:
+    with fake_tensors(), Tally() as tally:
+        mask = torch.tensor([[True, True, False], [True, False, False]])
+        assert mask.sum(1).tolist() == [2, 1]
+        assert tally.now == 6
+        tokens = torch.ones(2, 3, 8)[mask]
+        assert isinstance(tokens, FakeTensor)
+        assert tokens.shape == (3, 8)
+        assert isinstance(torch.arange(3.0) > mask.sum(), FakeTensor)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", *ASKING])
+def test_the_plan_is_what_the_same_steps_hold_of_real_tensors(
+    name: str, argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline: Any = tiny_pipeline(name)
+    pipeline.save_pretrained(tmp_path / "base")
+    fixed = {"pretrained_model_name_or_path": tmp_path / "base", "validation_prompt": ["a fox"]}
+    flags = argv(**fixed, resolution=SIDE, gradient_checkpointing=True, checkpoint_every=2)
     told = planned(flags)
-    pipeline = tiny_pipeline("StableDiffusionPipeline")
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     monkeypatch.setattr(module, "pipeline_of_configs", lambda *args: pipeline)
     monkeypatch.setattr(module, "fake_tensors", lambda *models: nullcontext())
-    assert planned(flags) == told
+    held = planned(flags)
     assert [phase.name for phase in told.phases] == ["prompts", "training", "validation"]
+    assert [(phase.name, phase.weights) for phase in held.phases] == [(p.name, p.weights) for p in told.phases]
+    excess = [real.rest - fake.rest for real, fake in zip(held.phases, told.phases)]
+    assert excess[0] == excess[2] == 0
+    assert 0 <= excess[1] <= tables(pipeline.components.get("transformer"))  # whose copies that are fake come and go
+
+
+def tables(model: Any) -> int:
+    """Bytes of the tensors that modules keep beside their parameters and buffers, as of rotary embeddings."""
+    kept = [vars(module).values() for module in model.modules()] if model is not None else []
+    return sum(t.untyped_storage().nbytes() for t in tree_leaves([*map(list, kept)]) if type(t) is torch.Tensor)
 
 
 def test_what_takes_less(argv: Argv) -> None:

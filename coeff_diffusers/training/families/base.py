@@ -204,6 +204,13 @@ class Family(ABC):
             return torch.stack([latents, torch.zeros_like(latents)], dim=1).float()
         return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
 
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """Latents (B, ...) as the mean of `encode_images` has them to pixels (B, 3, height, width)."""
+        vae = self.pipeline.vae
+        pixels: Tensor = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        return pixels
+
     def sample_latents(self, moments: Tensor, generators: list[torch.Generator]) -> Tensor:
         """(B, 2, ...) to latents (B, ...) as the denoiser takes them: drawn, and normalised."""
         mean, deviation = moments.unbind(1)

@@ -70,6 +70,9 @@ class QwenImage(FlowFamily):
     def encode_images(self, pixels: Tensor) -> Tensor:
         return super().encode_images(pixels.unsqueeze(2)).squeeze(3)
 
+    def decode_images(self, latents: Tensor) -> Tensor:
+        return super().decode_images(latents.unsqueeze(2)).squeeze(2)
+
     def normalise(self, latents: Tensor) -> Tensor:
         return (latents - self.mean.to(latents)) / self.deviation.to(latents)
 

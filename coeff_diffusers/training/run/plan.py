@@ -222,7 +222,7 @@ def _decoded(family: Family, settings: DreamBoothSettings) -> int:
         before = tally.now
         tally.peak = before
         count = min(settings.sample_batch_size, settings.num_validation_images)
-        vae.decode(moments[:, 0].expand(count, *moments.shape[2:]).to(vae.dtype))
+        family.decode_images(moments[:, 0].expand(count, *moments.shape[2:]))
     return int(tally.peak - before)
 
 

@@ -1,4 +1,7 @@
-"""How much memory a computation takes, told on fake tensors: they have shapes and no values."""
+"""How much memory a computation takes, told on fake tensors: they have shapes and no values.
+
+Integers and booleans are real, since models ask for the values of some: tokens, the lengths of prompts, masks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -53,10 +56,46 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
+class RealIntegers(TorchDispatchMode):
+    """On top of fake tensors: what is computed of real integers and booleans alone is real."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(map(_is_real, given)) and not getattr(kwargs.get("dtype"), "is_floating_point", False):
+            made = given or tree_leaves(func(*args, **kwargs))
+            if all(isinstance(each, Tensor) and _is_countable(each) for each in made):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _places(args[1]))
+        return func(*args, **kwargs)
+
+
+def _is_countable(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return _is_countable(tensor) and not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+def _places(indices: Any) -> list[Any]:
+    """Indices with the places where a real mask is true in its stead, whose number is told."""
+    found: list[Any] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and _is_real(index):
+            with unset_fake_temporarily():
+                found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
+
+
 @contextmanager
 def fake_tensors(*models: nn.Module) -> Iterator[None]:
-    """Inside, tensors that are made are fake, and so are the parameters and buffers of `models`, for good."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    """Inside, tensors that are made are fake but for integers, and so are the weights of `models`, for good."""
+    with FakeTensorMode(allow_non_fake_inputs=True), RealIntegers():
         replaced: dict[int, Tensor] = {}  # a parameter may be in several places
         for module in (module for model in models for module in model.modules()):
             places: list[Any] = [module._parameters, module._buffers]
