@@ -83,6 +83,7 @@ EXPECTED = {
         (1024, f"{CHEAP} --gradient_checkpointing --checkpoint_every 2"),
         (1024, f"{CHEAP} --gradient_checkpointing"),
         (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+        (1024, f"{CHEAP} --group_offload"),
     ],
     "FLUX.1": [
         (512, f"{CHEAP} --gradient_checkpointing"),
@@ -91,6 +92,10 @@ EXPECTED = {
         (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
         (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
         (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
+        (512, f"{CHEAP} --group_offload"),
+        (1024, f"{CHEAP} --group_offload"),
+        (1024, f"{CHEAP} --group_offload --offload_activations"),
+        (1024, f"{CHEAP} --group_offload --offload_activations --quantize bnb_nf4"),
     ],
 }
 

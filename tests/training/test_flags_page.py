@@ -46,7 +46,7 @@ def test_flags_named_in_the_text_exist() -> None:
 def test_the_configs_for_cards_are_understood_and_explained() -> None:
     rest = ["--instance_data_dir", "images", "--instance_prompt", "a sks dog", "--output_dir", "out"]
     page, files = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"), sorted(CARDS.glob("*.yaml"))
-    assert len(files) == 8
+    assert len(files) == 10
     for file in files:
         assert parse_settings(["--config", str(file), *rest]).train_batch_size
         assert f"--config training/configs/memory/{file.name}" in file.read_text(encoding="utf-8")

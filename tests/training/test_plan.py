@@ -100,14 +100,19 @@ def test_what_takes_less(argv: Argv) -> None:
     assert plain.weights - small.weights == 4 * vae + 3 * linear
 
 
-def test_what_is_offloaded_is_not_on_a_gpu(argv: Argv) -> None:
-    fixed = {"resolution": 16, "train_batch_size": 4, "center_crop": True, "cache_latents": True}
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])  # blocks are called by place, by name
+def test_what_is_offloaded_is_not_on_a_gpu(argv: Argv, tmp_path: Path, name: str) -> None:
+    pipeline = tiny_pipeline(name)
+    pipeline.save_pretrained(tmp_path / name)
+    fixed = {"resolution": SIDE, "train_batch_size": 4, "center_crop": True, "cache_latents": True}
+    fixed["pretrained_model_name_or_path"] = tmp_path / name
     group = {"group_offload": True}
     ways = ({"gradient_checkpointing": True}, group, group | {"offload_activations": True})
     kept, offloaded, both = (phases(planned(argv(**fixed | way), device="cuda"))["training"] for way in ways)
-    blocks = offloadable_blocks(tiny_pipeline("StableDiffusionPipeline").unet)
+    blocks = offloadable_blocks(getattr(pipeline, "unet", None) or pipeline.transformer)
     sizes = sorted(4 * sum(p.numel() for p in block.parameters()) for block in blocks)
-    assert kept.weights - offloaded.weights == sum(sizes[:-3]) > 0
+    assert kept.weights - offloaded.weights == sum(sizes[:-3])
+    assert sum(sizes[:-3]) > 0 or len(sizes) < 4
     assert both.weights == offloaded.weights
     assert both.rest < offloaded.rest <= kept.rest
     assert phases(planned(argv(**fixed | ways[2])))["training"] == phases(planned(argv(**fixed | ways[1])))["training"]

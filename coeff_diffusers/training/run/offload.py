@@ -104,9 +104,14 @@ class GroupOffload:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                return checkpoint.checkpoint(compute, *args, use_reentrant=False, **kwargs)
-            return compute(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return compute(*args, **kwargs)
+            names, count = list(kwargs), len(args)
+
+            def by_place(*given: Any) -> Any:  # what is kept of a keyword is out of reach for --offload_activations
+                return compute(*given[:count], **dict(zip(names, given[count:])))
+
+            return checkpoint.checkpoint(by_place, *args, *kwargs.values(), use_reentrant=False)
 
         return call
 

@@ -118,6 +118,9 @@ def plan_run(
             elif settings.group_offload:
                 resident -= _bytes_at_home(family.denoiser, methods.get(family.denoiser_name))
             phases = list(_phases(family, settings, weights, resident, adapters, quantization.wanted, subjects))
+            if resident < weights[family.denoiser_name] and (quantization.method or "").startswith("bnb"):
+                made = Phase("loading", weights[family.denoiser_name], 0)  # on the GPU, by its kernels
+                phases.insert([phase.name for phase in phases].index("training"), made)
             if (
                 plain and not quantization.gguf_file
             ):  # a GPU gets what is quantised, a process has the file in memory, too
