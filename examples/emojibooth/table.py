@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import sizes
-from methods import METHODS, Method
+from methods import COMPOSITION, DEFAULT, METHODS, Method
 from PIL import Image
 from plan import RESULTS, Row, chosen, is_of, read
 from trial import FAMILIES, REPORTED, Trial
@@ -25,8 +25,17 @@ PAIRS = [
     ("coefficients, SOAP", "LoRA, rank 4"),
     ("coefficients, SOAP", "LoRA, rank 1 on values and outputs"),
     ("output mixing, SOAP", "coefficients, SOAP"),
+    ("coefficients + output mixing, SOAP", "coefficients, SOAP"),
     ("coefficients + output mixing, SOAP", "LoRA, rank 1"),
+    ("coefficients, SOAP", "LoRA-XS, SOAP"),
+    (DEFAULT, "coefficients, SOAP"),
+    ("coefficients, SOAP, augmented", "coefficients, SOAP"),
+    (f"{DEFAULT}, augmented", DEFAULT),
+    ("LoRA, rank 4, augmented", "LoRA, rank 4"),
+    (f"{DEFAULT}, augmented", "LoRA, rank 4, augmented"),
+    *((method.name, DEFAULT) for method in COMPOSITION),
 ]
+COMPARED = ("loss, new backgrounds", "PSNR, new backgrounds", "PSNR, new sizes and places", "recognised", "drift")
 KINDS = ("background", "size", "place")
 MEASURES = {  # heading -> columns that it is the mean of, and digits after the point
     "loss, new backgrounds": (["loss_background"], 3),
@@ -119,16 +128,10 @@ def cost(found: dict[str, dict[str, list[Row]]]) -> str:
 
 def paired(found: dict[str, dict[str, list[Row]]]) -> str:
     """Differences over the same subjects and seeds, with a sign-flip test."""
-    lines = [
-        "| first less second | pairs | loss, new backgrounds | PSNR, new backgrounds | drift |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"| first less second | pairs | {' | '.join(COMPARED)} |", "|---|---|" + "---|" * len(COMPARED)]
     for first, second in PAIRS:
         if first in found and second in found:
-            cells = [
-                difference(found[first], found[second], MEASURES[name])
-                for name in ("loss, new backgrounds", "PSNR, new backgrounds", "drift")
-            ]
+            cells = [difference(found[first], found[second], MEASURES[name]) for name in COMPARED]
             lines.append(
                 f"| {first}; {second} | {len(set(found[first]) & set(found[second]))} | {' | '.join(cells)} |"
             )

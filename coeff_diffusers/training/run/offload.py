@@ -157,7 +157,7 @@ def _frozen_parameters(block: nn.Module) -> Copies:
 def _to_host(parameters: Copies, pin: bool) -> None:
     """Into the CPU's memory, pinned where these are plain tensors, so that they can be copied while others compute."""
     for (module, name), parameter in parameters.items():
-        kept = parameter.cpu()
+        kept = _as_parameter(parameter.cpu())
         if pin and type(kept.data) is torch.Tensor:
             kept.data = kept.data.pin_memory()
         parameters[module, name] = module._parameters[name] = kept
@@ -168,11 +168,20 @@ def _copy(parameter: Any, device: torch.device) -> Any:
 
 
 def _to_device(denoiser: nn.Module, kept: set[int], device: torch.device) -> None:
-    """All parameters and buffers but those kept."""
+    """All parameters and buffers but those kept. Trainable ones stay the same objects: an optimizer knows them."""
+    moved: dict[int, Any] = {}
     for module in denoiser.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in kept:
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in kept:
+                continue
+            if parameter.requires_grad:
                 parameter.data = parameter.data.to(device)
+            else:  # quantised ones have no data that could be moved alone
+                module._parameters[name] = moved.setdefault(id(parameter), _as_parameter(parameter.to(device)))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def _as_parameter(tensor: Any) -> Any:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
