@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...quantization import quantization_of
 from ..errors import InputError
@@ -155,10 +156,10 @@ def _frozen_parameters(block: nn.Module) -> Copies:
 
 
 def _to_host(parameters: Copies, pin: bool) -> None:
-    """Into the CPU's memory, pinned where these are plain tensors, so that they can be copied while others compute."""
+    """Into the CPU's memory, pinned but for tensors in tensors (torchao, quanto), to be copied while others compute."""
     for (module, name), parameter in parameters.items():
         kept = _as_parameter(parameter.cpu())
-        if pin and type(kept.data) is torch.Tensor:
+        if pin and not is_traceable_wrapper_subclass(kept):
             kept.data = kept.data.pin_memory()
         parameters[module, name] = module._parameters[name] = kept
 
