@@ -156,7 +156,7 @@ def _frozen_parameters(block: nn.Module) -> Copies:
 
 
 def _to_host(parameters: Copies, pin: bool) -> None:
-    """Into the CPU's memory, pinned but for tensors in tensors (torchao, quanto), to be copied while others compute."""
+    """Into the CPU's memory, pinned but for wrappers (torchao, quanto), to be copied while others compute."""
     for (module, name), parameter in parameters.items():
         kept = _as_parameter(parameter.cpu())
         if pin and not is_traceable_wrapper_subclass(kept):
