@@ -20,9 +20,11 @@ import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import (
@@ -37,6 +39,7 @@ from diffusers import (
 )
 from report import current_memory, highest_memory, machine, peak_memory, peak_of_own_memory, write
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -47,6 +50,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from coeff_diffusers.training.run import plan
 from training import make_images
 from training import make_pipeline as stable_diffusion
 
@@ -102,16 +106,49 @@ EXPECTED = {
 
 def expected(output: Path) -> None:
     """The table of what runs on whole models take."""
-    lines = ["| model | pixels | flags | expected GiB | phases |", "|---|---|---|---|---|"]
+    lines = ["| model | pixels | flags | expected GiB | phases | TFLOP an image |", "|---|---|---|---|---|---|"]
     for model, runs in EXPECTED.items():
         with tempfile.TemporaryDirectory() as folder:
             write_configs(WHOLE[model](), Path(folder))
             for side, flags in runs:
-                told = plan_of(Path(folder), ["--resolution", str(side), *flags.split()], "cuda")
+                given = ["--resolution", str(side), *flags.split()]
+                told, counts = plan_of(Path(folder), given, "cuda"), []
+                with operations_counted(counts):  # which keeps tensors alive
+                    plan_of(Path(folder), given, "cuda")
+                each = counts[0] / (4 if "batch_size 4" in flags else 1) / 1e12
                 phases = ", ".join(f"{phase.name} {phase.total / 2**30:.1f}" for phase in told.phases)
-                lines.append(f"| {model} | {side} | `{flags}` | {told.peak / 2**30:.1f} | {phases} |")
+                lines.append(f"| {model} | {side} | `{flags}` | {told.peak / 2**30:.1f} | {phases} | {each:.1f} |")
                 print(lines[-1], flush=True)
     write("\n".join(lines) + "\n", output)
+
+
+@contextmanager
+def operations_counted(counts: list[int]) -> Iterator[None]:
+    """Inside, the floating point operations of the training step that a plan takes are put into the list."""
+    of_step = plan._training_step
+
+    def counting(*args: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            taken = of_step(*args)
+        counts.append(counter.get_total_flops())
+        return taken
+
+    with mock.patch.object(plan, "_training_step", counting):
+        yield
+
+
+@register_flop_formula(torch.ops.coeff_diffusers.mixed_attention)
+def forward_operations(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None) -> int:
+    """Of two products, and of mixing the maps between them."""
+    (B, H, T, D), (_, _, S, E) = query, value
+    return 2 * B * H * T * S * (D + H + E)
+
+
+@register_flop_formula(torch.ops.coeff_diffusers.mixed_attention_backward)
+def backward_operations(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None) -> int:
+    """Of the scores again, the gradients of query, key, value and maps, and three times the mixing."""
+    (B, H, T, D), (_, _, S, E) = query, value
+    return 2 * B * H * T * S * (3 * D + 3 * H + 2 * E)
 
 
 def write_configs(pipeline: Any, folder: Path) -> None:
@@ -182,9 +219,9 @@ def measure(name: str, base: Path, resolution: int) -> dict[str, Any]:
     given = [text for name, value in fixed.items() for text in (f"--{name}", str(value))]
     batch = [] if "--train_batch_size" in flags else ["--train_batch_size", "1"]
     start = time.perf_counter()
-    plan = plan_of(base, [*given, *batch, *flags])
+    told = plan_of(base, [*given, *batch, *flags])
     seconds = time.perf_counter() - start
-    print(plan.text())
+    print(told.text())
     places = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": base / "images",
@@ -210,10 +247,10 @@ def measure(name: str, base: Path, resolution: int) -> dict[str, Any]:
 
     peak_memory(train)
     return {
-        "expected": before + plan.peak / 2**20,
+        "expected": before + told.peak / 2**20,
         "peak": max(loading, highest_memory()),
         "training": steps,
-        "phase": max(plan.phases, key=lambda phase: phase.total).name,
+        "phase": max(told.phases, key=lambda phase: phase.total).name,
         "seconds": seconds,
     }
 
