@@ -160,7 +160,8 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = [model for model in FAMILIES if any(row["model"] == model and row["drift"] for row in rows)]
-    figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
+    figure = Figure(figsize=(5 * len(models) + 3, 5), layout="constrained")
+    style = {name: {"marker": "osD^vP"[n % 6], "color": f"C{n % 10}"} for n, name in enumerate(METHODS)}
     for ax, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models):
         for name, method in METHODS.items():
             of_subjects = of_method(rows, method, model) if method.rates else {}
@@ -169,12 +170,13 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
             x = list(by_subject(of_subjects, [horizontal]).values())
             y = list(by_subject(of_subjects, ["psnr_background"]).values())
             error = stdev(y) / math.sqrt(len(y)) if len(y) > 1 else 0.0
-            ax.errorbar(mean(x), mean(y), error, fmt="o", markersize=5)
-            ax.annotate(name, (mean(x), mean(y)), (5, 4), textcoords="offset points", fontsize=7)
+            ax.errorbar(mean(x), mean(y), error, markersize=5, label=name, **style[name])
         ax.set(title=model, xlabel=label, ylabel="PSNR to the true scene, new backgrounds (dB)")
         if horizontal == "parameters":
             ax.set_xscale("log")
-        ax.margins(x=0.25, y=0.1)
+        ax.margins(x=0.1, y=0.1)
+    labels = {name: handle for ax in figure.axes for handle, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels, loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
 
 
