@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-from coeff_diffusers import coeff_per_sample, read_coeff_metadata
+from coeff_diffusers import coeff_per_sample, quantization, read_coeff_metadata
 from coeff_diffusers.app import messages
 from coeff_diffusers.app.create import (
     STRIP,
@@ -123,6 +123,13 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
 def test_no_such_model_is_an_input_error(tmp_path) -> None:
     with pytest.raises(InputError, match="--pretrained_model_name_or_path"):
         App(AppSettings(pretrained_model_name_or_path=str(tmp_path), port=free_port()))
+
+
+def test_a_base_model_that_cannot_be_held_so_is_said_before_it_is_loaded(monkeypatch) -> None:
+    monkeypatch.setattr(quantization, "_is_there", lambda package: False)
+    monkeypatch.setattr("coeff_diffusers.app.run.SharedPipeline", None)  # which is not called
+    with pytest.raises(InputError, match="--quantize: torchao_int8 needs torchao"):
+        App(replace(filled_in(AppSettings()), quantize="torchao_int8", port=free_port()))
 
 
 def test_a_pipeline_that_lacks_parts_is_loaded_without_them() -> None:
@@ -412,6 +419,9 @@ def test_settings_of_a_run_are_checked(tmp_path) -> None:
         settings_of_run(app, tmp_path, "a sks dog", 5000, 0, "", 100)
     made = settings_of_run(app, tmp_path, "a sks dog", 10, 0, "a sks dog in snow", 5)
     assert (made.validation_prompt, made.validation_steps, made.mixed_precision) == (("a sks dog in snow",), 5, "no")
+    held = replace(app, quantize="torchao_int8", gguf_file="dog.gguf", dtype="bfloat16")
+    made = settings_of_run(held, tmp_path, "a sks dog", 10, 0, "", 5)
+    assert (made.quantize, made.gguf_file, made.mixed_precision) == ("torchao_int8", "dog.gguf", "bf16")
 
 
 def test_runs_train_one_at_a_time_and_one_that_waits_can_be_cancelled(images, tmp_path, visitor) -> None:

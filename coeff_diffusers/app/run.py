@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported: it tells its makers nothing
 
 from ..console import hush
+from ..serving.pipeline import check_base_model
 from ..serving.settings import check_address
 from ..training.errors import InputError
 from .page import CSS, page, theme
@@ -56,6 +57,7 @@ class App:
         check_address(settings.host, settings.port)
         hush()
         self.settings = settings
+        check_base_model(settings)
         try:
             self.shared = SharedPipeline(settings)
             self.shared.names()

@@ -140,6 +140,8 @@ def settings_of_run(
     return DreamBoothSettings(
         pretrained_model_name_or_path=app.pretrained_model_name_or_path,
         single_file_config=app.single_file_config,
+        quantize=app.quantize,
+        gguf_file=app.gguf_file,
         instance_prompt=prompt.strip(),
         output_dir=str(output_dir),
         max_train_steps=steps,

@@ -18,12 +18,14 @@ from PIL import Image
 from ..adapters import denoisers
 from ..checkpoint import differences
 from ..coeff_file import read_file
-from ..commands.generate import base_pipeline
+from ..commands.generate import base_pipeline, pipeline_index
 from ..files import printable
 from ..per_sample import coeff_per_sample
 from ..quantization import Quantization
 from ..sampling import sampling_defaults
 from ..store import AdapterStore
+from ..training.errors import InputError
+from ..training.families.single_file import is_single_file
 from .folder import no_folder, no_subject, without_folder
 from .requests import ImageRequest, Refusal
 from .settings import PipelineSettings
@@ -41,6 +43,34 @@ class Abandoned(Exception):  # noqa: N818
     """Nobody waits for a batch any more."""
 
 
+def check_base_model(settings: PipelineSettings, here: bool = True) -> None:
+    """Tells before a base model is loaded what can be told then.
+
+    Args:
+        settings: of the server or the app.
+        here: whether it is loaded on this machine; others have other packages and devices.
+
+    Raises:
+        InputError: if there is none, or it cannot be held as it is asked for.
+    """
+    model, quantization = settings.pretrained_model_name_or_path, Quantization(settings.quantize, settings.gguf_file)
+    try:
+        looked_at = quantization.wanted or not is_single_file(model)
+        index = pipeline_index(model, settings.single_file_config) if looked_at else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pretrained_model_name_or_path: {error}") from error
+    if quantization.wanted and here:
+        try:
+            quantization.check(_device().type, index)
+        except ValueError as error:
+            raise InputError(f"--{'quantize' if settings.quantize else 'gguf_file'}: {error}") from error
+
+
+def _device() -> torch.device:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
+
+
 class SubjectPipeline:
     """A base model with a folder of subjects. One batch at a time.
 
@@ -50,14 +80,13 @@ class SubjectPipeline:
 
     def __init__(self, settings: PipelineSettings) -> None:
         self.settings = settings
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         quantization = Quantization(settings.quantize, settings.gguf_file)
         self.pipe = base_pipeline(
             settings.pretrained_model_name_or_path,
             settings.single_file_config,
             settings.dtype,
             quantization,
-            device or "cpu",
+            _device(),
             settings.group_offload,
         )
         self.pipe.set_progress_bar_config(disable=True)

@@ -15,15 +15,12 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-import torch
 from ray import serve
 
-from ..commands.generate import pipeline_index
-from ..quantization import Quantization
 from ..store import AdapterStore
 from ..training.errors import InputError
-from ..training.families.single_file import is_single_file
 from .api import application, resources
+from .pipeline import check_base_model
 from .settings import ServeSettings, check_address, token_of
 
 NAME = "coeff_diffusers"  # of the application
@@ -95,18 +92,7 @@ def shut_down(settings: ServeSettings) -> None:
 
 def checked_names(settings: ServeSettings) -> list[str]:
     """The subjects that there are. What can be told before Ray starts is told here."""
-    model, quantization = settings.pretrained_model_name_or_path, Quantization(settings.quantize, settings.gguf_file)
-    try:
-        looked_at = quantization.wanted or not is_single_file(model)
-        index = pipeline_index(model, settings.single_file_config) if looked_at else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"--pretrained_model_name_or_path: {error}") from error
-    if quantization.wanted and settings.ray_address is None:  # elsewhere replicas have other packages and devices
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        try:
-            quantization.check(device.type if device else "cpu", index)
-        except ValueError as error:
-            raise InputError(f"--{'quantize' if settings.quantize else 'gguf_file'}: {error}") from error
+    check_base_model(settings, here=settings.ray_address is None)
     try:
         names = AdapterStore(settings.adapters).names()
     except (OSError, ValueError) as error:
