@@ -182,7 +182,7 @@ class Quantization:
     def loading(self) -> Iterator[None]:
         """What is said of the weights inside is told with a way out."""
         try:
-            with bitsandbytes_on_cpu():
+            with bitsandbytes_on_cpu(), _changed_quantizers(_without_files, *_QUANTIZERS):
                 yield
         except ValueError as error:
             if self.method is None:
@@ -273,6 +273,23 @@ def _changed_quantizers(change: Callable[[Any], Any], *names: str) -> Iterator[N
             yield
         finally:
             AUTO_QUANTIZER_MAPPING.update(before)
+
+
+def _without_files(quantizer: Any) -> Any:
+    """A quantizer of diffusers that copies what it leaves as it is.
+
+    A file is mapped into memory, and stays there, all of it, for the biases and norms that are still in use.
+    """
+
+    def finish(self: Any, model: Any, **kwargs: Any) -> Any:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
+                tensor.data = tensor.data.clone()
+        return quantizer._process_model_after_weight_loading(self, model, **kwargs)
+
+    import torch
+
+    return type(quantizer.__name__, (quantizer,), {"_process_model_after_weight_loading": finish})
 
 
 def _for_plain_files(quantizer: Any) -> Any:

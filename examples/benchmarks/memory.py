@@ -114,8 +114,8 @@ EXPECTED = {
     "FLUX.1": [
         (512, f"{CHEAP} --gradient_checkpointing"),
         (1024, f"{CHEAP} --gradient_checkpointing"),
-        (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
-        (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_int8"),
+        (512, f"{CHEAP} --gradient_checkpointing --quantize torchao_int8"),
+        (1024, f"{CHEAP} --gradient_checkpointing --quantize torchao_int8"),
         (512, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
         (1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4"),
         (512, f"{CHEAP} --group_offload"),

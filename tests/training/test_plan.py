@@ -12,6 +12,7 @@ import torch
 from tiny_models import SIDE, tiny_pipeline
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from coeff_diffusers.training import parse_settings
 from coeff_diffusers.training.errors import InputError
@@ -20,6 +21,7 @@ from coeff_diffusers.training.run import plan as module
 from coeff_diffusers.training.run.dreambooth import TrainingResult
 from coeff_diffusers.training.run.offload import offloadable_blocks
 from coeff_diffusers.training.run.plan import Phase, Plan, plan_run
+from coeff_diffusers.training.run.quantised import compute_as_quantised, quantised_layers
 from coeff_diffusers.training.run.tally import Tally, fake_tensors
 
 Argv = Callable[..., list[str]]
@@ -118,6 +120,35 @@ def test_what_is_offloaded_is_not_on_a_gpu(argv: Argv, tmp_path: Path, name: str
     assert phases(planned(argv(**fixed | ways[2])))["training"] == phases(planned(argv(**fixed | ways[1])))["training"]
 
 
+@pytest.mark.parametrize(
+    ("method", "held", "checkpointed"),
+    [  # layers of 40,000 bytes, activations of 400
+        ("bnb_nf4", 400, 400),
+        ("bnb_int8", 800, 800),  # the second layer's input
+        ("quanto_int8", 800, 400),
+        ("torchao_int8", 80400, 400),  # both layers' weights
+    ],
+)
+def test_what_quantised_layers_hold_for_the_backward_pass(method: str, held: int, checkpointed: int) -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(100, 100, bias=False).requires_grad_(False) for _ in range(2)))
+    compute_as_quantised(layers, method)
+    with fake_tensors(layers):
+        inputs = torch.ones(1, 100, requires_grad=True)
+        with Tally(layers) as tally:
+            output = layers(inputs)
+            assert tally.now == held
+            output.sum().backward()
+            del output
+            inputs.grad = None
+            output = checkpoint(layers, inputs, use_reentrant=False)
+            assert tally.now == output.nbytes + checkpointed - 400 == checkpointed
+
+
+def test_the_words_of_a_text_encoder_are_not_quantised() -> None:
+    encoder = tiny_pipeline("Flux2KleinPipeline").text_encoder
+    assert encoder.lm_head not in list(quantised_layers(encoder))
+
+
 def test_a_transformer_with_a_lora_in_bf16(argv: Argv, tmp_path: Path) -> None:
     tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "flux")
     flags = argv(pretrained_model_name_or_path=tmp_path / "flux", resolution=SIDE, lora_rank=2, train_batch_size=1)
@@ -134,7 +165,7 @@ def sizes(**changes: int) -> Any:
     def plan_run(kind: Any, settings: Any, *args: Any) -> Plan:
         weights, rest = changes["weights"], changes["rest"]
         if settings.quantize:
-            weights //= 2 if settings.quantize == "bnb_int8" else 4
+            weights //= 2 if settings.quantize == "torchao_int8" else 4
         if settings.gradient_checkpointing:
             rest //= 2
         return Plan((Phase("training", weights << 30, (rest * settings.train_batch_size) << 30),))
@@ -178,7 +209,7 @@ def test_flags_that_make_it_fit_are_named_in_the_order_of_what_they_cost(
         "--train_batch_size",
         "--quantize",
     ]
-    assert lines[4] == "  --quantize bnb_int8 (costs some precision; 4.00 GiB)"
+    assert lines[4] == "  --quantize torchao_int8 (costs some precision; 4.00 GiB)"
 
 
 def test_auto_takes_them(

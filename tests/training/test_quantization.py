@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from ldm_file import save_single_file
 from safetensors.torch import load_file
 from tiny_models import SIDE, call_settings, tiny_pipeline
@@ -61,6 +62,17 @@ def train_flux(train: Callable[..., TrainingResult], flux: Path) -> Callable[...
         return train(**settings | {"resolution": SIDE} | changes)
 
     return run
+
+
+@pytest.mark.parametrize("method", ["bnb_nf4", "torchao_int8"])
+def test_on_a_cpu_the_file_does_not_stay_in_memory(flux: Path, method: str) -> None:
+    quantization = Quantization(method)
+    with quantization.loading():
+        config = quantization.config("diffusers", torch.float32)
+        loaded: Any = FluxTransformer2DModel.from_pretrained(flux / "transformer", quantization_config=config)
+    plain = [p for p in loaded.parameters() if type(p) is torch.nn.Parameter and type(p.data) is torch.Tensor]
+    assert plain
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in plain)
 
 
 def load(path: Path, **how: Any) -> Any:

@@ -34,11 +34,11 @@ from ..settings.rules import parse_buckets
 from .memory import checkpoint_blocks
 from .offload import GroupOffload, offloadable_blocks
 from .processes import DTYPES
+from .quantised import compute_as_quantised, largest_layer, plain_bytes, quantised_layers, weight_bytes
 from .tally import Tally, fake_tensors
 
-BITS = {"bnb_nf4": 4.127, "bnb_int8": 8.0, "torchao_int8": 8.0, "torchao_float8": 8.0}  # a weight, with its scales
-BITS |= {"quanto_int8": 8.0, "quanto_float8": 8.0, "gguf": 8.5}  # the latter of Q8_0: a smaller file takes less
 PROMPT = "a"  # longer ones take no more: encoders pad them, or take little
+COPIES = 2  # of the layer that is being quantised on a CPU: what peaked with each of the libraries, 1.7 to 3
 SMALL = 2**26  # bytes of weights, below which no device is too small
 
 
@@ -107,7 +107,9 @@ def plan_run(
         methods = _methods(family, quantization, quantization.parts(index))
         named = family.pipeline.components.items()
         weights = {name: weight_bytes(part, methods.get(name)) for name, part in named if isinstance(part, nn.Module)}
-        plain = weight_bytes(family.denoiser, None) if quantization.method and device_type == "cpu" else 0
+        read = _read_bytes(family, methods) if device_type == "cpu" else {}
+        for name, method in methods.items():
+            compute_as_quantised(family.pipeline.components[name], method)
         adapters = add_adapters(family, settings, PROMPT)
         with fake_tensors(*parts), autocast:
             if precision != "no" and device_type != "cpu":
@@ -117,24 +119,28 @@ def plan_run(
                 settings = replace(settings, offload_activations=False)
             elif settings.group_offload:
                 resident -= _bytes_at_home(family.denoiser, methods.get(family.denoiser_name))
-            phases = list(_phases(family, settings, weights, resident, adapters, quantization.wanted, subjects))
+            phases = list(_phases(family, settings, weights, read, resident, adapters, subjects))
             if resident < weights[family.denoiser_name] and (quantization.method or "").startswith("bnb"):
                 made = Phase("loading", weights[family.denoiser_name], 0)  # on the GPU, by its kernels
                 phases.insert([phase.name for phase in phases].index("training"), made)
-            if (
-                plain and not quantization.gguf_file
-            ):  # a GPU gets what is quantised, a process has the file in memory, too
-                held = weights[family.denoiser_name] + weights["vae"]
-                phases.insert(-1, Phase("loading", held, plain))
             return Plan(tuple(phases))
 
 
-def _methods(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, str | None]:
+def _methods(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, str]:
     """How the models of the pipeline are quantised, those that are."""
-    methods: dict[str, str | None] = dict.fromkeys(quantised, quantization.method)
+    methods = dict.fromkeys(quantised, quantization.method or "")
     if quantization.gguf_file:
         methods[family.denoiser_name] = "gguf"
     return methods
+
+
+def _read_bytes(family: Family, methods: Mapping[str, str]) -> dict[str, int]:
+    """Bytes that a CPU has in memory of a file beside what was made of it, for each model that is quantised.
+
+    A file is mapped, so what is not quantised is there once. That of GGUF is not.
+    """
+    parts = {name: family.pipeline.components[name] for name, method in methods.items() if method != "gguf"}
+    return {name: sum(map(plain_bytes, quantised_layers(part))) for name, part in parts.items()}
 
 
 def _bytes_at_home(denoiser: nn.Module, method: str | None) -> int:
@@ -147,9 +153,9 @@ def _phases(
     family: Family,
     settings: DreamBoothSettings,
     weights: Mapping[str, int],
+    read: Mapping[str, int],
     resident: int,
     adapters: Mapping[str, list[nn.Parameter]],
-    quantised: bool,
     subjects: int,
 ) -> Iterator[Phase]:
     vae, denoiser = family.pipeline.vae, weights[family.denoiser_name]
@@ -158,7 +164,9 @@ def _phases(
         yield Phase("class images", sum(weights.values()), _decoded(family, settings))
     with torch.no_grad(), Tally(*encoders) as tally:
         condition = family.encode([PROMPT])[0]
-    yield Phase("prompts", sum(weights.values()) - denoiser, tally.peak)
+    kept = sum(size for name, size in read.items() if name != family.denoiser_name)
+    made = max((COPIES * largest_layer(encoder) for encoder in encoders if kept), default=0)
+    yield Phase("prompts", sum(weights.values()) - denoiser, kept + max(tally.peak, made))
     height, width = _size(family, settings)
     with torch.no_grad(), torch.autocast("cpu", enabled=False), Tally(vae) as tally:
         moments = family.encode_images(torch.empty(1, 3, height, width))
@@ -171,12 +179,14 @@ def _phases(
     else:
         held += weights["vae"]
     held += resident
+    if family.denoiser_name in read:
+        made = read[family.denoiser_name] + COPIES * largest_layer(family.denoiser)
+        yield Phase("loading", held, made)
     batch = settings.train_batch_size * subjects * (2 if settings.with_prior_preservation else 1)
     step = _training_step(family, settings, moments, condition, encoders, batch)
     trained = sum(p.numel() for group in adapters.values() for p in group) * subjects
     step += 16 * trained  # float32: a parameter, its gradient, two means of AdamW
-    workspace = _largest_layer(family.denoiser) if quantised else 0
-    yield Phase("training", held, max(encoded, step) + workspace)
+    yield Phase("training", held, max(encoded, step))
     if all_prompts(settings) or settings.subjects:
         yield Phase("validation", held + weights["vae"] * settings.cache_latents, _decoded(family, settings))
 
@@ -233,23 +243,6 @@ def _size(family: Family, settings: DreamBoothSettings) -> tuple[int, int]:
     """Height and width of the largest training image."""
     side = settings.resolution or family.own_resolution
     return max(parse_buckets(settings.aspect_ratio_buckets) or ((side, side),), key=lambda size: size[0] * size[1])
-
-
-def weight_bytes(model: Any, method: str | None) -> int:
-    """What the weights take, those of linear layers quantised."""
-    total = sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
-    if method is None:
-        return int(total)
-    kept = list(getattr(model, "_keep_in_fp32_modules", None) or [])
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not any(name in path.split(".") for name in kept):
-            total -= int(module.weight.numel() * (module.weight.itemsize - BITS[method] / 8))
-    return int(total)
-
-
-def _largest_layer(denoiser: nn.Module) -> int:
-    """Bytes of the layer that is largest when its weights are dequantised."""
-    return max(int(m.weight.numel() * m.weight.itemsize) for m in denoiser.modules() if isinstance(m, nn.Linear))
 
 
 def pipeline_of_configs(settings: DreamBoothSettings, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -463,7 +456,9 @@ def remedies(settings: DreamBoothSettings, device: torch.device, cacheable: bool
             )
         )
     if not (settings.quantize or settings.gguf_file or settings.fsdp or settings.use_dora):
-        found.append(Remedy("--quantize bnb_int8", "some precision", lambda s: replace(s, quantize="bnb_int8")))
+        found.append(
+            Remedy("--quantize torchao_int8", "some precision", lambda s: replace(s, quantize="torchao_int8"))
+        )
         found.append(Remedy("--quantize bnb_nf4", "more precision", lambda s: replace(s, quantize="bnb_nf4")))
     if device.type == "cpu" or settings.fsdp:
         return found
