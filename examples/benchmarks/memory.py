@@ -34,16 +34,37 @@ from unittest import mock
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from report import current_memory, highest_memory, machine, peak_memory, peak_of_own_memory, write
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import (
@@ -51,6 +72,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -123,6 +152,13 @@ EXPECTED = {
         (1024, f"{CHEAP} --group_offload --offload_activations"),
         (1024, f"{CHEAP} --group_offload --offload_activations --quantize bnb_nf4"),
     ],
+    "SD 3 medium": [(1024, f"{CHEAP} --gradient_checkpointing")],
+    "PixArt-Sigma": [(1024, f"{CHEAP} --gradient_checkpointing")],
+    "FLUX.2 [klein] 4B": [(1024, f"{CHEAP} --gradient_checkpointing")],
+    "Qwen-Image": [(1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4")],
+    "Z-Image": [(1024, f"{CHEAP} --gradient_checkpointing --quantize bnb_nf4")],
+    "Sana 1.6B": [(1024, f"{CHEAP} --gradient_checkpointing")],
+    "Lumina Image 2.0": [(1024, f"{CHEAP} --gradient_checkpointing")],
 }
 
 
@@ -359,27 +395,158 @@ def stable_diffusion_xl(deepest: int = 10) -> StableDiffusionXLPipeline:
 
 
 def flux(double: int = 19, single: int = 38, t5_layers: int = 24) -> FluxPipeline:
-    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
-    pieces += [(letter, -2.0) for letter in "▁" + string.printable[:94]]
-    t5 = T5Config(
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=t5_layers,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        use_cache=False,
-    )
     return FluxPipeline(
-        vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flow_vae(),
         text_encoder=CLIPTextModel(clip_config()),
-        text_encoder_2=on_meta(lambda: T5EncoderModel(t5)),
+        text_encoder_2=t5_xxl(t5_layers),
         tokenizer=clip_tokenizer(),
-        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512),
+        tokenizer_2=t5_tokenizer(),
         transformer=on_meta(
             lambda: FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def t5_xxl(layers: int = 24) -> Any:
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+    return on_meta(lambda: T5EncoderModel(T5Config(num_layers=layers, use_cache=False, **sizes)))
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    pieces += [(letter, -2.0) for letter in "▁" + string.printable[:94]]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def word_tokenizer() -> Any:
+    """A token a word, about as many as the published tokenizers make of templates and short prompts."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    template = "{% for each in messages %}<|im_start|>{{ each.role }} {{ each.content }}<|im_end|>{% endfor %}"
+    special: dict[str, Any] = {"unk_token": "<unk>", "pad_token": "<pad>", "chat_template": template}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=131072, **special)
+
+
+def flow_vae() -> AutoencoderKL:
+    return vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def qwen3(kind: type[nn.Module]) -> Any:
+    config = Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+    )
+    return on_meta(lambda: kind(config))
+
+
+def gemma2() -> Any:
+    return on_meta(lambda: Gemma2Model(Gemma2Config()))  # whose defaults are those of 2B
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    first = clip_config(projection_dim=768)
+    second = clip_config(
+        hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+    )
+    transformer = on_meta(
+        lambda: SD3Transformer2DModel(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        )
+    )
+    return StableDiffusion3Pipeline(
+        vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=on_meta(lambda: CLIPTextModelWithProjection(first)),
+        text_encoder_2=on_meta(lambda: CLIPTextModelWithProjection(second)),
+        text_encoder_3=t5_xxl(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    sizes = {"caption_channels": 4096, "sample_size": 128, "use_additional_conditions": False}
+    return PixArtSigmaPipeline(
+        vae=vae(4, scaling_factor=0.13025),
+        text_encoder=t5_xxl(),
+        tokenizer=t5_tokenizer(),
+        transformer=on_meta(lambda: PixArtTransformer2DModel(**sizes)),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    sizes = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+    return Flux2KleinPipeline(
+        vae=AutoencoderKLFlux2(),
+        text_encoder=qwen3(Qwen3ForCausalLM),
+        tokenizer=word_tokenizer(),
+        transformer=on_meta(lambda: Flux2Transformer2DModel(guidance_embeds=False, **sizes)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return QwenImagePipeline(
+        vae=AutoencoderKLQwenImage(),
+        text_encoder=on_meta(lambda: Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer=word_tokenizer(),
+        transformer=on_meta(QwenImageTransformer2DModel),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def z_image() -> ZImagePipeline:
+    return ZImagePipeline(
+        vae=flow_vae(),
+        text_encoder=qwen3(Qwen3Model),
+        tokenizer=word_tokenizer(),
+        transformer=on_meta(ZImageTransformer2DModel),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def sana() -> SanaPipeline:
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return SanaPipeline(
+        vae=AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks, scaling_factor=0.41407),
+        text_encoder=gemma2(),
+        tokenizer=word_tokenizer(),
+        transformer=on_meta(SanaTransformer2DModel),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    return Lumina2Pipeline(
+        vae=flow_vae(),
+        text_encoder=gemma2(),
+        tokenizer=word_tokenizer(),
+        transformer=on_meta(lambda: Lumina2Transformer2DModel(cap_feat_dim=2304)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     )
 
 
@@ -394,6 +561,13 @@ WHOLE: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD 1.5": stable_diffusion,
     "SDXL": stable_diffusion_xl,
     "FLUX.1": flux,
+    "SD 3 medium": stable_diffusion_3,
+    "PixArt-Sigma": pixart_sigma,
+    "FLUX.2 [klein] 4B": flux2_klein,
+    "Qwen-Image": qwen_image,
+    "Z-Image": z_image,
+    "Sana 1.6B": sana,
+    "Lumina Image 2.0": lumina2,
 }
 
 
