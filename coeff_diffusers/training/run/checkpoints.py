@@ -47,8 +47,8 @@ FREE_SETTINGS = {
     "resume_from_checkpoint", "validation_prompt", "num_validation_images", "validation_steps",
     "validation_epochs", "final_validation_prompt", "skip_final_inference",
     "validation_num_inference_steps", "validation_guidance_scale", "sample_batch_size", "dataloader_num_workers",
-    "gradient_checkpointing", "checkpoint_every", "memory", "cache_latents", "cache_dir", "push_to_hub",
-    "hub_model_id", "hub_token",
+    "gradient_checkpointing", "checkpoint_every", "group_offload", "offload_activations", "memory", "cache_latents",
+    "cache_dir", "push_to_hub", "hub_model_id", "hub_token",
 }  # fmt: skip
 GROWING_SCHEDULES = ("constant", "constant_with_warmup")  # which do not depend on the number of steps
 
