@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import nn
 
 from coeff_diffusers import add_coeff_adapter, coeff_parameters
 from coeff_diffusers.commands.flags import parse_generate
-from coeff_diffusers.commands.generate import load_pipeline
+from coeff_diffusers.commands.generate import base_pipeline, load_pipeline
+from coeff_diffusers.quantization import Quantization
 from coeff_diffusers.serving.pipeline import SubjectPipeline
 from coeff_diffusers.serving.settings import parse_serve
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.run import offload
-from coeff_diffusers.training.run.dreambooth import TrainingResult
+from coeff_diffusers.training.run.dreambooth import DreamBoothRun, TrainingResult
 from coeff_diffusers.training.run.offload import GroupOffload, offloadable_blocks
+from coeff_diffusers.training.settings.command_line import parse_settings
 
 Train = Callable[..., TrainingResult]
 
@@ -66,7 +69,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
             parameter.data.fill_(float("nan"))
 
     monkeypatch.setattr(offload, "_to_host", poison)
-    monkeypatch.setattr(offload, "_copy", lambda parameter, device: copy.deepcopy(right[id(parameter)]))
+    monkeypatch.setattr(offload, "_copy", lambda each, device: copy.deepcopy(right.get(id(each), each)))
     return blocks
 
 
@@ -132,3 +135,65 @@ def test_generate_and_serve_take_the_flag_and_make_the_same_images(train: Train,
     served = SubjectPipeline(parse_serve([*model, "--adapters", str(file.parent), "--group_offload"])).pipe
     for unet in (pipe.unet, served.unet):
         assert any(getattr(module, "_diffusers_hook", None) is not None for module in unet.modules())
+
+
+def test_a_run_goes_on_with_it_and_without(train: Train, tmp_path: Path) -> None:
+    changes = {"max_train_steps": 2, "checkpointing_steps": 1}
+    whole = train(**changes, output_dir=tmp_path / "whole")
+    flags = {"group_offload": True, "offload_activations": True, "output_dir": tmp_path / "more"}
+    the_same(train(**changes, **flags, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-1"), whole)
+
+
+def test_the_denoiser_is_offloaded_as_soon_as_it_is_loaded(
+    argv: Callable[..., list[str]], poisoned: list[nn.Module]
+) -> None:
+    """Class images are made by it, and text encoders that train are put where it says that it is."""
+    run = DreamBoothRun(parse_settings(argv(group_offload=True)))
+    run.load_model()
+    assert poisoned
+
+
+def quantised_flux(folder: Path, method: str) -> Any:
+    tiny_pipeline("FluxPipeline").save_pretrained(folder)
+    return base_pipeline(str(folder), None, "float32", Quantization(method), "cpu").transformer.requires_grad_(False)
+
+
+def devices_of(parameters: Iterable[Any]) -> set[str]:
+    parts = [part for each in parameters for part in offload._parts(each)]
+    assert {type(part) for part in parts} <= {torch.Tensor, nn.Parameter}  # which alone know `record_stream`
+    return {part.device.type for part in parts}
+
+
+@pytest.mark.parametrize("method", ["torchao_int8", "quanto_int8"])
+def test_what_quantised_weights_are_made_of_is_moved(method: str, tmp_path: Path) -> None:
+    """Their `data` cannot be set to that of another device, and they know no `record_stream`."""
+    flux = quantised_flux(tmp_path, method)
+    offloaded = GroupOffload(flux, torch.device("meta"))
+    blocks = offloadable_blocks(flux)
+    at_home = {id(p) for block in blocks for p in block.parameters()}
+    assert devices_of(p for p in flux.parameters() if id(p) in at_home) == {"cpu"}
+    assert devices_of(p for p in flux.parameters() if id(p) not in at_home) == {"meta"}
+    assert devices_of(offloaded._copied(blocks[0]).values()) == {"meta"}
+
+
+def test_weights_of_four_bits_are_let_go_after_the_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes' own function keeps them until the graph is gone."""
+    flux = quantised_flux(tmp_path, "bnb_nf4")
+    add_coeff_adapter(flux)
+    GroupOffload(flux, torch.device("cpu"))
+    brought: list[Any] = []
+
+    def remember(parameter: Any, device: torch.device) -> Any:
+        made = copy.deepcopy(parameter)
+        brought.append(weakref.ref(made.untyped_storage()))
+        return made
+
+    monkeypatch.setattr(offload, "_copy", remember)
+    loss = block_output(offloadable_blocks(flux)[0], flux)
+    assert brought
+    assert not [each for each in brought if each() is not None]
+    loss.backward()
+    assert coeff_parameters(flux)[0].grad is not None
+    assert not [each for each in brought if each() is not None]

@@ -7,7 +7,7 @@ trained, and for a pipeline's call that is stopped before it denoises.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import diffusers
@@ -32,7 +32,7 @@ def load_family(
     quantization: Quantization,
     index: Mapping[str, Any],
     fsdp: bool = False,
-    offload: bool = False,
+    offload: Callable[[nn.Module], object] | None = None,
 ) -> Family:
     """Loads and freezes everything but the denoiser. Safety checkers take no part in training.
 
@@ -45,7 +45,7 @@ def load_family(
         quantization: of the denoiser and the large text encoders.
         index: what its model_index.json says.
         fsdp: shards the denoiser over the processes.
-        offload: leaves the denoiser where it is loaded, for what brings its blocks to the device.
+        offload: puts the denoiser where it is to be, in the place of moving all of it to `device`.
 
     Raises:
         InputError: if it cannot be loaded, or not trained so; so does [`Family.load_denoiser`] later.
@@ -71,8 +71,10 @@ def load_family(
         denoiser.requires_grad_(False).eval()
         if fsdp:  # before the whole of it is on the device
             shard_frozen_weights(denoiser, device)
-        if not offload:
+        if offload is None:
             denoiser.to(device)
+        else:
+            offload(denoiser)
         return cast(nn.Module, denoiser)
 
     others = {name for name in index if is_model(index[name])} - {part}

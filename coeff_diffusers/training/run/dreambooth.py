@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -261,7 +262,7 @@ class DreamBoothRun:
             self._quantization,
             self._index,
             settings.fsdp,
-            settings.group_offload,
+            partial(offload_blocks, accelerator=accelerator) if settings.group_offload else None,
         )
         self.family: Family = family
         self._sampling = sampling_defaults(family.pipeline)
@@ -332,8 +333,9 @@ class DreamBoothRun:
         kinds = dict.fromkeys(chain(*parameters.values()))
         together = {kind: list(chain(*(each.get(kind, []) for each in parameters.values()))) for kind in kinds}
         check_trainable(family, together)
-        if settings.group_offload:
-            offload_blocks(family, list(chain(*together.values())), accelerator)
+        if settings.group_offload:  # adapters are put where their blocks' weights are, in the CPU's memory
+            for parameter in chain(*together.values()):
+                parameter.data = parameter.data.to(accelerator.device)
         self.trained = {name: count_parameters(each) for name, each in parameters.items()}
         count = f" Subjects: {len(self.alone)}." if self.subjects.several else ""
         accelerator.print(f"{trainable_parameters_text(family, together)}\nSeed: {self.seed}.{count}")

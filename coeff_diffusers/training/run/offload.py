@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,11 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from ...quantization import quantization_of
 from ..errors import InputError
-from ..families import Family
 
 Copies = dict[tuple[nn.Module, str], Any]  # module and name of a parameter -> it, on the device
 
@@ -34,27 +34,23 @@ def offloadable_blocks(denoiser: nn.Module) -> list[nn.Module]:
     return [block for block in found if not any(part in found for part in block.modules() if part is not block)]
 
 
-def offload_blocks(family: Family, trained: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Has a family's denoiser keep its blocks in the CPU's memory, all else on the accelerator's device.
+def offload_blocks(denoiser: nn.Module, accelerator: Accelerator) -> None:
+    """Has a denoiser keep its blocks in the CPU's memory, all else on the accelerator's device.
 
     Args:
-        family: with its adapters, before their optimizer is made.
-        trained: the trainable parameters, which go to the device, too.
+        denoiser: frozen, with nothing trained on it.
         accelerator: of the run.
 
     Raises:
         InputError: if that cannot be had.
     """
-    device = accelerator.device
-    if device.type == "cpu":
+    if accelerator.device.type == "cpu":
         accelerator.print("--group_offload saves nothing here: a CPU has the whole model in its memory.")
     try:
-        GroupOffload(family.denoiser, device)
+        GroupOffload(denoiser, accelerator.device)
     except ValueError as error:
         ways = "--gradient_checkpointing and --quantize save memory, too"
         raise InputError(f"--group_offload: {error}; {ways}") from error
-    for parameter in trained:
-        parameter.data = parameter.data.to(device)
 
 
 class GroupOffload:
@@ -64,8 +60,8 @@ class GroupOffload:
     or three blocks on the device at a time.
 
     Args:
-        denoiser: with its adapters, on the CPU or on the device; all of it but the blocks' frozen parameters is put
-            on the device.
+        denoiser: on the CPU or on the device; all of it but the blocks' frozen parameters is put on the device. What
+            is put on later, such as adapters, stays where it is put.
         device: that computes.
 
     Raises:
@@ -89,6 +85,8 @@ class GroupOffload:
         self._last: tuple[nn.Module | None, nn.Module | None] = (None, None)
         self._next: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
         self._done: deque[Any] = deque()
+        if quantization_of(denoiser) == "bnb_nf4":
+            _let_bitsandbytes_go()
         for block in blocks:
             block.forward = self._brought(block)
 
@@ -122,7 +120,8 @@ class GroupOffload:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_stream(self._stream)
             for each in copies.values():
-                each.record_stream(computing)  # the backward pass lets go of it while it still computes with it
+                for part in _parts(each):  # the backward pass lets go of it while it still computes with it
+                    part.record_stream(computing)
         for (module, name), parameter in copies.items():
             module._parameters[name] = parameter
         before, self._last = self._last, (self._last[1], block)
@@ -146,6 +145,41 @@ class GroupOffload:
                 self._done.popleft().synchronize()
 
 
+def _let_bitsandbytes_go() -> None:
+    """Has its layers of 4 bits save their weights as torch's own do.
+
+    They keep them in the node of the graph, out of reach of checkpointing, and for as long as the graph lives: all
+    that were brought would stay.
+    """
+    from bitsandbytes.autograd import _functions as functions
+
+    own: Any = functions.MatMul4Bit
+    if getattr(own, "lets_go", False):
+        return
+
+    class MatMul4Bit(own):  # type: ignore[misc]
+        lets_go = True
+
+        @staticmethod
+        def forward(ctx: Any, A: Any, B: Any, *args: Any) -> Any:
+            output = own.forward(ctx, A, B, *args)
+            if getattr(ctx, "tensors", (None, None))[1] is not None:  # there are none of empty inputs
+                ctx.tensors = None
+                ctx.save_for_backward(B)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            if saved := ctx.saved_tensors:  # asked for once: checkpointing gives them once
+                ctx.tensors = (None, *saved)
+            try:
+                return own.backward(ctx, *gradients)
+            finally:
+                ctx.tensors = None
+
+    functions.MatMul4Bit = MatMul4Bit
+
+
 def _frozen_parameters(block: nn.Module) -> Copies:
     return {
         (module, name): parameter
@@ -156,33 +190,48 @@ def _frozen_parameters(block: nn.Module) -> Copies:
 
 
 def _to_host(parameters: Copies, pin: bool) -> None:
-    """Into the CPU's memory, pinned but for wrappers (torchao, quanto), to be copied while others compute."""
+    """Into the CPU's memory, pinned, so that they can be copied while others compute."""
     for (module, name), parameter in parameters.items():
-        kept = _as_parameter(parameter.cpu())
-        if pin and not is_traceable_wrapper_subclass(kept):
+        kept = parameter.cpu()
+        if pin and is_traceable_wrapper_subclass(kept):
+            kept = transform_subclass(kept, lambda _, part: part.pin_memory())
+        elif pin:
             kept.data = kept.data.pin_memory()
-        parameters[module, name] = module._parameters[name] = kept
+        parameters[module, name] = module._parameters[name] = _as_parameter(kept)
 
 
 def _copy(parameter: Any, device: torch.device) -> Any:
+    if is_traceable_wrapper_subclass(parameter):  # torchao's own `to` waits for the copy
+        return transform_subclass(parameter, lambda _, part: part.to(device, non_blocking=True))
     return parameter.to(device, non_blocking=True)
-
-
-def _to_device(denoiser: nn.Module, kept: set[int], device: torch.device) -> None:
-    """All parameters and buffers but those kept. Trainable ones stay the same objects: an optimizer knows them."""
-    moved: dict[int, Any] = {}
-    for module in denoiser.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in kept:
-                continue
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
-            else:  # quantised ones have no data that could be moved alone
-                module._parameters[name] = moved.setdefault(id(parameter), _as_parameter(parameter.to(device)))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
 
 
 def _as_parameter(tensor: Any) -> Any:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def _parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that one of torchao or quanto is made of, which know no `record_stream`; or itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
+def _to_device(denoiser: nn.Module, kept: set[int], device: torch.device) -> None:
+    """All parameters and buffers but those kept."""
+    moved: dict[int, Any] = {}  # a parameter may be in several places
+    for module in denoiser.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in kept:
+                continue
+            if parameter.requires_grad:  # it stays the one that its optimizer has
+                parameter.data = parameter.data.to(device)
+            else:  # of another type of tensor than plain ones, `data` leaves the parts where they are
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = parameter, _as_parameter(_copy(parameter, device))
+                module._parameters[name] = moved[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
