@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from coeff_diffusers.commands.generate import base_pipeline
+from coeff_diffusers.quantization import Quantization
 from coeff_diffusers.training import parse_settings
 from coeff_diffusers.training.errors import InputError
 from coeff_diffusers.training.families import find_family, find_quantization, pipeline_index
@@ -154,6 +156,50 @@ def test_a_transformer_with_a_lora_in_bf16(argv: Argv, tmp_path: Path) -> None:
     flags = argv(pretrained_model_name_or_path=tmp_path / "flux", resolution=SIDE, lora_rank=2, train_batch_size=1)
     told, of_gpu = (phases(planned(flags, "bf16", device))["training"] for device in ("cpu", "cuda"))
     assert of_gpu.rest > told.rest > 0  # whose autocast norms in float32
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], dict[str, int]]:
+    """What the plan takes for the bytes of each model's weights."""
+    told: list[dict[str, int]] = []
+    monkeypatch.setattr(module, "_phases", lambda family, settings, weights, *_: told.append(weights) or [])
+
+    def of(flags: list[str]) -> dict[str, int]:
+        planned(flags, device="cuda")
+        return told[-1]
+
+    return of
+
+
+def test_a_base_that_was_saved_quantised_counts_as_it_is(
+    argv: Argv, tmp_path: Path, weights: Callable[[list[str]], dict[str, int]]
+) -> None:
+    """Or else a run that fits is refused, and told to quantise what is quantised."""
+    plain, saved = tmp_path / "flux", tmp_path / "nf4"
+    tiny_pipeline("FluxPipeline").save_pretrained(plain)
+    base_pipeline(str(plain), None, "float32", Quantization("bnb_nf4"), "cpu").save_pretrained(saved)
+    flags = argv(pretrained_model_name_or_path=saved)
+    assert weights(flags) == weights(argv(pretrained_model_name_or_path=plain, quantize="bnb_nf4"))
+    settings = parse_settings(flags)
+    found = module.saved_quantization(settings, pipeline_index(settings))
+    assert found == {"transformer": "bnb_nf4", "text_encoder_2": "bnb_nf4"}
+    assert not [each for each in module.remedies(settings, torch.device("cpu"), True, True) if "quant" in each.flags]
+
+
+def test_a_gguf_file_takes_what_its_size_is(
+    argv: Argv, tmp_path: Path, weights: Callable[[list[str]], dict[str, int]]
+) -> None:
+    tiny_pipeline("FluxPipeline").save_pretrained(tmp_path / "flux")
+    (tmp_path / "flux.gguf").write_bytes(bytes(20_000))
+    flags = {"pretrained_model_name_or_path": tmp_path / "flux", "gguf_file": tmp_path / "flux.gguf"}
+    assert weights(argv(**flags))["transformer"] == pytest.approx(20_000, rel=0.2)  # norms and biases are not in bits
+
+
+def test_files_that_were_read_leave_a_container_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"max": "1000", "current": "900", "stat": "anon 100\ninactive_file 750\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text, encoding="ascii")
+    monkeypatch.setattr(module, "CONTAINER", tmp_path)
+    assert module.free_memory_of(torch.device("cpu")) == 850
 
 
 # What is made of it

@@ -8,6 +8,7 @@ only: what comes back is the copy that stayed behind, and nothing is copied from
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
@@ -151,13 +152,12 @@ def _let_bitsandbytes_go() -> None:
     They keep them in the node of the graph, out of reach of checkpointing, and for as long as the graph lives: all
     that were brought would stay.
     """
-    from bitsandbytes.autograd import _functions as functions
-
-    own: Any = functions.MatMul4Bit
+    functions: Any = importlib.import_module("bitsandbytes.autograd._functions")
+    own = functions.MatMul4Bit
     if getattr(own, "lets_go", False):
         return
 
-    class MatMul4Bit(own):  # type: ignore[misc]
+    class MatMul4Bit(own):  # type: ignore[misc, valid-type]
         lets_go = True
 
         @staticmethod

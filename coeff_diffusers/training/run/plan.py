@@ -34,11 +34,20 @@ from ..settings.rules import parse_buckets
 from .memory import checkpoint_blocks
 from .offload import GroupOffload, offloadable_blocks
 from .processes import DTYPES
-from .quantised import compute_as_quantised, largest_layer, plain_bytes, quantised_layers, weight_bytes
+from .quantised import (
+    BITS_MOVED,
+    bits_of,
+    compute_as_quantised,
+    largest_layer,
+    plain_bytes,
+    quantised_layers,
+    weight_bytes,
+)
 from .tally import Tally, fake_tensors
 
 PROMPT = "a"  # longer ones take no more: encoders pad them, or take little
 COPIES = 2  # of the layer that is being quantised on a CPU: what peaked with each of the libraries, 1.7 to 3
+CONTAINER = Path("/sys/fs/cgroup")  # of this process, where it is in one
 SMALL = 2**26  # bytes of weights, below which no device is too small
 
 
@@ -104,12 +113,21 @@ def plan_run(
     with _quietly(), torch.random.fork_rng(devices=[]):
         family = kind(pipeline_of_configs(settings, index, dtype), settings)
         parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
-        methods = _methods(family, quantization, quantization.parts(index))
+        saved = saved_quantization(settings, index)
+        quantised = [name for name in quantization.parts(index) if name not in saved]
+        methods = saved | dict.fromkeys(quantised, quantization.method or "")
+        if quantization.gguf_file:
+            methods[family.denoiser_name] = "gguf"
+        bits = {name: bits_of(how) for name, how in methods.items()}
+        method = methods.get(family.denoiser_name, "")
+        if quantization.gguf_file:
+            count = sum(parameter.numel() for parameter in family.denoiser.parameters())
+            bits[family.denoiser_name] = 8 * Path(quantization.gguf_file).stat().st_size / count
         named = family.pipeline.components.items()
-        weights = {name: weight_bytes(part, methods.get(name)) for name, part in named if isinstance(part, nn.Module)}
-        read = _read_bytes(family, methods) if device_type == "cpu" else {}
-        for name, method in methods.items():
-            compute_as_quantised(family.pipeline.components[name], method)
+        weights = {name: weight_bytes(part, bits.get(name)) for name, part in named if isinstance(part, nn.Module)}
+        read = _read_bytes(family, quantised) if device_type == "cpu" else {}
+        for name, how in methods.items():
+            compute_as_quantised(family.pipeline.components[name], how)
         adapters = add_adapters(family, settings, PROMPT)
         with fake_tensors(*parts), autocast:
             if precision != "no" and device_type != "cpu":
@@ -118,34 +136,51 @@ def plan_run(
             if device_type == "cpu":  # which has all that is offloaded in its memory
                 settings = replace(settings, offload_activations=False)
             elif settings.group_offload:
-                resident -= _bytes_at_home(family.denoiser, methods.get(family.denoiser_name))
+                moved = BITS_MOVED.get(method, bits.get(family.denoiser_name))
+                resident -= _bytes_at_home(family.denoiser, moved)
             phases = list(_phases(family, settings, weights, read, resident, adapters, subjects))
-            if resident < weights[family.denoiser_name] and (quantization.method or "").startswith("bnb"):
+            if resident < weights[family.denoiser_name] and method.startswith("bnb"):
                 made = Phase("loading", weights[family.denoiser_name], 0)  # on the GPU, by its kernels
                 phases.insert([phase.name for phase in phases].index("training"), made)
             return Plan(tuple(phases))
 
 
-def _methods(family: Family, quantization: Quantization, quantised: Collection[str]) -> dict[str, str]:
-    """How the models of the pipeline are quantised, those that are."""
-    methods = dict.fromkeys(quantised, quantization.method or "")
-    if quantization.gguf_file:
-        methods[family.denoiser_name] = "gguf"
-    return methods
+def saved_quantization(settings: DreamBoothSettings, index: Mapping[str, Any]) -> dict[str, str]:
+    """Component -> how it was quantised when it was saved, as its config says, of those that were."""
+    name, revision = settings.pretrained_model_name_or_path, settings.revision
+    if is_single_file(name):
+        return {}
+    configs = {part: _config(said, name, part, revision) for part, said in index.items() if is_model(said)}
+    found = {part: said for part, config in configs.items() if (said := config.get("quantization_config"))}
+    return {part: _method(said if isinstance(said, dict) else said.to_dict()) for part, said in found.items()}
 
 
-def _read_bytes(family: Family, methods: Mapping[str, str]) -> dict[str, int]:
-    """Bytes that a CPU has in memory of a file beside what was made of it, for each model that is quantised.
+def _config(said: Any, source: str, part: str, revision: str | None) -> dict[str, Any]:
+    kind = getattr(importlib.import_module(said[0]), said[1])
+    if said[0] == "diffusers":
+        return dict(kind.load_config(source, subfolder=part, revision=revision))
+    return dict(kind.config_class.get_config_dict(source, subfolder=part, revision=revision)[0])
+
+
+def _method(said: Mapping[str, Any]) -> str:
+    """What a quantization_config says, as `quantization_of` would of the model."""
+    method = str(said.get("quant_method"))
+    if method == "bitsandbytes":
+        return "bnb_int8" if said.get("load_in_8bit") else f"bnb_{said.get('bnb_4bit_quant_type')}"
+    return f"{method}_{said.get('weights_dtype') or said.get('weights') or said.get('quant_type')}"
+
+
+def _read_bytes(family: Family, quantised: Collection[str]) -> dict[str, int]:
+    """Bytes that a CPU has in memory of a file beside what was made of it, for each model that the run quantises.
 
     A file is mapped, so what is not quantised is there once. That of GGUF is not.
     """
-    parts = {name: family.pipeline.components[name] for name, method in methods.items() if method != "gguf"}
-    return {name: sum(map(plain_bytes, quantised_layers(part))) for name, part in parts.items()}
+    return {name: sum(map(plain_bytes, quantised_layers(family.pipeline.components[name]))) for name in quantised}
 
 
-def _bytes_at_home(denoiser: nn.Module, method: str | None) -> int:
+def _bytes_at_home(denoiser: nn.Module, bits: float | None) -> int:
     """Bytes of the blocks that --group_offload has in the CPU's memory, while three of them are on the device."""
-    blocks = sorted(weight_bytes(block, method) for block in offloadable_blocks(denoiser))
+    blocks = sorted(weight_bytes(block, bits) for block in offloadable_blocks(denoiser))
     return sum(blocks[:-3])
 
 
@@ -161,7 +196,7 @@ def _phases(
     vae, denoiser = family.pipeline.vae, weights[family.denoiser_name]
     encoders = [getattr(family.pipeline, name) for name in family.text_encoder_names if name in weights]
     if settings.with_prior_preservation:
-        yield Phase("class images", sum(weights.values()), _decoded(family, settings))
+        yield Phase("class images", sum(weights.values()) - denoiser + resident, _decoded(family, settings))
     with torch.no_grad(), Tally(*encoders) as tally:
         condition = family.encode([PROMPT])[0]
     kept = sum(size for name, size in read.items() if name != family.denoiser_name)
@@ -338,7 +373,8 @@ def fitting(
     say(f"Memory: {gib(asked.peak)} expected beside what is taken now, of {gib(free)} that are free: {asked.text()}.")
     if asked.peak <= free:
         return settings
-    chosen, flags, found = _remedied(settings, free, plan, remedies(settings, device, cacheable))
+    ways = remedies(settings, device, cacheable, bool(saved_quantization(settings, index)))
+    chosen, flags, found = _remedied(settings, free, plan, ways)
     return _answer(settings, asked, chosen, flags, found, free, whole, say)
 
 
@@ -406,8 +442,9 @@ def free_memory_of(device: torch.device) -> int:
     free, limit = int(psutil.virtual_memory().available), _limit_of_container()
     if limit is None:
         return free
-    used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-    return min(free, limit - used)
+    used = int((CONTAINER / "memory.current").read_text(encoding="ascii"))
+    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text(encoding="ascii").splitlines())
+    return min(free, limit - used + int(stat.get("inactive_file", 0)))  # of files that were read, and can be dropped
 
 
 def whole_memory_of(device: torch.device) -> int:
@@ -420,7 +457,7 @@ def whole_memory_of(device: torch.device) -> int:
 
 def _limit_of_container() -> int | None:
     try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        return int((CONTAINER / "memory.max").read_text(encoding="ascii"))
     except (OSError, ValueError):  # not in a container of that kind, or without a limit ("max")
         return None
 
@@ -434,8 +471,17 @@ class Remedy:
     change: Callable[[DreamBoothSettings], DreamBoothSettings]
 
 
-def remedies(settings: DreamBoothSettings, device: torch.device, cacheable: bool) -> list[Remedy]:
-    """Those that these settings leave, in the order of what they cost."""
+def remedies(
+    settings: DreamBoothSettings, device: torch.device, cacheable: bool, quantised: bool = False
+) -> list[Remedy]:
+    """Those that these settings leave, in the order of what they cost.
+
+    Args:
+        settings: of the run.
+        device: of the run.
+        cacheable: whether --cache_latents can be had.
+        quantised: whether the base model was saved so.
+    """
     found = []
     if cacheable and not settings.cache_latents:
         found.append(Remedy("--cache_latents", "nothing", lambda s: replace(s, cache_latents=True)))
@@ -455,7 +501,7 @@ def remedies(settings: DreamBoothSettings, device: torch.device, cacheable: bool
                 lambda s: replace(s, train_batch_size=1, gradient_accumulation_steps=images),
             )
         )
-    if not (settings.quantize or settings.gguf_file or settings.fsdp or settings.use_dora):
+    if not (quantised or settings.quantize or settings.gguf_file or settings.fsdp or settings.use_dora):
         found.append(
             Remedy("--quantize torchao_int8", "some precision", lambda s: replace(s, quantize="torchao_int8"))
         )

@@ -6,6 +6,7 @@ As read in bitsandbytes, torchao, optimum-quanto and diffusers' GGUF, and seen i
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 BITS = {"bnb_nf4": 4.127, "bnb_int8": 8.0, "torchao_int8": 8.0, "torchao_float8": 8.0}  # a weight, with its scales
-BITS |= {"quanto_int8": 8.0, "quanto_float8": 8.0, "gguf": 8.5}  # the latter of Q8_0: a smaller file takes less
-OF_AUTOGRAD = ("torchao_int8", "torchao_float8", "gguf")  # the backward pass gets the weights of the forward pass
+BITS |= {"quanto_int8": 8.0, "quanto_float8": 8.0}
+BITS_MOVED = {"bnb_nf4": 4.0}  # by --group_offload, where that is another number: its scales stay on the device
+OF_AUTOGRAD = ("torchao", "gguf")  # the backward pass gets the weights of the forward pass
 TWO_STEPS = ("torchao_float8", "quanto_int8", "quanto_float8", "gguf")  # to dequantise: cast, then scaled, or so
 
 
@@ -27,11 +29,16 @@ def quantised_layers(model: Any) -> Iterator[nn.Linear]:
             yield module
 
 
-def weight_bytes(model: Any, method: str | None) -> int:
-    """What the weights take, those of linear layers quantised."""
+def bits_of(method: str) -> float:
+    """A weight's, with its scales; of a method that there is no flag for by its name."""
+    return BITS.get(method) or (4.5 if re.search("int4|nf4|fp4", method, re.IGNORECASE) else 8.0)
+
+
+def weight_bytes(model: Any, bits: float | None) -> int:
+    """What the weights take, those of linear layers quantised to so many bits."""
     total = sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
-    if method is not None:
-        total -= sum(plain_bytes(each) - each.weight.numel() * BITS[method] / 8 for each in quantised_layers(model))
+    if bits is not None:
+        total -= sum(plain_bytes(each) - each.weight.numel() * bits / 8 for each in quantised_layers(model))
     return int(total)
 
 
@@ -56,7 +63,7 @@ def compute_as_quantised(model: Any, method: str) -> None:
 
 
 def _forward(layer: nn.Linear, method: str, inputs: Tensor) -> Tensor:
-    if method in OF_AUTOGRAD:
+    if method.startswith(OF_AUTOGRAD):
         return nn.functional.linear(inputs, _dequantised(layer.weight, method), layer.bias)
     answer: Tensor = _Dequantising.apply(inputs, layer.weight, layer.bias, method)
     return answer
