@@ -24,7 +24,7 @@ from ..adapters import coeff_adapters, coeff_disabled, set_coeff_adapters
 from ..checkpoint import find_file, load_coeff_weights, whole_file
 from ..console import escaped_output
 from ..per_sample import coeff_per_sample
-from ..quantization import Quantization
+from ..quantization import Quantization, quantization_of
 from ..sampling import sampling_defaults
 from ..training.families.single_file import is_single_file, load_single_file
 from ..training.families.single_file import single_file_config as config_of_single_file
@@ -97,7 +97,17 @@ def base_pipeline(
 
 
 def _with_group_offload(pipe: Any, device: torch.device | str) -> Any:
-    """By diffusers' hooks, a layer at a time, which all its models take; on a GPU by a stream."""
+    """By diffusers' hooks, a layer at a time, which all its models take; on a GPU by a stream.
+
+    Raises:
+        ValueError: if its weights are held where these hooks (of 0.42.1) do not move them.
+    """
+    ways = {quantization_of(part) for part in pipe.components.values()}
+    stay = sorted(way for way in ways if way == "bnb_int8" or str(way).startswith("quanto"))
+    if stay:
+        raise ValueError(
+            f"--group_offload: diffusers does not move weights of {', '.join(stay)}; take bnb_nf4 or torchao_int8"
+        )
     on_gpu = torch.device(device).type == "cuda"
     if torch.device(device).type == "cpu":
         print("--group_offload saves nothing here: a CPU has the whole model in its memory.")

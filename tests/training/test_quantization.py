@@ -223,6 +223,12 @@ def test_weights_of_bnb_int8_cannot_be_offloaded(flux: Path, train: Callable[...
         train(quantize="bnb_int8", group_offload=True)
 
 
+@pytest.mark.parametrize("method", ["bnb_int8", "quanto_int8"])
+def test_weights_that_diffusers_does_not_move_cannot_be_offloaded_in_generation(method: str, base: Path) -> None:
+    with pytest.raises(ValueError, match=f"--group_offload: diffusers does not move weights of {method}; take"):
+        base_pipeline(str(base), None, "float32", Quantization(method), "cpu", group_offload=True)
+
+
 def test_generate_and_serve_take_the_flags(
     train: Callable[..., TrainingResult], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

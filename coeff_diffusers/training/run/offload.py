@@ -50,8 +50,7 @@ def offload_blocks(denoiser: nn.Module, accelerator: Accelerator) -> None:
     try:
         GroupOffload(denoiser, accelerator.device)
     except ValueError as error:
-        ways = "--gradient_checkpointing and --quantize save memory, too"
-        raise InputError(f"--group_offload: {error}; {ways}") from error
+        raise InputError(f"--group_offload: {error}; take --gradient_checkpointing in its place") from error
 
 
 class GroupOffload:
