@@ -424,6 +424,12 @@ def test_settings_of_a_run_are_checked(tmp_path) -> None:
     assert (made.quantize, made.gguf_file, made.mixed_precision) == ("torchao_int8", "dog.gguf", "bf16")
 
 
+def test_a_run_holds_the_base_model_as_the_page_does(tmp_path) -> None:
+    held = {"quantize": "bnb_nf4", "gguf_file": "flux.gguf", "group_offload": True}
+    made = settings_of_run(replace(filled_in(AppSettings()), **held), tmp_path, "a sks dog", 10, 0, "", 100)
+    assert {name: getattr(made, name) for name in held} == held
+
+
 def test_runs_train_one_at_a_time_and_one_that_waits_can_be_cancelled(images, tmp_path, visitor) -> None:
     line = Line(most=2)
     first, second, third = (Run(run_settings(tmp_path / name), given(images), line) for name in "abc")

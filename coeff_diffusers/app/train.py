@@ -142,6 +142,7 @@ def settings_of_run(
         single_file_config=app.single_file_config,
         quantize=app.quantize,
         gguf_file=app.gguf_file,
+        group_offload=app.group_offload,
         instance_prompt=prompt.strip(),
         output_dir=str(output_dir),
         max_train_steps=steps,
