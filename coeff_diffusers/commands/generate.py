@@ -102,8 +102,8 @@ def _with_group_offload(pipe: Any, device: torch.device | str) -> Any:
     Raises:
         ValueError: if its weights are held where these hooks (of 0.42.1) do not move them.
     """
-    ways = {quantization_of(part) for part in pipe.components.values()}
-    stay = sorted(way for way in ways if way == "bnb_int8" or str(way).startswith("quanto"))
+    ways = {quantization_of(part) or "" for part in pipe.components.values()}
+    stay = sorted(way for way in ways if way == "bnb_int8" or way.startswith("quanto"))
     if stay:
         raise ValueError(
             f"--group_offload: diffusers does not move weights of {', '.join(stay)}; take bnb_nf4 or torchao_int8"
