@@ -116,9 +116,10 @@ def test_what_does_not_go_together(train: Train) -> None:
     for flags, said in {
         ("group_offload", "fsdp"): "shards stay on their devices",
         ("offload_activations",): "needs --gradient_checkpointing or --group_offload",
+        ("gradient_checkpointing", "offload_activations", "checkpoint_every"): "would copy the weights of all blocks",
     }.items():
         with pytest.raises(InputError, match=said):
-            train(**dict.fromkeys(flags, True))
+            train(**{flag: 2 if flag == "checkpoint_every" else True for flag in flags})
 
 
 def test_generate_and_serve_take_the_flag_and_make_the_same_images(train: Train, base: Path) -> None:
