@@ -173,9 +173,14 @@ def _method(said: Mapping[str, Any]) -> str:
 def _read_bytes(family: Family, quantised: Collection[str]) -> dict[str, int]:
     """Bytes that a CPU has in memory of a file beside what was made of it, for each model that the run quantises.
 
-    A file is mapped, so what is not quantised is there once. That of GGUF is not.
+    A file is mapped, so of a text encoder what is not quantised is there once; of a denoiser it is copied at the end,
+    to let go of the file. That of GGUF is not mapped.
     """
-    return {name: sum(map(plain_bytes, quantised_layers(family.pipeline.components[name]))) for name in quantised}
+    parts = {name: family.pipeline.components[name] for name in quantised}
+    found = {name: sum(map(plain_bytes, quantised_layers(part))) for name, part in parts.items()}
+    if family.denoiser_name in parts:
+        found[family.denoiser_name] = weight_bytes(family.denoiser, None)
+    return found
 
 
 def _bytes_at_home(denoiser: nn.Module, bits: float | None) -> int:

@@ -100,8 +100,8 @@ def _offload_problems(settings: DreamBoothSettings) -> list[str]:
         problems.append("--offload_activations needs --gradient_checkpointing or --group_offload")
     if settings.offload_activations and settings.checkpoint_every > 1:
         problems.append(
-            "--checkpoint_every does not go with --offload_activations, which would copy the weights of all blocks that "
-            "are not computed again, too"
+            "--checkpoint_every does not go with --offload_activations, which would copy the weights of all blocks "
+            "that are not computed again, too"
         )
     return problems
 
