@@ -40,7 +40,13 @@ def test_a_run_on_a_single_file_is_the_run_on_its_folder(
     assert read_coeff_metadata(of_file.coeff_file)["coeff_diffusers"]["base"]["unet"]["name"] == "fox.safetensors"
     assert 'StableDiffusionPipeline.from_single_file("fox.safetensors")' in of_file.model_card.read_text()
     args = argparse.Namespace(
-        **single, coeff_scale=1.0, lora_weights=None, dtype="float32", quantize=None, gguf_file=None
+        **single,
+        coeff_scale=1.0,
+        lora_weights=None,
+        dtype="float32",
+        quantize=None,
+        gguf_file=None,
+        group_offload=False,
     )
     pipe = generate.load_pipeline(args, {"default": of_file.coeff_file}, "cpu")
     torch.testing.assert_close(pipe.unet.conv_in.weight, tiny_pipeline().unet.conv_in.weight, rtol=0, atol=0)
