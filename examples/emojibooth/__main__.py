@@ -1,6 +1,6 @@
 """EmojiBooth: personalisation methods on the embedded models, measured against images that are known to be right.
 
-    python examples/emojibooth --short        some 15 minutes on two cores: 3 subjects, 4 methods
+    python examples/emojibooth --short        5 minutes on two cores: 3 subjects, 4 methods
     python examples/emojibooth                everything: hours; goes on where it was
 
 Each trial that is done is a line of trials.csv; README.md, the table and the plots are made of these by table.py.
