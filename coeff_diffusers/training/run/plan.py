@@ -116,13 +116,11 @@ def plan_run(
         saved = saved_quantization(settings, index)
         quantised = [name for name in quantization.parts(index) if name not in saved]
         methods = saved | dict.fromkeys(quantised, quantization.method or "")
+        bits = {name: bits_of(how) for name, how in methods.items()}
         if quantization.gguf_file:
             methods[family.denoiser_name] = "gguf"
-        bits = {name: bits_of(how) for name, how in methods.items()}
+            bits[family.denoiser_name] = _bits_of_file(family.denoiser, quantization.gguf_file)
         method = methods.get(family.denoiser_name, "")
-        if quantization.gguf_file:
-            count = sum(parameter.numel() for parameter in family.denoiser.parameters())
-            bits[family.denoiser_name] = 8 * Path(quantization.gguf_file).stat().st_size / count
         named = family.pipeline.components.items()
         weights = {name: weight_bytes(part, bits.get(name)) for name, part in named if isinstance(part, nn.Module)}
         read = _read_bytes(family, quantised) if device_type == "cpu" else {}
@@ -168,6 +166,11 @@ def _method(said: Mapping[str, Any]) -> str:
     if method == "bitsandbytes":
         return "bnb_int8" if said.get("load_in_8bit") else f"bnb_{said.get('bnb_4bit_quant_type')}"
     return f"{method}_{said.get('weights_dtype') or said.get('weights') or said.get('quant_type')}"
+
+
+def _bits_of_file(denoiser: nn.Module, file: str) -> float:
+    """A weight's, of a GGUF file, which may hold each in another way."""
+    return 8 * Path(file).stat().st_size / sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def _read_bytes(family: Family, quantised: Collection[str]) -> dict[str, int]:
