@@ -28,6 +28,7 @@ from ..quantization import Quantization, quantization_of
 from ..sampling import sampling_defaults
 from ..training.families.single_file import is_single_file, load_single_file
 from ..training.families.single_file import single_file_config as config_of_single_file
+from ..training.run.offload import NOTHING_ON_CPU
 from .requests import (
     MANIFEST,
     ImageRequest,
@@ -108,10 +109,10 @@ def _with_group_offload(pipe: Any, device: torch.device | str) -> Any:
         raise ValueError(
             f"--group_offload: diffusers does not move weights of {', '.join(stay)}; take bnb_nf4 or torchao_int8"
         )
-    on_gpu = torch.device(device).type == "cuda"
-    if torch.device(device).type == "cpu":
-        print("--group_offload saves nothing here: a CPU has the whole model in its memory.")
-    pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=on_gpu)
+    device = torch.device(device)
+    if device.type == "cpu":
+        print(NOTHING_ON_CPU)
+    pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
     return pipe
 
 

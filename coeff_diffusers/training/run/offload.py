@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 from ...quantization import quantization_of
 from ..errors import InputError
 
+NOTHING_ON_CPU = "--group_offload saves nothing here: a CPU has the whole model in its memory."
 Copies = dict[tuple[nn.Module, str], Any]  # module and name of a parameter -> it, on the device
 
 
@@ -46,11 +47,17 @@ def offload_blocks(denoiser: nn.Module, accelerator: Accelerator) -> None:
         InputError: if that cannot be had.
     """
     if accelerator.device.type == "cpu":
-        accelerator.print("--group_offload saves nothing here: a CPU has the whole model in its memory.")
+        accelerator.print(NOTHING_ON_CPU)
     try:
         GroupOffload(denoiser, accelerator.device)
     except ValueError as error:
         raise InputError(f"--group_offload: {error}; take --gradient_checkpointing in its place") from error
+
+
+def check_movable(method: str | None) -> None:
+    """Raises ValueError if weights that are quantised so, as `quantization_of` says, cannot be offloaded."""
+    if method == "bnb_int8":
+        raise ValueError("bitsandbytes holds weights of 8 bits beside the layers' own, where they cannot be moved")
 
 
 class GroupOffload:
@@ -72,8 +79,7 @@ class GroupOffload:
         blocks = offloadable_blocks(denoiser)
         if not blocks:
             raise ValueError(f"a {type(denoiser).__name__} has no blocks that are known to be repeated")
-        if quantization_of(denoiser) == "bnb_int8":
-            raise ValueError("bitsandbytes holds weights of 8 bits beside the layers' own, where they cannot be moved")
+        check_movable(quantization_of(denoiser))
         self._device = device
         self._home = {block: _frozen_parameters(block) for block in blocks}
         for parameters in self._home.values():

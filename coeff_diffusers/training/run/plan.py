@@ -32,7 +32,7 @@ from ..results.validation import all_prompts
 from ..settings.dreambooth import DreamBoothSettings
 from ..settings.rules import parse_buckets
 from .memory import checkpoint_blocks
-from .offload import GroupOffload, offloadable_blocks
+from .offload import GroupOffload, check_movable, offloadable_blocks
 from .processes import DTYPES
 from .quantised import (
     BITS_MOVED,
@@ -121,6 +121,11 @@ def plan_run(
             methods[family.denoiser_name] = "gguf"
             bits[family.denoiser_name] = _bits_of_file(family.denoiser, quantization.gguf_file)
         method = methods.get(family.denoiser_name, "")
+        if settings.group_offload:
+            try:
+                check_movable(method)
+            except ValueError as error:
+                raise InputError(f"--group_offload: {error}") from error
         named = family.pipeline.components.items()
         weights = {name: weight_bytes(part, bits.get(name)) for name, part in named if isinstance(part, nn.Module)}
         read = _read_bytes(family, quantised) if device_type == "cpu" else {}
@@ -517,7 +522,8 @@ def remedies(
     if device.type == "cpu" or settings.fsdp:
         return found
     if not settings.group_offload:
-        change = Remedy("--group_offload", "speed: blocks are copied twice a step", _with_group_offload)
+        flags = "--group_offload" + (" --checkpoint_every 1" if settings.checkpoint_every > 1 else "")
+        change = Remedy(flags, "speed: blocks are copied twice a step", _with_group_offload)
         found.append(change)
     if not settings.offload_activations:
         change = Remedy(
