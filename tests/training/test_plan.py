@@ -205,6 +205,15 @@ def test_files_that_were_read_leave_a_container_its_memory(tmp_path: Path, monke
 # What is made of it
 
 
+def test_remedies_name_flags_that_go_together(argv: Argv) -> None:
+    device = torch.device("cuda")
+    for every in (1, 2):
+        settings = parse_settings(argv(gradient_checkpointing=True, checkpoint_every=every, mixed_precision="fp16"))
+        [offload] = [each for each in module.remedies(settings, device, False) if "group" in each.flags]
+        assert parse_settings([*argv(gradient_checkpointing=True, checkpoint_every=every), *offload.flags.split()])
+        assert offload.change(settings).checkpoint_every == 1
+
+
 def sizes(**changes: int) -> Any:
     """Plans by made-up sizes: of weights and of all else, less where the settings say so."""
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def plan_run(
     quantization: Quantization,
     subjects: int = 1,
     device_type: str = "cpu",
+    saved: Mapping[str, str] | None = None,
 ) -> Plan:
     """What the run's phases take, each process's part.
 
@@ -104,6 +106,7 @@ def plan_run(
         quantization: of the base model.
         subjects: how many are trained at once, each with a batch of its own.
         device_type: of the run. The tensors are those of a CPU in any case; but autocast on GPUs norms in float32.
+        saved: how the base model was quantised when it was saved, if that has been read.
 
     Raises:
         Exception: of any kind, where code of this base model wants to see values, which fake tensors have not.
@@ -113,7 +116,7 @@ def plan_run(
     with _quietly(), torch.random.fork_rng(devices=[]):
         family = kind(pipeline_of_configs(settings, index, dtype), settings)
         parts = [part for part in family.pipeline.components.values() if isinstance(part, nn.Module)]
-        saved = saved_quantization(settings, index)
+        saved = dict(saved_quantization(settings, index) if saved is None else saved)
         quantised = [name for name in quantization.parts(index) if name not in saved]
         methods = saved | dict.fromkeys(quantised, quantization.method or "")
         bits = {name: bits_of(how) for name, how in methods.items()}
@@ -368,10 +371,12 @@ def fitting(
         return settings
     free, whole = free_memory_of(device), whole_memory_of(device)
 
+    saved = cache(partial(saved_quantization, settings, index))  # once for all plans
+
     def plan(changed: DreamBoothSettings) -> Plan:
         quantization = find_quantization(changed, index, changed.train_text_encoder, device)
         asked = changed.mixed_precision if changed.mixed_precision != settings.mixed_precision else precision
-        return plan_run(kind, changed, index, asked or "no", quantization, subjects, device.type)
+        return plan_run(kind, changed, index, asked or "no", quantization, subjects, device.type, saved())
 
     try:
         asked = plan(settings)
@@ -386,7 +391,7 @@ def fitting(
     say(f"Memory: {gib(asked.peak)} expected beside what is taken now, of {gib(free)} that are free: {asked.text()}.")
     if asked.peak <= free:
         return settings
-    ways = remedies(settings, device, cacheable, bool(saved_quantization(settings, index)))
+    ways = remedies(settings, device, cacheable, bool(saved()))
     chosen, flags, found = _remedied(settings, free, plan, ways)
     return _answer(settings, asked, chosen, flags, found, free, whole, say)
 
