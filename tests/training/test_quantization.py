@@ -116,6 +116,11 @@ def test_trains_on_a_quantised_base_and_loads_into_it_and_into_the_plain_one(
     assert np.abs(images["plain"] - images["quantised"]).max() < FAR.get(method, 0.03)
 
 
+def test_a_quantised_unet_trains_in_16_bits(train: Callable[..., TrainingResult]) -> None:
+    """Norms of 16 bits on a CPU take no more than that from the layers before them; torchao: tests of --memory."""
+    train(quantize="bnb_nf4", mixed_precision="bf16", max_train_steps=1)
+
+
 def test_a_base_that_was_saved_quantised_trains_as_it_is(
     train_flux: Callable[..., TrainingResult],
     flux: Path,

@@ -13,9 +13,9 @@ from typing import Any, cast
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
-from ...quantization import Quantization
+from ...quantization import Quantization, quantization_of
 from ..errors import InputError
 from ..settings.dreambooth import BaseModelSettings, ObjectiveSettings
 from .base import Family
@@ -69,6 +69,7 @@ def load_family(
     def load_denoiser() -> nn.Module:
         denoiser: Any = getattr(load({part}), part)
         denoiser.requires_grad_(False).eval()
+        cast_inputs_under_autocast(denoiser)
         if fsdp:  # before the whole of it is on the device
             shard_frozen_weights(denoiser, device)
         if offload is None:
@@ -89,9 +90,29 @@ def load_family(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
+            cast_inputs_under_autocast(component)
     family = kind(pipeline.to(device), objective)
     family.denoiser_loader = load_denoiser
     return family
+
+
+def cast_inputs_under_autocast(model: nn.Module) -> None:
+    """Has a quantised model's linear layers take what autocast gives plain ones; one that is not is left as it is.
+
+    Those of torchao and bitsandbytes compute and answer in the dtype of their inputs: under autocast that is float32
+    after a norm, which is slow on a GPU, and on a CPU the next norm refuses it, whose weights have 16 bits.
+    """
+    if quantization_of(model) is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return inputs
+    return (inputs[0].to(torch.get_autocast_dtype(device)), *inputs[1:])
 
 
 def _load_pipeline(
