@@ -278,6 +278,25 @@ def test_auto_takes_them(
     assert "--memory auto takes, one after the other:\n  --gradient_checkpointing (" in capsys.readouterr().out
 
 
+def test_a_resumed_run_goes_on_with_what_auto_took_when_it_began(
+    memory: Callable[..., None], train: Callable[..., TrainingResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: dict[str, Any] = {
+        "memory": "auto",
+        "checkpointing_steps": 1,
+        "max_train_steps": 2,
+        "lr_scheduler": "constant",
+    }
+    memory(2, 8, weights=1, rest=4)
+    before = train(**run).settings
+    assert (before.mixed_precision, before.train_batch_size) == ("bf16", 1)
+    memory(8, 8, weights=1, rest=4)  # which nothing would have to be taken for
+    after = train(**run | {"max_train_steps": 3}, resume_from_checkpoint="latest").settings
+    begun = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps", "quantize")
+    assert [getattr(after, name) for name in begun] == [getattr(before, name) for name in begun]
+    assert "--memory auto goes on with --mixed_precision bf16, --train_batch_size 1" in capsys.readouterr().out
+
+
 def test_what_cannot_fit_is_refused(memory: Callable[..., None], train: Callable[..., TrainingResult]) -> None:
     memory(1, 8, weights=9, rest=1)
     with pytest.raises(InputError, match=r"(?s)the weights alone do not fit into the 8.00 GiB .*\n  A smaller --res"):

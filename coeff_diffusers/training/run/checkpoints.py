@@ -50,6 +50,7 @@ FREE_SETTINGS = {
     "gradient_checkpointing", "checkpoint_every", "group_offload", "offload_activations", "memory", "cache_latents",
     "cache_dir", "push_to_hub", "hub_model_id", "hub_token",
 }  # fmt: skip
+CHOSEN_FOR_MEMORY = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps", "quantize")  # of the others
 GROWING_SCHEDULES = ("constant", "constant_with_warmup")  # which do not depend on the number of steps
 
 
@@ -297,11 +298,24 @@ def check_same_run(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         )
 
 
-def with_seed_of(checkpoint: Checkpoint | None, settings: DreamBoothSettings) -> DreamBoothSettings:
-    """A seed that was drawn is drawn once for a run, not again when it is continued."""
-    if checkpoint is None or settings.seed is not None:
+def as_begun(
+    checkpoint: Checkpoint | None, settings: DreamBoothSettings, say: Callable[[str], object]
+) -> DreamBoothSettings:
+    """What the run chose by itself when it began, it goes on with: the seed, and what `--memory auto` took.
+
+    Other memory may be free than then. `say` is told of what was taken.
+    """
+    if checkpoint is None:
         return settings
-    return replace(settings, seed=checkpoint.state["facts"]["settings"]["seed"])
+    then = checkpoint.state["facts"]["settings"]
+    begun = settings if settings.seed is not None else replace(settings, seed=then["seed"])
+    if settings.memory != "auto":
+        return begun
+    now = asdict(settings)
+    taken = {name: then[name] for name in CHOSEN_FOR_MEMORY if then.get(name, now[name]) != now[name]}
+    if taken:
+        say(f"--memory auto goes on with {', '.join(f'--{name} {value}' for name, value in taken.items())}.")
+    return replace(begun, **taken)
 
 
 def check_agreement(checkpoint: Checkpoint | None) -> None:

@@ -63,7 +63,7 @@ from ..results.validation import all_prompts, final_prompts, run_calls, validati
 from ..settings.dreambooth import DEFAULT_STEPS, DEFAULT_VALIDATION_STEPS, RATES, DreamBoothSettings
 from ..settings.rules import parse_buckets
 from ..writing import write_text
-from .checkpoints import Checkpoints, check_agreement, check_same_run, facts_of_run, find_checkpoint, with_seed_of
+from .checkpoints import Checkpoints, as_begun, check_agreement, check_same_run, facts_of_run, find_checkpoint
 from .lock import OutputLock, remove_empty_folders, take_together
 from .loop import TrainingStep, advice, make_batches, make_dataset, stop, stops, training_steps
 from .memory import (
@@ -187,11 +187,6 @@ class DreamBoothRun:
         self._index = pipeline_index(settings)
         self._kind = find_family(settings, self._index)
         self.accelerator: Accelerator = start_accelerator(settings, settings)
-        settings = self._fitting(settings)
-        check_processes(settings, settings, self.subjects.several, self.accelerator)
-        self._quantization = find_quantization(
-            settings, self._index, settings.train_text_encoder, self.accelerator.device
-        )
         self.own = self.subjects.own(self.accelerator)
         if self.accelerator.is_main_process:
             self._lock = OutputLock(settings.output_dir, list(self.images) if self.subjects.several else ())
@@ -199,7 +194,14 @@ class DreamBoothRun:
         take_together(self._lock)
         self.resumed = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir, self.accelerator.print)
         check_agreement(self.resumed)
-        self.settings = with_seed_of(self.resumed, settings)
+        begun = as_begun(self.resumed, settings, self.accelerator.print)
+        if begun != settings:
+            self.accelerator = start_accelerator(begun, begun)
+        self.settings = settings = self._fitting(begun)
+        check_processes(settings, settings, self.subjects.several, self.accelerator)
+        self._quantization = find_quantization(
+            settings, self._index, settings.train_text_encoder, self.accelerator.device
+        )
 
     def _fitting(self, settings: DreamBoothSettings) -> DreamBoothSettings:
         """With what makes the run fit into memory, if that is asked for: as the main process finds, in all."""
