@@ -60,7 +60,9 @@ def load_family(
                 given = left_out | dict(kind.load_arguments) | given
                 return _load_pipeline(settings, index, dtype, quantization, device, given)
         except (OSError, ValueError) as error:
-            name = settings.pretrained_model_name_or_path
+            name, file = settings.pretrained_model_name_or_path, quantization.gguf_file
+            if file and str(error).startswith(file):
+                raise InputError(f"--gguf_file: {error}") from error
             known = str(error).startswith(name)
             raise InputError(
                 f"--pretrained_model_name_or_path: {error if known else f'{name} cannot be loaded: {error}'}"
