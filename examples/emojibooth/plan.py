@@ -16,7 +16,7 @@ import torch
 from judge import HERE
 from measures import SCENES
 from methods import ABLATIONS, COMPOSITION, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
-from trial import REPORTED, TUNING, Trial, run_trial
+from trial import FAMILIES, REPORTED, TUNING, Trial, run_trial
 
 RESULTS = HERE / "results"
 Row = dict[str, str]
@@ -43,6 +43,7 @@ class Stage:
         subjects: that are reported.
         seeds: of training.
         tuned_on: subjects that choose the rates.
+        beyond: nothing is reported: where the best rate is the last of its grid, the next one is tried as well.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Stage:
     subjects: Sequence[str] = REPORTED
     seeds: Sequence[int] = (0,)
     tuned_on: Sequence[str] = TUNING
+    beyond: bool = False
 
 
 # What says most comes first. Rates of the two methods that all others are held against come from all tuning subjects.
@@ -62,6 +64,7 @@ FULL = [
     Stage("unet", COMPOSITION, FIVE, tuned_on=ONE),
     Stage("unet", MORE, FIVE, tuned_on=ONE),
     Stage("unet", ABLATIONS, FIVE, tuned_on=ONE),
+    *(Stage(model, list(METHODS.values()), tuned_on=ONE, beyond=True) for model in FAMILIES),
     Stage("unet", [*MAIN[:3], WITH_MORE[0]], seeds=(1, 2), tuned_on=ONE),
     Stage("unet", [*COMPOSITION, *MORE, *ABLATIONS], tuned_on=ONE),
     Stage("unet", [*MAIN[3:], *WITH_MORE[1:], *COMPOSITION, *MORE, *ABLATIONS], seeds=(1, 2), tuned_on=ONE),
@@ -102,6 +105,16 @@ def chosen(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...]
     return rates[means.index(min(means))] if rates else ()
 
 
+def beyond(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...] | None:
+    """The rates a factor of two past the grid, if the best are at the grid's edge; `None` otherwise, or untuned."""
+    try:
+        rates = chosen(method, model, rows)
+    except ValueError:
+        return None
+    factor = {method.rates[0]: 0.5, method.rates[-1]: 2.0}.get(rates[0]) if rates else None
+    return (rates[0] * factor, *rates[1:]) if factor else None
+
+
 def loss_of(trial: Trial, rows: Sequence[Row]) -> float | None:
     """Geometric mean of the losses on new backgrounds, sizes and places; `None` without a row."""
     found = (geometric_mean(float(row[f"loss_{kind}"]) for kind in SCENES) for row in rows if is_of(row, trial))
@@ -119,6 +132,11 @@ def plan(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[Trial]:
     """All trials of the stages; rates are chosen from `rows`, which may grow meanwhile."""
     for stage in stages:
         methods = [method for method in stage.methods if stage.model in method.models]
+        if stage.beyond:
+            trained = [(method, beyond(method, stage.model, rows)) for method in methods if not method.trained_as]
+            for subject in stage.tuned_on:
+                yield from (Trial(method, stage.model, subject, rates=rates) for method, rates in trained if rates)
+            continue
         for method in dict.fromkeys(METHODS.get(each.trained_as or "", each) for each in methods):
             for subject in stage.tuned_on:
                 if method.lora_rate_of:

@@ -14,8 +14,8 @@ from statistics import mean, stdev
 import sizes
 from methods import COMPOSITION, DEFAULT, METHODS, Method
 from PIL import Image
-from plan import RESULTS, Row, chosen, is_of, read
-from trial import FAMILIES, REPORTED, Trial
+from plan import RESULTS, Row, beyond, chosen, is_of, loss_of, read
+from trial import FAMILIES, REPORTED, TUNING, Trial
 
 from coeff_diffusers.commands.sheet import sheet
 
@@ -92,8 +92,8 @@ def markdown(rows: Sequence[Row]) -> str:
         found = {name: of_method(rows, method, model) for name, method in METHODS.items()}
         found = {name: each for name, each in found.items() if each}
         if found:
-            parts += [f"## {model}", quality(found), cost(found), paired(found)]
-    return "\n\n".join(parts) + "\n"
+            parts += [f"## {model}", quality(found), cost(found), paired(found), edges(rows, model)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def quality(found: dict[str, dict[str, list[Row]]]) -> str:
@@ -121,6 +121,20 @@ def cost(found: dict[str, dict[str, list[Row]]]) -> str:
                 f"{int(rows[0]['bytes']) / 1000:,.0f} | {least:.0f} | {float(rows[0]['memory_mb']):.0f} |"
             )
     return "\n".join(lines)
+
+
+def edges(rows: Sequence[Row], model: str) -> str:
+    """What tuning would find past the grid of rates, where the best lies at its edge."""
+    lines = ["| best rate at the grid's edge | it | loss, fox | the next | loss, fox |", "|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        past = beyond(method, model, rows) if model in method.models and not method.trained_as else None
+        if past:
+            trials = [Trial(method, model, TUNING[0], rates=each) for each in (chosen(method, model, rows), past)]
+            losses = [loss_of(trial, rows) for trial in trials]
+            if None not in losses:
+                cells = [f"{trial.key['rates']} | {loss:.3f}" for trial, loss in zip(trials, losses)]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ pairs

@@ -114,6 +114,13 @@ def test_the_rate_is_chosen_on_tuning_subjects_before_others_are_run(tmp_path: P
     ]
 
 
+def test_past_the_grid_is_looked_where_its_last_rate_is_the_best(tmp_path: Path) -> None:
+    inside = Method("of the middle", (0.1, 0.2, 0.4))
+    rows = run([Stage("unet", [LEARNS, inside], [], tuned_on=TUNING[:1])], tmp_path / "trials.csv", execute=losses)
+    [past] = plan([Stage("unet", [LEARNS, inside, METHODS["OFT"]], tuned_on=TUNING[:1], beyond=True)], rows)
+    assert (past.method, past.subject, past.rates) == (LEARNS, "fox face", (0.4,))
+
+
 def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
     file = tmp_path / "trials.csv"
     done = run(STAGES, file, execute=losses)
