@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 
 import sizes
 from methods import COMPOSITION, DEFAULT, METHODS, Method
@@ -36,6 +36,7 @@ PAIRS = [
     *((method.name, DEFAULT) for method in COMPOSITION),
 ]
 COMPARED = ("loss, new backgrounds", "PSNR, new backgrounds", "PSNR, new sizes and places", "recognised", "drift")
+Runs = dict[str, dict[str, Row]]  # of a method: subject -> seed -> row
 KINDS = ("background", "size", "place")
 MEASURES = {  # heading -> columns that it is the mean of, and digits after the point
     "loss, new backgrounds": (["loss_background"], 3),
@@ -53,17 +54,17 @@ MEASURES = {  # heading -> columns that it is the mean of, and digits after the 
 }
 
 
-def of_method(rows: Sequence[Row], method: Method, model: str) -> dict[str, list[Row]]:
-    """Subject -> its rows, one for each seed, at the rates that tuning chose."""
+def of_method(rows: Sequence[Row], method: Method, model: str) -> Runs:
+    """At the rates that tuning chose."""
     try:
         rates = chosen(method, model, rows)
     except ValueError:
         return {}
-    found: dict[str, list[Row]] = {}
+    found: Runs = {}
     for row in rows:
         trial = Trial(method, model, row["subject"], int(row["seed"]), rates)
         if row["subject"] in REPORTED and is_of(row, trial):
-            found.setdefault(row["subject"], []).append(row)
+            found.setdefault(row["subject"], {})[row["seed"]] = row
     return found
 
 
@@ -72,9 +73,9 @@ def value(row: Row, columns: Sequence[str]) -> float | None:
     return mean(float(row[column]) for column in columns) if all(row[column] for column in columns) else None
 
 
-def by_subject(rows: dict[str, list[Row]], columns: Sequence[str]) -> dict[str, float]:
+def by_subject(of_subjects: Runs, columns: Sequence[str]) -> dict[str, float]:
     """Subject -> the mean over its seeds."""
-    found = {subject: [value(row, columns) for row in each] for subject, each in rows.items()}
+    found = {subject: [value(row, columns) for row in each.values()] for subject, each in of_subjects.items()}
     return {subject: mean(values) for subject, values in found.items() if values and None not in values}  # type: ignore
 
 
@@ -92,11 +93,18 @@ def markdown(rows: Sequence[Row]) -> str:
         found = {name: of_method(rows, method, model) for name, method in METHODS.items()}
         found = {name: each for name, each in found.items() if each}
         if found:
-            parts += [f"## {model}", quality(found), cost(found), paired(found), edges(rows, model)]
+            parts += [
+                f"## {model}",
+                quality(found),
+                cost(found),
+                paired(found),
+                between_seeds(found),
+                edges(rows, model),
+            ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def quality(found: dict[str, dict[str, list[Row]]]) -> str:
+def quality(found: dict[str, Runs]) -> str:
     lines = [f"| | runs, subjects | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
     for name, of_subjects in found.items():
         values = [list(by_subject(of_subjects, columns).values()) for columns, _ in MEASURES.values()]
@@ -105,15 +113,15 @@ def quality(found: dict[str, dict[str, list[Row]]]) -> str:
     return "\n".join(lines)
 
 
-def runs(of_subjects: dict[str, list[Row]]) -> str:
+def runs(of_subjects: Runs) -> str:
     count = sum(map(len, of_subjects.values()))
     return f"{count}, {len(of_subjects)}"
 
 
-def cost(found: dict[str, dict[str, list[Row]]]) -> str:
+def cost(found: dict[str, Runs]) -> str:
     lines = ["| | rates | trainable parameters | file, KB | step, ms | memory, MB |", "|---|---|---|---|---|---|"]
     for name, of_subjects in found.items():
-        rows = [row for each in of_subjects.values() for row in each]
+        rows = [row for each in of_subjects.values() for row in each.values()]
         if rows[0]["rates"]:
             least = min(float(row["step_seconds"]) for row in rows) * 1000
             lines.append(
@@ -121,6 +129,20 @@ def cost(found: dict[str, dict[str, list[Row]]]) -> str:
                 f"{int(rows[0]['bytes']) / 1000:,.0f} | {least:.0f} | {float(rows[0]['memory_mb']):.0f} |"
             )
     return "\n".join(lines)
+
+
+def between_seeds(found: dict[str, Runs]) -> str:
+    """How far runs of one subject that differ in the seed alone lie apart."""
+    lines = [f"| SD between seeds of training | {' | '.join(COMPARED)} |", "|---|" + "---|" * len(COMPARED)]
+    for name, of_subjects in found.items():
+        several = [[*rows.values()] for rows in of_subjects.values() if len(rows) > 1]
+        if several:
+            cells = []
+            for columns, digits in (MEASURES[each] for each in COMPARED):
+                spreads = [variance([value(row, columns) or 0.0 for row in rows]) for rows in several]
+                cells.append(f"{math.sqrt(mean(spreads)):.{digits}f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def edges(rows: Sequence[Row], model: str) -> str:
@@ -140,23 +162,32 @@ def edges(rows: Sequence[Row], model: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ pairs
 
 
-def paired(found: dict[str, dict[str, list[Row]]]) -> str:
+def paired(found: dict[str, Runs]) -> str:
     """Differences over the same subjects and seeds, with a sign-flip test."""
-    lines = [f"| first less second | pairs | {' | '.join(COMPARED)} |", "|---|---|" + "---|" * len(COMPARED)]
+    lines = [f"| first less second | pairs, subjects | {' | '.join(COMPARED)} |", "|---|---|" + "---|" * len(COMPARED)]
     for first, second in PAIRS:
         if first in found and second in found:
             cells = [difference(found[first], found[second], MEASURES[name]) for name in COMPARED]
             lines.append(
-                f"| {first}; {second} | {len(set(found[first]) & set(found[second]))} | {' | '.join(cells)} |"
+                f"| {first}; {second} | {runs(of_same_seeds(found[first], found[second])[0])} | {' | '.join(cells)} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def difference(first: dict[str, list[Row]], second: dict[str, list[Row]], measure: tuple[list[str], int]) -> str:
+def difference(first: Runs, second: Runs, measure: tuple[list[str], int]) -> str:
     columns, digits = measure
-    one, other = by_subject(first, columns), by_subject(second, columns)
+    one, other = (by_subject(each, columns) for each in of_same_seeds(first, second))
     values = [one[subject] - other[subject] for subject in one if subject in other]
     return f"{with_error(values, digits)}, p = {sign_flip(values):.3f}" if values else ""
+
+
+def of_same_seeds(first: Runs, second: Runs) -> tuple[Runs, Runs]:
+    """The runs that both have."""
+    shared = {subject: first[subject].keys() & second[subject].keys() for subject in first if subject in second}
+    one, other = (
+        {name: {s: each[name][s] for s in seeds} for name, seeds in shared.items()} for each in (first, second)
+    )
+    return one, other
 
 
 def sign_flip(values: Sequence[float]) -> float:
