@@ -46,6 +46,9 @@ SMALL_LEFT = Augmentation("small", "left")
         ("{place}, a sks dog", AS_IT_IS, "a sks dog"),
         ("{size} sks dog", AS_IT_IS, "sks dog"),
         ("a {size} dog", SMALL_LEFT, "a far away dog, on the left"),
+        ("A sks dog.", SMALL_LEFT, "A sks dog, far away, on the left"),
+        ("A sks dog.", AS_IT_IS, "A sks dog."),
+        ("", SMALL_LEFT, "far away, on the left"),
     ],
 )
 def test_words_stand_where_the_caption_has_them_or_at_its_end(

@@ -53,14 +53,15 @@ def draw_augmentation(share: float, seed: int) -> Augmentation:
 def caption_of(prompt: str, augmentation: Augmentation, words: Mapping[str, str]) -> str:
     """The prompt with the words for size and place.
 
-    They stand where the prompt has {size} and {place}, else at its end; an image as it is has none of it, nor the
-    space or the comma before them.
+    They stand where the prompt has {size} and {place}, else at its end, in the place of a full stop; an image as it is
+    has none of it, nor the space or the comma before them.
 
         "a {size} cup on a table, {place}"  ->  "a small cup on a table, on the left" or "a cup on a table"
         "a cup on a table"                  ->  "a cup on a table, small, on the left"
     """
     for mark, name in zip(("{size}", "{place}"), augmentation):
-        prompt = prompt if mark in prompt or not name else f"{prompt}, {mark}"
+        if name and mark not in prompt:
+            prompt = ", ".join(filter(None, (prompt.rstrip(" ."), mark)))
         prompt = prompt.replace(mark, words[name]) if name else re.sub(rf"^{mark},?\s*|(,?\s+)?{mark}", "", prompt)
     return prompt
 
