@@ -28,6 +28,7 @@ from .requests import MANIFEST, SUFFIXES, ImageRequest, PromptsError, read_manif
 from .score_files import write_scores
 
 KINDS = ("clip_t", "clip_i", "dino", "dinov2", "lpips", "drift")
+ALL, BASE = "all", "base model"  # rows of the table beside those of subjects
 Row = dict[str, Any]
 
 
@@ -118,6 +119,9 @@ def check(
     known = ", ".join(names) or "with the base model"
     problems += [f"--reference {name}: no image was made with coefficients of that name, only {known}"
                  for name in references if name not in names]  # fmt: skip
+    taken = {image.coeff: None for image in images if image.coeff in (ALL, BASE)}
+    problems += [f"coefficients cannot be called {name!r}, as another row of the table is: rename them in {MANIFEST}, "
+                 "and in --reference" for name in taken]  # fmt: skip
     drifting = [image for image in images if image.unrelated and image.coeff is not None]
     if args.dinov2_model:
         problems += [
@@ -238,11 +242,11 @@ class Scorer:
 
 def summary(rows: Sequence[Row], names: dict[str, str]) -> dict[str, Any]:
     """The rows, the mean of each score over all of them and by coefficients, and its standard error over subjects."""
-    groups: dict[str, list[Row]] = {"all": list(rows)}
+    groups: dict[str, list[Row]] = {ALL: list(rows)}
     for row in rows:
-        groups.setdefault(row["coeff"] or "base model", []).append(row)
+        groups.setdefault(row["coeff"] or BASE, []).append(row)
     means = {name: means_of(group) | {"images": len(group)} for name, group in groups.items()}
-    subjects = [mean for name, mean in means.items() if name not in ("all", "base model")]
+    subjects = [mean for name, mean in means.items() if name not in (ALL, BASE)]
     errors = {}
     for kind in KINDS:
         found = [mean[kind] for mean in subjects if kind in mean]

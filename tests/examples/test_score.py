@@ -183,6 +183,15 @@ def test_drift_is_one_minus_the_cosine_with_the_base_model_s_image(tmp_path: Pat
         run(folder, "--clip_model", clip, "--dinov2_model", vit)
 
 
+@pytest.mark.parametrize("name", ["all", "base model"])
+def test_coefficients_named_as_another_row_of_the_table_are_refused(tmp_path: Path, clip: str, name: str) -> None:
+    folder = paint(tmp_path / "images", {request("1", coeff=name): "red"})
+    with pytest.raises(
+        PromptsError, match=f"coefficients cannot be called '{name}', .* rename them in manifest.jsonl"
+    ):
+        run(folder, "--clip_model", clip)
+
+
 def test_diversity_is_the_mean_distance_of_the_images_of_one_prompt(
     tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
