@@ -32,6 +32,8 @@ def main() -> None:
     known = [row for row in read(RESULTS / "trials.csv") if row["subject"] in TUNING] if args.short else []
     execute = partial(run_trial, folder=Path("outputs/emojibooth/images"))
     stages = [each for each in (SHORT if args.short else FULL) if args.model in (None, each.model)]
+    if not stages:
+        parser.error(f"--short has no trials on {args.model}: leave out one of the two")
     rows = run(stages, output / "trials.csv", known, execute)
     write_report(rows, output, Path("outputs/emojibooth/images"))
 

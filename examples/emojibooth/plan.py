@@ -159,7 +159,7 @@ def run(
     known: Sequence[Row] = (),
     execute: Callable[[Trial], dict[str, float]] = run_trial,
 ) -> list[Row]:
-    """Runs what the file does not have yet, and adds a whole line for each.
+    """Runs what the file does not have yet, and adds a whole line for each. Others may write into it meanwhile.
 
     Args:
         stages: of trials.
@@ -169,6 +169,9 @@ def run(
     """
     rows = [*known, *read(file)]
     for trial in plan(stages, rows):
+        if any(is_of(row, trial) for row in rows):
+            continue
+        rows[len(known) :] = read(file)  # with what other processes have added
         if any(is_of(row, trial) for row in rows):
             continue
         start = perf_counter()
@@ -189,7 +192,7 @@ def shown(value: object) -> str:
 
 
 def read(file: Path) -> list[Row]:
-    """The whole lines of the file; none if there is no file.
+    """The whole lines of the file; none if there is no file. One that was cut off is run again.
 
     Raises:
         ValueError: if the file has other columns.
@@ -197,22 +200,23 @@ def read(file: Path) -> list[Row]:
     if not file.exists():
         return []
     text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]  # a line that was cut off is run again
-    if whole != text:
-        file.write_text(whole)
-    reader = csv.DictReader(io.StringIO(whole))
-    if reader.fieldnames is not None and list(reader.fieldnames) != COLUMNS:
-        raise ValueError(f"{file} has the columns {reader.fieldnames}, not {COLUMNS}: name another --csv")
-    return list(reader)
+    # line by line, for one that was cut off within quotes would take the next with it
+    lines = [next(csv.reader([line])) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    if lines and lines[0] != COLUMNS:
+        raise ValueError(f"{file} has the columns {lines[0]}, not {COLUMNS}: name another --output_dir")
+    return [dict(zip(COLUMNS, values)) for values in lines[1:] if len(values) == len(COLUMNS)]
 
 
 def append(file: Path, row: Row) -> None:
-    """One write, of a whole line."""
+    """One write, of a whole line, below one that was cut off."""
     file.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not file.exists() or not file.stat().st_size:
+    there = file.read_text() if file.exists() else ""
+    if not there:
         writer.writeheader()
+    elif not there.endswith("\n"):
+        text.write("\n")
     writer.writerow(row)
     with open(file, "a") as target:
         target.write(text.getvalue())

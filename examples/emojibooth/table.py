@@ -55,7 +55,7 @@ MEASURES = {  # heading -> columns that it is the mean of, and digits after the 
 
 
 def of_method(rows: Sequence[Row], method: Method, model: str) -> Runs:
-    """At the rates that tuning chose."""
+    """At the rates that tuning chose. Of trials that are there twice, one."""
     try:
         rates = chosen(method, model, rows)
     except ValueError:
@@ -205,6 +205,8 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = [model for model in FAMILIES if any(row["model"] == model and row["drift"] for row in rows)]
+    if not models:  # tuning alone
+        return
     figure = Figure(figsize=(5 * len(models) + 3, 5), layout="constrained")
     style = {name: {"marker": "osD^vP"[n % 6], "color": f"C{n % 10}"} for n, name in enumerate(METHODS)}
     for ax, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models):

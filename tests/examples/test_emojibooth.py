@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import measures
@@ -129,7 +130,45 @@ def test_a_run_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
     again: list[Trial] = []
     assert run(STAGES, file, execute=lambda each: again.append(each) or losses(each))[:3] == done[:3]
     assert [each.subject for each in again] == [REPORTED[1]]
-    assert len(file.read_text().splitlines()) == len(whole.splitlines())
+    assert list(map(read_key, read(file))) == list(map(read_key, done))
+
+
+def test_what_another_process_has_run_meanwhile_is_not_run_again(tmp_path: Path) -> None:
+    file, ran = tmp_path / "trials.csv", []
+
+    def execute(each: Trial) -> dict[str, float]:
+        if each.subject == REPORTED[0]:
+            append(file, Trial(LEARNS, "unet", REPORTED[1], rates=each.rates).key | losses(each))
+        ran.append(each.subject)
+        return losses(each)
+
+    rows = run(STAGES, file, execute=execute)
+    assert ran == ["fox face", "fox face", REPORTED[0]]
+    assert (
+        [row["subject"] for row in rows] == [*ran[:2], REPORTED[1], REPORTED[0]] == [r["subject"] for r in read(file)]
+    )
+
+
+@pytest.mark.parametrize("left", [5, 30, 60])  # letters: within the quoted name of the method, and after it
+def test_a_line_below_one_that_was_cut_off_is_read_and_that_one_is_not(left: int, tmp_path: Path) -> None:
+    """As after one of two processes was killed."""
+    file, trials = tmp_path / "trials.csv", [Trial(METHODS["LoRA, rank 4"], "unet", subject) for subject in REPORTED]
+    append(file, trials[0].key)
+    whole = file.read_text()
+    append(file, trials[1].key)
+    file.write_text(file.read_text()[: len(whole) + left])
+    append(file, trials[2].key)
+    assert [read_key(row) for row in read(file)] == [trials[0].key, trials[2].key]
+
+
+def test_the_short_version_says_what_it_has_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(trial.__file__).with_name("__main__.py")
+    monkeypatch.setattr("sys.argv", [str(script), "--short", "--model", "dit"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script))["main"]()
+    assert "--short has no trials on dit" in capsys.readouterr().err
 
 
 def test_rates_come_from_a_subject_that_has_seen_all_of_them() -> None:
@@ -188,6 +227,23 @@ def test_the_table_says_means_errors_and_how_many_runs(tmp_path: Path) -> None:
     assert "| coefficients, SOAP | 0.000 | 2.1 |" in text  # 3 / sqrt(2) between the seeds
     table.plot(read(file), "drift", "drift", tmp_path / "drift.png")
     assert Image.open(tmp_path / "drift.png").size == (880, 550)  # one model has rows
+    table.plot([row for row in read(file) if not row["drift"]], "drift", "drift", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()  # of tuning alone
+
+
+def test_pairs_are_of_one_seed_and_a_trial_that_is_there_twice_counts_once() -> None:
+    first, second = (METHODS[name] for name in ("coefficients, SOAP", "coefficients, AdamW"))
+    rows = [
+        Trial(method, "unet", TUNING[0], rates=(rate,)).key | with_losses(rate)
+        for method in (first, second)
+        for rate in method.rates
+    ]
+    values = [(first, 0, "10"), (first, 0, "10"), (first, 1, "40"), (second, 0, "9"), (second, 2, "0")]
+    rows += [Trial(m, "unet", REPORTED[0], seed, (0.01,)).key | {"drift": value} for m, seed, value in values]
+    found = [table.of_method(rows, method, "unet") for method in (first, second)]
+    assert table.runs(found[0]) == "2, 1"
+    assert table.by_subject(found[0], ["drift"]) == {REPORTED[0]: 25.0}
+    assert table.difference(*found, (["drift"], 1)) == "1.0, p = 1.000"
 
 
 def test_models_of_real_size_are_counted_on_their_configs() -> None:
