@@ -28,6 +28,7 @@ from coeff_diffusers.training import DreamBoothRun, DreamBoothSettings
 from coeff_diffusers.training.families.stable_diffusion import StableDiffusion
 from coeff_diffusers.training.families.stable_diffusion_3 import StableDiffusion3
 from coeff_diffusers.training.images.files import TrainingImage, open_images
+from coeff_diffusers.training.images.subject_images import SubjectImages
 from coeff_diffusers.training.run.state import TrainingState
 from coeff_diffusers.training.run.step import DenoisingStep
 
@@ -116,10 +117,12 @@ class Run(DreamBoothRun):
     model_name: str
     subject: str
 
-    def _load_model(self) -> None:
-        super()._load_model()
-        if self.method.class_images:
-            self._classes = dict.fromkeys(self._classes, class_images(self.model_name, self.subject))
+    def _encode_prompts(self) -> None:
+        if self.method.class_images:  # with captions of their own, so that those are encoded, too
+            classes = class_images(self.model_name, self.subject)
+            self._classes = dict.fromkeys(self._classes, classes)
+            self._shown = {name: SubjectImages(shown.instance, classes) for name, shown in self._shown.items()}
+        super()._encode_prompts()
 
     def _add_adapters(self) -> None:
         super()._add_adapters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import measures
 import methods
@@ -19,8 +20,11 @@ from PIL import Image, ImageFilter
 from plan import COLUMNS, Stage, append, chosen, plan, read, run
 from pretrain import to_tensor
 from scenes import PLACES, SIZES, Scene, render
-from torch import nn
+from torch import Tensor, nn
 from trial import REPORTED, TUNING, Trial
+
+from coeff_diffusers.training.images.files import open_images
+from coeff_diffusers.training.run.step import DenoisingStep
 
 SCENE = Scene("panda face", "blue")
 
@@ -272,6 +276,26 @@ def test_what_the_training_script_does_not_have_starts_as_the_base() -> None:
     u, s, v = torch.linalg.svd(model["to_q"].weight)
     doubled = outputs[..., :6] @ (u[:, :3] * s[:3] @ v[:3]).T
     torch.testing.assert_close(model["to_q"](outputs[..., :6]), before + doubled)
+
+
+def test_class_images_are_trained_on_with_their_own_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = ["a small koala face on a blue background", "a koala face on a pink background, on the left"]
+    sources = [(caption, caption, lambda: Image.new("RGB", (64, 64), "red")) for caption in captions]
+    monkeypatch.setattr(trial, "class_images", lambda model, subject: open_images(sources, "class_data_dir"))
+
+    class SeenError(Exception):
+        """The prompts of a batch."""
+
+    def forward(step: DenoisingStep, moments: Tensor, prompts: list[str], *rest: Any) -> Tensor:
+        raise SeenError(prompts)
+
+    monkeypatch.setattr(DenoisingStep, "forward", forward)
+    method = METHODS["coefficients, SOAP, weight decay 0.3, class images"]
+    with pytest.raises(SeenError) as caught:
+        trial.train(Trial(method, "unet", TUNING[0], rates=(2e-2,)))
+    [prompts] = caught.value.args
+    assert len(prompts) == 2 * trial.BATCH
+    assert set(prompts[trial.BATCH :]) == set(captions)
 
 
 def test_a_lora_and_coefficients_train_with_an_optimizer_each(monkeypatch: pytest.MonkeyPatch) -> None:
