@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 
 import sizes
-from methods import COMPOSITION, DEFAULT, METHODS, Method
+from methods import ABLATIONS, COMPOSITION, DEFAULT, METHODS, Method
 from PIL import Image
 from plan import RESULTS, Row, beyond, chosen, is_of, loss_of, read
 from trial import FAMILIES, REPORTED, TUNING, Trial
@@ -28,12 +28,15 @@ PAIRS = [
     ("coefficients + output mixing, SOAP", "coefficients, SOAP"),
     ("coefficients + output mixing, SOAP", "LoRA, rank 1"),
     ("coefficients, SOAP", "LoRA-XS, SOAP"),
+    *((DEFAULT, name) for name in ("TinyLoRA", "FourierFT", "VeRA", "IA3", "OFT", "LoRA, rank 4")),
+    (DEFAULT, "LoRA, rank 1 on values and outputs"),
     (DEFAULT, "coefficients, SOAP"),
     ("coefficients, SOAP, augmented", "coefficients, SOAP"),
     (f"{DEFAULT}, augmented", DEFAULT),
     ("LoRA, rank 4, augmented", "LoRA, rank 4"),
     (f"{DEFAULT}, augmented", "LoRA, rank 4, augmented"),
     *((method.name, DEFAULT) for method in COMPOSITION),
+    *((method.name, "coefficients, SOAP") for method in ABLATIONS),
 ]
 COMPARED = ("loss, new backgrounds", "PSNR, new backgrounds", "PSNR, new sizes and places", "recognised", "drift")
 Runs = dict[str, dict[str, Row]]  # of a method: subject -> seed -> row
