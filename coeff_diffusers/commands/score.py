@@ -169,7 +169,7 @@ def read_rows(folder: Path) -> dict[str, Row]:
     """Key -> row, of all processes of earlier runs. A line that was not written to its end is passed over."""
     found = {}
     for path in row_files(folder):
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 key, row = json.loads(line)
                 found[str(key)] = dict(row)

@@ -273,8 +273,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, clip: str, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         run(folder, *flags)
     assert not (folder / "scores.json").exists()
-    with open(folder / "scores-0.jsonl", "a") as file:
-        file.write('["half a li')
+    with open(folder / "scores-0.jsonl", "ab") as file:
+        file.write(b'["half a li\xff')  # as a machine that lost its power may leave it
     scored.clear()
     found = run(folder, *flags)
     assert scored == [["2.png"]]
