@@ -14,7 +14,7 @@ from statistics import mean, stdev, variance
 import sizes
 from methods import ABLATIONS, COMPOSITION, DEFAULT, METHODS, Method
 from PIL import Image
-from plan import RESULTS, Row, beyond, chosen, is_of, loss_of, read
+from plan import BACKGROUNDS, BY_BACKGROUNDS, RESULTS, Row, beyond, chosen, is_of, loss_of, read
 from trial import FAMILIES, REPORTED, TUNING, Trial
 
 from coeff_diffusers.commands.sheet import sheet
@@ -57,10 +57,10 @@ MEASURES = {  # heading -> columns that it is the mean of, and digits after the 
 }
 
 
-def of_method(rows: Sequence[Row], method: Method, model: str) -> Runs:
-    """At the rates that tuning chose. Of trials that are there twice, one."""
+def of_method(rows: Sequence[Row], method: Method, model: str, kinds: Sequence[str] = KINDS) -> Runs:
+    """At the rates that tuning chose by the loss on these kinds of scenes. Of trials that are there twice, one."""
     try:
-        rates = chosen(method, model, rows)
+        rates = chosen(method, model, rows, kinds)
     except ValueError:
         return {}
     found: Runs = {}
@@ -96,14 +96,12 @@ def markdown(rows: Sequence[Row]) -> str:
         found = {name: of_method(rows, method, model) for name, method in METHODS.items()}
         found = {name: each for name, each in found.items() if each}
         if found:
-            parts += [
-                f"## {model}",
-                quality(found),
-                cost(found),
-                paired(found),
-                between_seeds(found),
-                edges(rows, model),
-            ]
+            parts += [f"## {model}", quality(found), cost(found), paired(found), between_seeds(found)]
+            parts.append(edges(rows, model))
+            other = {each.name: of_method(rows, each, model, BACKGROUNDS) for each in BY_BACKGROUNDS}
+            if other := {name: each for name, each in other.items() if each}:
+                title = f"### {model}, at the rates with the lowest loss on new backgrounds alone"
+                parts += [title, quality(other), cost(other), paired(other)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
