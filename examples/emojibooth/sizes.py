@@ -40,23 +40,37 @@ def real_model(name: str) -> Any:
 
 @cache
 def counts(name: str) -> dict[str, int]:
-    """Method -> numbers, of those that are easily counted."""
-    model = real_model(name)
-    linear = [m for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.endswith(tuple(ATTENTION))]
+    return counts_on(real_model(name))
+
+
+def counts_on(model: Any) -> dict[str, int]:
+    """Method -> numbers, with the settings of `methods`."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = of(layers, *ATTENTION)
     a_rank = sum(layer.in_features + layer.out_features for layer in linear)
     coefficients = sum(p.num_heads**2 for p in CoeffAttnProcessor.for_model(model).values())
-    values = [m for path, m in model.named_modules() if path.endswith(("to_v", "to_out.0"))]
     found = {f"LoRA, rank {rank}": rank * a_rank for rank in (1, 4, 16)}
+    outputs = of(layers, "to_k", "to_v", "add_k_proj", "add_v_proj")
     return {
         "coefficients": coefficients,
         **found,
         **{f"{lora} + coefficients": count + coefficients for lora, count in found.items()},
-        "LoRA, rank 1 on values and outputs": sum(layer.in_features + layer.out_features for layer in values),
+        "LoRA, rank 1 on values and outputs": sum(
+            layer.in_features + layer.out_features for layer in of(layers, "to_v", "to_out.0")
+        ),
         "output mixing": coefficients,
         "coefficients + output mixing": 2 * coefficients,
-        "LoRA-XS": 100 * len(linear),
+        "IA3": sum(layer.out_features for layer in outputs)
+        + sum(each.in_features for each in of(layers, ".ff.net.2")),
+        "OFT": sum(layer.in_features // 4 * 6 for layer in linear),  # blocks of 4, 6 angles each
+        "VeRA": sum(layer.out_features + 16 for layer in linear),
+        **dict.fromkeys(("LoRA-XS", "FourierFT", "TinyLoRA"), 100 * len(linear)),
         "full fine-tuning": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def of(layers: dict[str, Any], *ends: str) -> list[Any]:
+    return [layer for path, layer in layers.items() if path.endswith(ends)]
 
 
 def real_sizes() -> str:

@@ -17,7 +17,7 @@ import trial
 from judge import load_judge
 from methods import METHODS, Method
 from PIL import Image, ImageFilter
-from plan import COLUMNS, Stage, append, chosen, plan, read, run
+from plan import COLUMNS, RESULTS, Stage, append, chosen, plan, read, run
 from pretrain import to_tensor
 from scenes import PLACES, SIZES, Scene, render
 from torch import Tensor, nn
@@ -254,6 +254,13 @@ def test_models_of_real_size_are_counted_on_their_configs() -> None:
     assert sizes.counts("SD 1.5")["coefficients"] == 2048
     assert sizes.counts("SD 1.5")["LoRA, rank 4"] == 797_184
     assert sizes.counts("FLUX.1")["coefficients"] == 57 * 24 * 24
+
+
+def test_what_is_counted_is_what_was_trained() -> None:
+    rows = [row for row in read(RESULTS / "trials.csv") if row["model"] == "unet"]
+    trained = {row["method"].removesuffix(", SOAP"): int(row["parameters"]) for row in rows}
+    counted = sizes.counts_on(trial.load_base("unet").unet)
+    assert {name: trained[name] for name in counted} == counted
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
