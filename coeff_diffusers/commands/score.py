@@ -73,7 +73,8 @@ def parts(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def reference_images(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in (*SUFFIXES, ".jpeg"))
+    files = (path for path in folder.glob("*") if path.is_file())
+    found = sorted(path for path in files if path.suffix.lower() in (*SUFFIXES, ".jpeg"))
     if not found:
         raise PromptsError(f"--reference: there are no images in {folder}")
     return found

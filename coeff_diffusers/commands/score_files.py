@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..training.writing import write_text
 from .requests import ImageRequest
@@ -107,8 +108,8 @@ def caption(row: dict[str, Any]) -> str:
 
 def figure(file: Path, words: str, folder: Path) -> str:
     try:
-        link = Path(os.path.relpath(file, folder)).as_posix()
+        link = quote(Path(os.path.relpath(file, folder)).as_posix())  # a colon, too, which would make it an address
     except ValueError:  # another drive, on Windows
         link = file.resolve().as_uri()
-    link = escape(link.replace("%", "%25").replace("#", "%23").replace("?", "%3F"), quote=True)
-    return f"<figure><img loading='lazy' src='{link}'><figcaption>{escape(words)}</figcaption></figure>"
+    source = escape(link, quote=True)
+    return f"<figure><img loading='lazy' src='{source}'><figcaption>{escape(words)}</figcaption></figure>"

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
 from coeff_diffusers.commands import encoders, score
 from coeff_diffusers.commands.flags import parse_score
 from coeff_diffusers.commands.requests import ImageRequest, PromptsError, write_manifest
+from coeff_diffusers.commands.score_files import figure
 
 pytestmark = pytest.mark.slow
 
@@ -235,6 +236,7 @@ def test_the_files_hold_every_score_and_the_page_every_image(tmp_path: Path, cli
     images = {request("1&amp;'", prompt="a <b> | fox"): "red", request("2", coeff="y#1"): "blue"}
     folder = paint(tmp_path / "images", images)
     given = [f"x={references(tmp_path / 'x', 'red')}", f"y#1={references(tmp_path / 'y#1', 'red')}"]
+    (tmp_path / "x" / "folder.png").mkdir()  # which is no image
     found = run(folder, "--clip_model", clip, "--dino_model", vit, "--reference", *given)
     with open(folder / "scores.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -251,6 +253,7 @@ def test_the_files_hold_every_score_and_the_page_every_image(tmp_path: Path, cli
     links = [unquote(unescape(link)) for link in written]
     assert sorted(Path(link).name for link in links) == ["1&amp;'.png", "2.png", "red.png", "red.png"]
     assert all((folder / link).is_file() for link in links)
+    assert "src='a%3Ab.png'" in figure(Path("x", "a:b.png"), "", Path("x"))  # a colon makes an address of it
     assert "a &lt;b&gt; | fox" in page
     assert json.loads((folder / "scores.json").read_text()) == found
 
