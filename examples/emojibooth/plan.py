@@ -60,7 +60,7 @@ class Stage:
 ONE, FIVE = TUNING[:1], REPORTED[:5]
 # Sizes and places favour low rates, for methods without augmentation hardly learn them: does one win by its rate?
 BACKGROUNDS = ("background",)
-BY_BACKGROUNDS = [each for each in [*MAIN, *MORE] if each.rates and not each.lora_rate_of]
+BY_BACKGROUNDS = [each for each in [*MAIN, MORE[0]] if not each.lora_rate_of]
 FULL = [
     Stage("unet", [*UNTRAINED, *MAIN[:2]]),
     Stage("unet", [WITH_MORE[0], MAIN[2], *WITH_MORE[1:]], tuned_on=ONE),

@@ -38,6 +38,12 @@ PAIRS = [
     *((method.name, DEFAULT) for method in COMPOSITION),
     *((method.name, "coefficients, SOAP") for method in ABLATIONS),
 ]
+DRAWN = [  # in the sheets of images
+    *("true scenes", "base model", "base model, prompt of the likest glyph"),
+    *(DEFAULT, f"{DEFAULT}, augmented", "coefficients, SOAP, self-attention", "coefficients, SOAP, cross-attention"),
+    *("LoRA, rank 1 on values and outputs", "IA3", "LoRA, rank 4", "LoRA, rank 4, augmented"),
+    *("LoRA, rank 4 + coefficients", "full fine-tuning"),
+]
 COMPARED = ("loss, new backgrounds", "PSNR, new backgrounds", "PSNR, new sizes and places", "recognised", "drift")
 Runs = dict[str, dict[str, Row]]  # of a method: subject -> seed -> row
 KINDS = ("background", "size", "place")
@@ -229,10 +235,10 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
 
 
 def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> Image.Image | None:
-    """What each method paints of a subject, of the images that its trials left in `folder`."""
+    """What methods paint of a subject, of the images that their trials left in `folder`."""
     shown = []
-    for name, method in METHODS.items():
-        path = folder / f"{Trial(method, model, subject).slug}.png"
+    for name in DRAWN:
+        path = folder / f"{Trial(METHODS[name], model, subject).slug}.png"
         if path.exists():
             strip = Image.open(path)
             cells = [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
