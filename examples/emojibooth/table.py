@@ -238,7 +238,11 @@ def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> I
     """What methods paint of a subject, of the images that their trials left in `folder`."""
     shown = []
     for name in DRAWN:
-        path = folder / f"{Trial(METHODS[name], model, subject).slug}.png"
+        try:
+            trial = Trial(METHODS[name], model, subject, rates=chosen(METHODS[name], model, rows))
+        except ValueError:  # not tuned
+            continue
+        path = folder / f"{trial.slug}.png"
         if path.exists():
             strip = Image.open(path)
             cells = [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]

@@ -88,8 +88,8 @@ class Trial:
     @property
     def slug(self) -> str:
         """A name for its file."""
-        text = "-".join((self.model, self.subject, str(self.seed), self.method.name))
-        return re.sub(r"[^\w+]+", "-", text).lower()
+        text = "-".join(self.key[name] for name in ("model", "subject", "seed", "method", "rates"))
+        return re.sub(r"[^\w+.]+", "-", text).strip("-").lower()
 
 
 def run_trial(trial: Trial, folder: Path | None = None) -> dict[str, float]:
