@@ -215,7 +215,7 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
     if not models:  # tuning alone
         return
     figure = Figure(figsize=(5 * len(models) + 3, 5), layout="constrained")
-    style = {name: {"marker": "osD^vP"[n % 6], "color": f"C{n % 10}"} for n, name in enumerate(METHODS)}
+    style = {name: {"marker": "osD^vPX"[n % 7], "color": f"C{n % 10}"} for n, name in enumerate(METHODS)}
     for ax, model in zip(figure.subplots(1, len(models), squeeze=False).flat, models):
         for name, method in METHODS.items():
             of_subjects = of_method(rows, method, model) if method.rates else {}
@@ -230,6 +230,7 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
             ax.set_xscale("log")
         ax.margins(x=0.1, y=0.1)
     labels = {name: handle for ax in figure.axes for handle, name in zip(*ax.get_legend_handles_labels())}
+    figure.set_figheight(max(5.0, 0.17 * len(labels)))
     figure.legend(labels.values(), labels, loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
 
