@@ -195,7 +195,7 @@ class DreamBoothRun:
         self.resumed = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir, self.accelerator.print)
         check_agreement(self.resumed)
         begun = as_begun(self.resumed, settings, self.accelerator.print)
-        if begun != settings:
+        if replace(begun, seed=settings.seed) != settings:  # its precision and its accumulation among it
             self.accelerator = start_accelerator(begun, begun)
         self.settings = settings = self._fitting(begun)
         check_processes(settings, settings, self.subjects.several, self.accelerator)
