@@ -114,6 +114,8 @@ def chosen(method: Method, model: str, rows: Sequence[Row], kinds: Sequence[str]
 
 def beyond(method: Method, model: str, rows: Sequence[Row]) -> tuple[float, ...] | None:
     """The rates a factor of two past the grid, if the best are at the grid's edge; `None` otherwise, or untuned."""
+    if method.trained_as:
+        return None
     try:
         rates = chosen(method, model, rows)
     except ValueError:
@@ -140,7 +142,7 @@ def plan(stages: Sequence[Stage], rows: Sequence[Row]) -> Iterator[Trial]:
     for stage in stages:
         methods = [method for method in stage.methods if stage.model in method.models]
         if stage.beyond:
-            trained = [(method, beyond(method, stage.model, rows)) for method in methods if not method.trained_as]
+            trained = [(method, beyond(method, stage.model, rows)) for method in methods]
             for subject in stage.tuned_on:
                 yield from (Trial(method, stage.model, subject, rates=rates) for method, rates in trained if rates)
             continue

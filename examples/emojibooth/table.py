@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 
 import sizes
+from measures import SCENES
 from methods import ABLATIONS, COMPOSITION, DEFAULT, METHODS, Method
 from PIL import Image
 from plan import BACKGROUNDS, BY_BACKGROUNDS, RESULTS, Row, beyond, chosen, is_of, loss_of, read
@@ -46,7 +47,7 @@ DRAWN = [  # in the sheets of images
 ]
 COMPARED = ("loss, new backgrounds", "PSNR, new backgrounds", "PSNR, new sizes and places", "recognised", "drift")
 Runs = dict[str, dict[str, Row]]  # of a method: subject -> seed -> row
-KINDS = ("background", "size", "place")
+KINDS = tuple(SCENES)
 MEASURES = {  # heading -> columns that it is the mean of, and digits after the point
     "loss, new backgrounds": (["loss_background"], 3),
     "loss, new sizes and places": (["loss_size", "loss_place"], 3),
@@ -146,7 +147,7 @@ def between_seeds(found: dict[str, Runs]) -> str:
         if several:
             cells = []
             for columns, digits in (MEASURES[each] for each in COMPARED):
-                spreads = [variance([value(row, columns) or 0.0 for row in rows]) for rows in several]
+                spreads = [variance(mean(float(row[each]) for each in columns) for row in rows) for rows in several]
                 cells.append(f"{math.sqrt(mean(spreads)):.{digits}f}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -156,8 +157,7 @@ def edges(rows: Sequence[Row], model: str) -> str:
     """What tuning would find past the grid of rates, where the best lies at its edge."""
     lines = ["| best rate at the grid's edge | it | loss, fox | the next | loss, fox |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
-        past = beyond(method, model, rows) if model in method.models and not method.trained_as else None
-        if past:
+        if past := beyond(method, model, rows):
             trials = [Trial(method, model, TUNING[0], rates=each) for each in (chosen(method, model, rows), past)]
             losses = [loss_of(trial, rows) for trial in trials]
             if None not in losses:
