@@ -84,6 +84,6 @@ def real_sizes() -> str:
 
 
 def size(method: str, count: int) -> str:
-    width = 4 if method.startswith(("coefficients", "output", "LoRA-XS")) else 2
+    width = 4 if method.startswith(("coefficients", "output")) else 2
     kilobytes = count * width / 1000
     return f"{kilobytes:,.0f} KB" if kilobytes < 1000 else f"{kilobytes / 1000:,.1f} MB"
