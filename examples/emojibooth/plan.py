@@ -68,9 +68,8 @@ FULL = [
     Stage("unet", BY_BACKGROUNDS, kinds=BACKGROUNDS),
     *(Stage(model, list(METHODS.values()), tuned_on=ONE, beyond=True) for model in FAMILIES),
     Stage("unet", [*MAIN, *WITH_MORE, *MORE, *ABLATIONS], seeds=(1, 2)),
-    Stage("dit", [*MAIN[:3], WITH_MORE[0]], seeds=(1, 2), tuned_on=ONE),
-    Stage("unet", COMPOSITION),
-    Stage("unet", COMPOSITION, seeds=(1, 2)),
+    Stage("unet", COMPOSITION, seeds=(0, 1, 2)),
+    Stage("dit", [*MAIN[:3], *WITH_MORE], seeds=(1, 2), tuned_on=ONE),
     Stage("dit", [*MAIN[3:], *COMPOSITION, *MORE, *ABLATIONS], tuned_on=ONE),
 ]
 SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
