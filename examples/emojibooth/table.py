@@ -236,7 +236,7 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
 
 
 def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> Image.Image | None:
-    """What methods paint of a subject, of the images that their trials left in `folder`."""
+    """What methods paint of a subject, of the images that their trials left in `folder`; `None` if some ran elsewhere."""
     shown = []
     for name in DRAWN:
         try:
@@ -248,11 +248,13 @@ def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> I
             strip = Image.open(path)
             cells = [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
             shown.append((name, cells, []))
+        elif any(is_of(row, trial) for row in rows):
+            return None
     return sheet(shown, title=f"{model}: {subject}", cell=96) if shown else None
 
 
 def write_report(rows: Sequence[Row], output: Path, images: Path) -> None:
-    """`table.md`, `parameters.png`, `drift.png`, and a sheet of images for each model."""
+    """`table.md`, `parameters.png`, `drift.png`, and a sheet for each model whose images are all in `images`."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(
         markdown(rows) + "\n## Parameters on models of real size\n\n" + sizes.real_sizes()

@@ -235,6 +235,13 @@ def test_the_table_says_means_errors_and_how_many_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()  # of tuning alone
 
 
+def test_a_sheet_whose_images_are_elsewhere_is_not_drawn_over(tmp_path: Path) -> None:
+    seen, unseen = (Trial(METHODS[name], "unet", REPORTED[0]) for name in ("true scenes", "base model"))
+    Image.new("RGB", (128, 64)).save(tmp_path / f"{seen.slug}.png")
+    assert table.draw_sheet([seen.key], "unet", REPORTED[0], tmp_path)
+    assert table.draw_sheet([seen.key, unseen.key], "unet", REPORTED[0], tmp_path) is None
+
+
 def test_pairs_are_of_one_seed_and_a_trial_that_is_there_twice_counts_once() -> None:
     first, second = (METHODS[name] for name in ("coefficients, SOAP", "coefficients, AdamW"))
     rows = [
