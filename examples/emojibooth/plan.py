@@ -63,14 +63,14 @@ BACKGROUNDS = ("background",)
 BY_BACKGROUNDS = [each for each in [*MAIN, MORE[0]] if not each.lora_rate_of]
 FULL = [
     Stage("unet", [*UNTRAINED, *MAIN, *WITH_MORE]),
-    Stage("dit", [*UNTRAINED, *MAIN[:3], *WITH_MORE], tuned_on=ONE),
+    Stage("dit", [*UNTRAINED, *MAIN[:3], *WITH_MORE]),
     Stage("unet", [*MORE, *ABLATIONS]),
     Stage("unet", BY_BACKGROUNDS, kinds=BACKGROUNDS),
     *(Stage(model, list(METHODS.values()), tuned_on=ONE, beyond=True) for model in FAMILIES),
     Stage("unet", [*MAIN, *WITH_MORE, *MORE, *ABLATIONS], seeds=(1, 2)),
     Stage("unet", COMPOSITION, seeds=(0, 1, 2)),
-    Stage("dit", [*MAIN[:3], *WITH_MORE], seeds=(1, 2), tuned_on=ONE),
-    Stage("dit", [*MAIN[3:], *COMPOSITION, *MORE, *ABLATIONS], tuned_on=ONE),
+    Stage("dit", [*MAIN[:3], *WITH_MORE], seeds=(1, 2)),
+    Stage("dit", [*MAIN[3:], *COMPOSITION, *MORE, *ABLATIONS]),
 ]
 SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
 
