@@ -236,7 +236,7 @@ def plot(rows: Sequence[Row], horizontal: str, label: str, path: Path) -> None:
 
 
 def draw_sheet(rows: Sequence[Row], model: str, subject: str, folder: Path) -> Image.Image | None:
-    """What methods paint of a subject, of the images that their trials left in `folder`; `None` if some ran elsewhere."""
+    """What methods paint of a subject, of the images that trials left in `folder`; `None` if some ran elsewhere."""
     shown = []
     for name in DRAWN:
         try:
