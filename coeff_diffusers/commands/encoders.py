@@ -25,9 +25,14 @@ class Clip:
 
     def __init__(self, name_or_path: str, device: Any) -> None:
         with value_of("--clip_model"):
-            self.model = CLIPModel.from_pretrained(name_or_path).eval()
+            self.model, found = CLIPModel.from_pretrained(name_or_path, output_loading_info=True)
+            if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
+                raise PromptsError(
+                    f"{name_or_path} is no CLIP: it lacks {len(missing)} weights, such as {missing[0]}; "
+                    "openai/clip-vit-base-patch32 is one"
+                )
             self.processor = AutoProcessor.from_pretrained(name_or_path)
-        self.model.to(device)
+        self.model.eval().to(device)
 
     @torch.no_grad()
     def images(self, files: list[Path]) -> Tensor:
@@ -50,6 +55,10 @@ def first_token(flag: str, name_or_path: str, device: Any) -> Encoder:
     """The first token of a vision transformer, after its last norm: DINO's and DINOv2's vector of an image."""
     with value_of(flag):
         model = AutoModel.from_pretrained(name_or_path).eval()
+        if hasattr(model.config, "text_config"):
+            raise PromptsError(
+                f"{name_or_path} is a {model.config.model_type}, of images and texts; take facebook/dinov2-base"
+            )
         processor = AutoImageProcessor.from_pretrained(name_or_path)
     model.to(device)
 

@@ -111,7 +111,7 @@ def check(
 ) -> None:
     """Raises PromptsError naming images that are missing, and names that manifest or references alone have."""
     folder: Path = args.images
-    missing = [image.file_name for image in images if not (folder / image.file_name).exists()]
+    missing = [image.file_name for image in images if not (folder / image.file_name).is_file()]
     problems = [f"{name} is in the manifest and not in the folder" for name in missing]
     names = dict.fromkeys(image.coeff for image in images if image.coeff is not None and not image.unrelated)
     if references:
@@ -242,8 +242,8 @@ class Scorer:
 
 
 def summary(rows: Sequence[Row], names: dict[str, str]) -> dict[str, Any]:
-    """The rows, the mean of each score over all of them and by coefficients, and its standard error over subjects."""
-    groups: dict[str, list[Row]] = {ALL: list(rows)}
+    """The rows, mean scores by coefficients and over all images that have some, and standard errors over subjects."""
+    groups: dict[str, list[Row]] = {ALL: [row for row in rows if row["coeff"]] or list(rows)}
     for row in rows:
         groups.setdefault(row["coeff"] or BASE, []).append(row)
     means = {name: means_of(group) | {"images": len(group)} for name, group in groups.items()}

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from judge import HERE
 from measures import SCENES
-from methods import ABLATIONS, COMPOSITION, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
+from methods import ABLATIONS, COMPOSITION, DEFAULT, MAIN, METHODS, MORE, UNTRAINED, WITH_MORE, Method
 from trial import FAMILIES, REPORTED, TUNING, Trial, run_trial
 
 RESULTS = HERE / "results"
@@ -72,7 +72,8 @@ FULL = [
     Stage("dit", [*MAIN[:3], *WITH_MORE], seeds=(1, 2)),
     Stage("dit", [*MAIN[3:], *COMPOSITION, *MORE, *ABLATIONS]),
 ]
-SHORT = [Stage("unet", [METHODS["base model"], *MAIN[:3]], REPORTED[:3], tuned_on=())]
+SHORTLY = ["true scenes", "base model", DEFAULT, "LoRA, rank 4", "LoRA, rank 4 + coefficients"]
+SHORT = [Stage("unet", [METHODS[name] for name in SHORTLY], REPORTED[:3], tuned_on=())]
 
 
 # ------------------------------------------------------------------------------------------------------------- rates

@@ -80,11 +80,12 @@ def test_the_command_trains_generates_and_scores(dataset: Path, monkeypatch: pyt
     table = dreambench.main(args).read_text()
     assert ran == ["train", "train", "generate", "score"]
     scores = json.loads((dataset.parent / "out" / "images" / "scores.json").read_text())
-    subjects, unrelated = 2 * (2 + 1), 2 * 5 * (2 + 1)  # images a prompt by prompts; and those of the base model
+    subjects, unrelated, base = 2 * (2 + 1), 2 * 5 * 2, 2 * 5  # images a prompt by prompts
     assert scores["mean"]["all"].keys() == {"clip_t", "clip_i", "dino", "dinov2", "drift", "images"}
     assert scores["mean"]["all"]["images"] == subjects + unrelated
+    assert scores["mean"]["base model"]["images"] == base
     assert sum("dino" in row for row in scores["images"]) == subjects
-    assert sum("drift" in row for row in scores["images"]) == 2 * 5 * 2
+    assert sum("drift" in row for row in scores["images"]) == unrelated
     assert "| fox_toy | 14 | " in table
     ran.clear()
     monkeypatch.setattr(generate, "load_pipeline", None)

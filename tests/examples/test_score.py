@@ -59,6 +59,14 @@ def test_scores_name_the_model_that_cannot_be_loaded(flag: str, tmp_path: Path) 
         score.main(parse_score(["--images", str(tmp_path), "--reference", f"x={tmp_path}", *given]))
 
 
+def test_encoders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    clip, vit = str(tiny_clip(tmp_path / "clip")), str(tiny_vit(tmp_path / "vit"))
+    with pytest.raises(PromptsError, match="--clip_model: .*vit is no CLIP: it lacks .*openai/clip-vit-base-patch32"):
+        encoders.Clip(vit, "cpu")  # with random weights
+    with pytest.raises(PromptsError, match="--dino_model: .*clip is a clip, of images and texts; take facebook"):
+        encoders.first_token("--dino_model", clip, "cpu")
+
+
 @pytest.mark.usefixtures("one_process")
 def test_scores_leave_no_process_group(tmp_path: Path) -> None:
     write_one_image(tmp_path)
