@@ -25,7 +25,8 @@ class Clip:
 
     def __init__(self, name_or_path: str, device: Any) -> None:
         with value_of("--clip_model"):
-            self.model, found = CLIPModel.from_pretrained(name_or_path, output_loading_info=True)
+            answer: Any = CLIPModel.from_pretrained(name_or_path, output_loading_info=True)
+            self.model, found = answer
             if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
                 raise PromptsError(
                     f"{name_or_path} is no CLIP: it lacks {len(missing)} weights, such as {missing[0]}; "
