@@ -41,7 +41,7 @@ def main() -> None:
     except Stopped:  # its checkpoint was in a temporary folder
         parser.exit(1, "stopped: the same command goes on, from the start of the trial that it was in\n")
     write_report(rows, output, Path("outputs/emojibooth/images"))
-    print(f"{output / 'table.md'}, plots and images beside it")
+    print(f"{output / 'table.md'}, and plots beside it")
 
 
 if __name__ == "__main__":

@@ -266,6 +266,8 @@ def write_report(rows: Sequence[Row], output: Path, images: Path) -> None:
         page = draw_sheet(rows, model, REPORTED[0], images)
         if page is not None:
             page.save(output / f"{model}.png")
+        elif any(row["model"] == model and row["subject"] == REPORTED[0] for row in rows):
+            print(f"{output / f'{model}.png'} is left as it is: not all of its images are in {images}")
 
 
 if __name__ == "__main__":
